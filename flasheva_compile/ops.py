@@ -1,0 +1,333 @@
+"""The ops ``flasheva::chunk_tokens`` and ``flasheva::attention``: schemas, fakes, autograd.
+
+:func:`flasheva_attention` composes them. Results are defined by ``kernels/reference``; the
+implementation here is ``kernels/blocked``, on any device.
+"""
+
+# ruff: noqa: ANN401 - the ops' functions are typed by their schemas
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
+
+import torch
+from torch.nn import functional
+
+from flasheva_compile.kernels.blocked.attention import attention_forward
+from flasheva_compile.kernels.blocked.attention_backward import attention_backward
+from flasheva_compile.kernels.blocked.block import Operands
+from flasheva_compile.kernels.blocked.chunk_tokens import ChunkSettings, chunk_tokens_forward
+from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
+    TokenGradients,
+    chunk_tokens_backward,
+)
+from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
+from flasheva_compile.op_checks import OP_VERSION, check_attention, check_chunk_tokens, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+_CHUNK_OPTIONS = "str rule, int chunk_size, float scale, str version"
+_CHUNK_INPUTS = "Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, Tensor? segment_ids"
+_OPTIONS = (
+    "int window_size, int chunk_size, int sink_tokens, str window, bool causal, SymInt q_offset, "
+    "float scale, float softcap, float dropout_p, str version"
+)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor rfa_k, Tensor rfa_v, Tensor rfa_bias"
+_OPTIONAL = "Tensor? key_mask, Tensor? segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed"
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- flasheva::chunk_tokens -----------------------------------------------------------------------
+
+
+def _chunk_settings(o: dict[str, Any]) -> ChunkSettings:
+    return ChunkSettings(rule=o["rule"], chunk_size=o["chunk_size"], scale=o["scale"])
+
+
+@torch.library.custom_op(
+    "flasheva::chunk_tokens",
+    mutates_args=(),
+    schema=f"({_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _chunk_tokens(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_chunk_tokens(*args, options)
+    return chunk_tokens_forward(*args, _chunk_settings(options))
+
+
+@_chunk_tokens.register_fake
+def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_chunk_tokens(*args, options)
+    k, v = args[:2]
+    slots = (k.shape[2] + options["chunk_size"] - 1) // options["chunk_size"]
+    head = (k.shape[0], k.shape[1], slots)
+    rfa_bias = k.new_empty(head, dtype=_accumulator(k))
+    return k.new_empty(*head, k.shape[3]), v.new_empty(*head, v.shape[3]), rfa_bias
+
+
+@torch.library.custom_op(
+    "flasheva::chunk_tokens_backward",
+    mutates_args=(),
+    schema=f"(Tensor drfa_k, Tensor drfa_v, Tensor drfa_bias, {_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS})"
+    " -> Tensor[]",
+)
+def _chunk_tokens_backward(*args: Any, **options: Any) -> list[Tensor]:
+    grads, inputs = TokenGradients(*args[:3]), args[3:]
+    dk, dv, dp = chunk_tokens_backward(grads, *inputs, _chunk_settings(options))
+    return [x.contiguous() for x in (dk, dv, *dp)]
+
+
+@_chunk_tokens_backward.register_fake
+def _(*args: Any, **options: Any) -> list[Tensor]:
+    k, v, parameters = args[3:6]
+    return [x.new_empty(x.shape) for x in (k, v, *parameters)]
+
+
+def _chunk_tokens_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    k, v, parameters, key_mask, segment_ids = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(k, v, key_mask, segment_ids, *parameters)
+
+
+def _chunk_tokens_gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    k, v, key_mask, segment_ids, *parameters = ctx.saved_tensors
+    inputs = (k, v, parameters, key_mask, segment_ids)
+    dk, dv, *dp = _chunk_tokens_backward(*grads, *inputs, **ctx.options)
+    return dk, dv, dp, None, None
+
+
+_chunk_tokens.register_autograd(_chunk_tokens_gradient, setup_context=_chunk_tokens_context)
+
+
+# --- flasheva::attention --------------------------------------------------------------------------
+
+
+def _attention_call(
+    tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...], o: dict[str, Any]
+) -> tuple[Operands, Any, AttentionSettings]:
+    """Bundle the op's arguments for the blocked implementation."""
+    q, k, v, rfa_k, rfa_v, rfa_bias = tensors
+    key_mask, segment_ids, alibi_slopes, dropout_seed = optional
+    c = o["chunk_size"]
+    names = ("window_size", "chunk_size", "window", "causal", "q_offset", "scale", "softcap")
+    settings = AttentionSettings(
+        sink_tokens=-(-o["sink_tokens"] // c) * c,
+        dropout_p=o["dropout_p"],
+        **{name: o[name] for name in names},
+    )
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        rfa_k=rfa_k,
+        rfa_v=rfa_v,
+        rfa_bias=rfa_bias,
+        alibi_slopes=alibi_slopes,
+        dropout_seed=dropout_seed,
+    )
+    geometry = attention_geometry(q.shape[2], k.shape[2], settings, key_mask, segment_ids, q.device)
+    return operands, geometry, settings
+
+
+@torch.library.custom_op(
+    "flasheva::attention",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    tensors, optional = args[:6], args[6:]
+    check_attention(tensors, optional, options)
+    q, k, v = tensors[:3]
+    if k.shape[2] == 0:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return out, q.new_full(q.shape[:3], -torch.inf, dtype=_accumulator(q))
+    return attention_forward(*_attention_call(tensors, optional, options))
+
+
+@_attention.register_fake
+def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    q, _, v = args[:3]
+    check_attention(args[:6], args[6:], options)
+    lse = q.new_empty(q.shape[:3], dtype=_accumulator(q))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+@torch.library.custom_op(
+    "flasheva::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONAL}, *, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    tensors, optional = args[:6], args[6:]
+    if tensors[1].shape[2] == 0:
+        return tuple(x.new_zeros(x.shape) for x in tensors)
+    call = _attention_call(tensors, optional, options)
+    return tuple(attention_backward(dout, out, lse, *call))
+
+
+@_attention_backward.register_fake
+def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in args[3:9])
+
+
+def _attention_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    message = "alibi_slopes has no gradient"
+    require(not ctx.needs_input_grad[8], message, "flasheva::attention", "detach them")
+    out, lse = output
+    ctx.options = keyword_only_inputs
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(out, lse, *inputs)
+
+
+def _attention_gradient(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
+    grads = _attention_backward(dout, *ctx.saved_tensors, **ctx.options)
+    return *grads, None, None, None, None
+
+
+_attention.register_autograd(_attention_gradient, setup_context=_attention_context)
+
+
+# --- the public function --------------------------------------------------------------------------
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The numbers and names of :func:`flasheva_attention`; all but the first two have defaults.
+
+    Keys:
+        window_size: Exact window, a multiple of ``chunk_size`` [tokens].
+        chunk_size: Keys per chunk token [tokens].
+        sink_tokens: First tokens of each document that stay exact, rounded up to chunks [tokens].
+        window: ``"sliding"``, or ``"block"`` as in the EVA papers.
+        chunk_rule: ``"mean"``, ``"tangent"``, ``"evabyte"`` or ``"eva"``.
+        causal: Whether a query sees only its past; True.
+        q_offset: Column of the first query [tokens].
+        scale: Score scale; None = ``D ** -0.5``.
+        softcap: ``softcap * tanh(score / softcap)``; 0 = none.
+        dropout_p: Probability of dropping a weight.
+    """
+
+    window_size: Required[int]
+    chunk_size: Required[int]
+    sink_tokens: int
+    window: str
+    chunk_rule: str
+    causal: bool
+    q_offset: int
+    scale: float | None
+    softcap: float
+    dropout_p: float
+
+
+def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
+    missing = {"window_size", "chunk_size"} - options.keys()
+    unknown = options.keys() - AttentionOptions.__annotations__.keys()
+    op, names = "flasheva_attention", ", ".join(AttentionOptions.__annotations__)
+    require(not missing, f"without {', '.join(sorted(missing))}", op)
+    require(not unknown, f"unknown option {', '.join(sorted(unknown))}", op, f"there are {names}")
+    defaults = {"sink_tokens": 0, "window": "sliding", "chunk_rule": "tangent", "causal": True}
+    defaults |= {"q_offset": 0, "scale": None, "softcap": 0.0, "dropout_p": 0.0}
+    merged = {**defaults, **options, "version": OP_VERSION}
+    return merged if merged["scale"] is not None else {**merged, "scale": head_dim**-0.5}
+
+
+def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    parameters: Sequence[Tensor] = (),
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    noise: Tensor | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]:
+    """Attend exactly to sinks and window, through chunk tokens to the rest, in one softmax.
+
+    O(L (window + S / chunk)) time, linear memory; softmax attention where ``window_size >= S``.
+
+    Args:
+        q: Queries, ``[B, Hq, L, D]``, fp64/fp32/bf16/fp16, any strides.
+        k: Keys, ``[B, Hkv, S, D]``; ``Hkv`` divides ``Hq``. Dtype and device of ``q``.
+        v: Values, ``[B, Hkv, S, Dv]``.
+        parameters: ``tangent``: none or ``phi [Hkv, D]``. ``evabyte``: none, ``(a, p)`` or
+            ``(a, p, b)``, ``a, p [Hkv, D]``, ``b [Hkv]``. ``eva``: none, or Linear weight
+            ``[D, D]``, bias, LayerNorm weight, bias ``[D]`` of ``f_q``, then those of ``f_k``.
+        key_mask: ``[B, S]`` bool, True = may attend.
+        segment_ids: ``[B, S]`` integers, packed documents as runs of equal ids; causal only.
+        alibi_slopes: ``[Hq]``; adds ``slope * (key column - query column)``; no gradient.
+        dropout_seed: One int64; None draws it from PyTorch's generator.
+        noise: For ``eva`` in training, ``[B, Hkv, C, D]``, clamped to [-1, 1].
+        **options: See :class:`AttentionOptions`; ``window_size`` and ``chunk_size`` are required.
+
+    Returns:
+        ``out [B, Hq, L, Dv]`` in the dtype of ``q``, and the log-sum-exp ``lse [B, Hq, L]`` in
+        fp32 (fp64 for fp64), not differentiable. A query that attends nothing: ``(0, -inf)``.
+
+    Raises:
+        LoweringError: Shapes, dtypes or options that do not fit together.
+
+    Source:
+        EVA (arXiv:2302.04542) and ours; the formula is ``kernels/reference/attention.py``.
+    """
+    o = _with_defaults(options, q.shape[-1])
+    rule = o.pop("chunk_rule")
+    shared = {name: o[name] for name in ("chunk_size", "scale", "version")}
+    tokens = partial(_tokens, k, key_mask, segment_ids, shared)
+    if rule == "eva":
+        parameters = _eva_features(q, k, tokens, parameters, noise)
+    if o["dropout_p"] > 0 and dropout_seed is None:
+        dropout_seed = torch.randint(2**62, (1,), device=q.device)
+    optional = (key_mask, segment_ids, alibi_slopes, dropout_seed)
+    return torch.ops.flasheva.attention(q, k, v, *tokens(rule, v, parameters), *optional, **o)
+
+
+def _tokens(
+    k: Tensor,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    options: dict[str, Any],
+    rule: str,
+    values: Tensor,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (k, values, list(parameters), key_mask, segment_ids)
+    return torch.ops.flasheva.chunk_tokens(*inputs, rule=rule, **options)
+
+
+def _eva_features(
+    q: Tensor,
+    k: Tensor,
+    tokens: Callable[[str, Tensor, Sequence[Tensor]], tuple[Tensor, ...]],
+    parameters: Sequence[Tensor],
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``rfa_k`` and ``omega`` of the ``eva`` rule; the mean rule averages q like values."""
+    op = "flasheva_attention"
+    paired = q.shape[2] == k.shape[2]
+    require(paired, "chunk_rule='eva' needs a query for every key (L == S)", op, "cache omega")
+    message = f"chunk_rule='eva' got {len(parameters)} feature parameters"
+    require(len(parameters) in (0, 8), message, op, "none, or 4 of f_q and 4 of f_k")
+    group_mean = q.unflatten(1, (k.shape[1], -1)).mean(2)
+    mean_k, mean_q, _ = tokens("mean", group_mean, ())
+    if parameters:
+        mean_q = _feature_map(mean_q, *parameters[:4])
+        mean_k = _feature_map(mean_k, *parameters[4:])
+    omega = mean_q + mean_k
+    return mean_k, omega if noise is None else omega + noise.clamp(-1, 1)
+
+
+def _feature_map(
+    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> Tensor:
+    projected = functional.linear(x.to(weight.dtype), weight, bias)
+    return functional.layer_norm(projected, norm_weight.shape, norm_weight, norm_bias)

@@ -1,0 +1,46 @@
+"""FlashEVA for any PyTorch model: ``torch.compile(model, backend="flasheva")``."""
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+_HERE = _Path(__file__).parent
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
+    # An uninstalled checkout keeps `kernels/` and `lowering/` beside this package.
+    __path__.append(str(_HERE.parent))
+
+from flasheva_compile.config import EvaConfig, HybridConfig  # noqa: E402
+from flasheva_compile.errors import (  # noqa: E402
+    CaptureError,
+    ConfigError,
+    FlashEvaError,
+    LoweringError,
+    PlanError,
+    RewriteError,
+)
+from flasheva_compile.report import CompileReport  # noqa: E402
+
+if _TYPE_CHECKING:
+    from flasheva_compile.api import explain
+
+__all__ = [
+    "CaptureError",
+    "CompileReport",
+    "ConfigError",
+    "EvaConfig",
+    "FlashEvaError",
+    "HybridConfig",
+    "LoweringError",
+    "PlanError",
+    "RewriteError",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Loading the compiler loads torch.compile's own machinery: only when it is used.
+    if name == "explain":
+        from flasheva_compile.api import explain
+
+        return explain
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

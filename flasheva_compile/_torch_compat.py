@@ -1,0 +1,160 @@
+"""The only file that touches private torch modules: one function for what torch may change."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import nn
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "compile_aot_eager",
+    "compile_inductor",
+    "compiled_frame_module",
+    "guard_on_attribute",
+    "has_cpp_compiler",
+    "inductor_option_names",
+    "is_checkpoint_body_call",
+    "is_higher_order_call",
+    "is_real_tensor",
+    "modules_on_stack",
+    "through_dynamo",
+    "trace_pre_dispatch",
+]
+
+
+def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace ``function`` to pre-dispatch ATen under the fake mode of the running compilation.
+
+    Inputs that are real tensors are replaced by the fakes that Dynamo already made for them, so
+    symbolic sizes stay the ones that the rest of the compilation reasons about.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None:
+        message = "no running compilation: call this from a torch.compile backend"
+        raise RuntimeError(message)
+    fakes = [mode.from_tensor(x) if is_real_tensor(x) else x for x in inputs]
+    with mode, fx_traceback.preserve_node_meta():
+        return make_fx(
+            function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*fakes)
+
+
+def is_real_tensor(value: object) -> bool:
+    """Return whether ``value`` is a tensor with data (not a fake)."""
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
+def is_higher_order_call(node: torch.fx.Node) -> bool:
+    """Return whether the node calls a higher-order op, whose bodies are graphs of their own."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def is_checkpoint_body_call(target: object) -> bool:
+    """Return whether ``target(body, *args)`` runs a gradient-checkpointed body."""
+    return getattr(target, "__name__", "") == "tag_activation_checkpoint"
+
+
+def compiled_frame_module() -> tuple[str, nn.Module] | None:
+    """Return the local name and module of the frame being compiled, if a module owns the frame."""
+    frame = InstructionTranslator.current_tx().output.root_tx.f_locals
+    for name, value in frame.items():
+        if isinstance(value, nn.Module):
+            return name, value
+    return None
+
+
+def guard_on_attribute(local_name: str, attribute: str) -> None:
+    """Make the compiled code valid only while ``<local>.<attribute>`` keeps its value."""
+    source = AttrSource(LocalSource(local_name), attribute)
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def modules_on_stack() -> list[nn.Module]:
+    """Return the modules whose methods are running, innermost first."""
+    found: list[nn.Module] = []
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and all(module is not m for m in found):
+            found.append(module)
+        frame = frame.f_back
+    return found
+
+
+def through_dynamo(error: Exception) -> Exception:
+    """Return an error of the same class that Dynamo hands to the caller unwrapped.
+
+    Dynamo wraps what a backend raises in ``BackendCompilerFailed``, so ``except ConfigError``
+    would not work, unless it is a ``ShortenTraceback``.
+    """
+
+    class Shortened(type(error), ShortenTraceback):  # type: ignore[misc]
+        def __init__(self, original: Exception) -> None:
+            self.__dict__.update(original.__dict__)
+            Exception.__init__(self, str(original))
+            self.args = (str(original),)
+            self.first_useful_frame = None
+
+    Shortened.__name__ = type(error).__name__
+    Shortened.__qualname__ = type(error).__qualname__
+    Shortened.__module__ = type(error).__module__
+    return Shortened(error)
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Return the names that Inductor accepts as options, dots as in its documentation."""
+    import torch._inductor
+
+    names = torch._inductor.list_options()
+    return frozenset(names) | frozenset(name.replace(".", "_") for name in names)
+
+
+def has_cpp_compiler() -> bool:
+    """Return whether Inductor can find a C++ compiler for CPU code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:
+        log.debug("no C++ compiler for Inductor", exc_info=True)
+        return False
+    return True
+
+
+def compile_inductor(
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile with Inductor as ``torch.compile(backend="inductor", mode=, options=)`` would."""
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    patches.update({name.replace("-", "_"): value for name, value in options.items()})
+    return compile_fx(graph, list(inputs), config_patches=patches or None)
+
+
+def compile_aot_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile with AOTAutograd and run the result eagerly."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(graph, list(inputs))

@@ -1,0 +1,152 @@
+"""Everything that is decided about a graph before it is edited: capture, match, prove, plan."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.buffers import mask_buffers
+from flasheva_compile.capture import capture
+from flasheva_compile.masks.prove import MaskProver, MaskTerm
+from flasheva_compile.matching.attention import match
+from flasheva_compile.plan import plan
+from flasheva_compile.report import CompileReport, LayerReport
+from flasheva_compile.scope import choose_scope, name_places
+from flasheva_compile.site import AttentionSite, MissedSite, Replace, RewritePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import fx
+
+    from flasheva_compile.buffers import MaskBuffer
+    from flasheva_compile.config import Options
+    from flasheva_compile.masks.predicate import MaskPredicate
+    from flasheva_compile.scope import Scope
+    from flasheva_compile.site import CapturedGraph, Decision, Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What was found in a graph and what is to be done.
+
+    Attributes:
+        captured: The graph and its shadow.
+        buffers: Inputs that hold a causal mask, on which some decisions rest.
+        scope: What names are relative to.
+        places: Where each attention stands, in graph order.
+        plan: The decisions, in graph order.
+        seconds: Time of each stage.
+    """
+
+    captured: CapturedGraph
+    buffers: Mapping[fx.Node, MaskBuffer]
+    scope: Scope
+    places: tuple[Place, ...]
+    plan: RewritePlan
+    seconds: Mapping[str, float]
+
+
+def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Analysis:
+    """Run every stage that only reads.
+
+    Args:
+        graph: Dynamo's graph.
+        inputs: Its example inputs.
+        settings: Validated options.
+
+    Raises:
+        CaptureError: The graph cannot be traced.
+        ConfigError: A rule names no attention.
+        PlanError: ``strict``, and an attention cannot be rewritten.
+    """
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "capture"):
+        captured = capture(graph, inputs)
+    with _timed(seconds, "match"):
+        sites = match(captured)
+        places = tuple(site.place for site in sites)
+        scope = choose_scope(places, settings.hybrid)
+        layers = name_places(places, scope)
+    with _timed(seconds, "prove"):
+        buffers = mask_buffers(captured)
+        masks = _prove(sites, buffers)
+    with _timed(seconds, "plan"):
+        decided = plan(sites, layers, masks, settings)
+    return Analysis(
+        captured=captured,
+        buffers=buffers,
+        scope=scope,
+        places=places,
+        plan=decided,
+        seconds=seconds,
+    )
+
+
+def describe(
+    decided: RewritePlan, seconds: Mapping[str, float], warnings: Sequence[str]
+) -> CompileReport:
+    """Turn decisions into a report."""
+    lengths = (
+        site.key.length
+        for d in decided.decisions
+        if isinstance(site := d.site, AttentionSite) and site.key.length
+    )
+    return CompileReport(
+        layers=tuple(_row(decision) for decision in decided.decisions),
+        length=max(lengths, default=None),
+        seconds=seconds,
+        warnings=tuple(warnings),
+    )
+
+
+def _prove(
+    sites: Sequence[AttentionSite | MissedSite], buffers: Mapping[fx.Node, MaskBuffer]
+) -> tuple[MaskPredicate | None, ...]:
+    """Prove the masks of every site; layers that share a mask share the proof."""
+    prover = MaskProver({node: buffer.meaning for node, buffer in buffers.items()})
+    return tuple(
+        None
+        if isinstance(site, MissedSite) or not site.masks
+        else prover.prove_terms(
+            [MaskTerm(term.node, term.kind) for term in site.masks],
+            score_dtype=site.dtype,
+            score_shape=site.score_shape,
+        )
+        for site in sites
+    )
+
+
+def _row(decision: Decision) -> LayerReport:
+    """Turn a decision into its row of the report."""
+    site = decision.site
+    facts: dict[str, Any] = {"source": site.place.source, "mask": decision.mask_text}
+    if isinstance(site, AttentionSite):
+        facts |= {"training": torch.is_grad_enabled(), "itemsize": site.dtype.itemsize}
+    path = decision.layer.path
+    if isinstance(decision, Replace):
+        return LayerReport.rewritten(path, decision.op, **facts)
+    facts |= {"reason": decision.reason, "expected": decision.expected}
+    if isinstance(site, AttentionSite):
+        facts |= {
+            "causal": decision.mask_text.startswith("causal"),
+            "heads": site.query.heads,
+            "kv_heads": site.key.heads,
+            "head_dim": site.query.dim,
+            "value_dim": site.value.dim,
+            "scale": site.scale,
+        }
+    return LayerReport(path=path, decision="full", **facts)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - start

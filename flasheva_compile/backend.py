@@ -1,0 +1,149 @@
+"""The backend behind ``torch.compile(model, backend="flasheva")``: composes the stages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from flasheva_compile import _torch_compat as compat
+from flasheva_compile.analysis import analyse, describe
+from flasheva_compile.buffers import guarded, untouched_copy
+from flasheva_compile.config import parse_options
+from flasheva_compile.errors import CaptureError, FlashEvaError
+from flasheva_compile.plan import plan
+from flasheva_compile.rewrite import rewrite
+from flasheva_compile.scope import guard_rules
+from flasheva_compile.site import Keep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import fx, nn
+
+    from flasheva_compile.analysis import Analysis
+    from flasheva_compile.config import Options
+    from flasheva_compile.report import CompileReport
+    from flasheva_compile.site import RewritePlan
+
+log = logging.getLogger(__name__)
+
+_reports: WeakKeyDictionary[nn.Module, list[CompileReport]] = WeakKeyDictionary()
+
+
+def flasheva_backend(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite the attentions of a graph, then compile it; called by ``torch.compile``.
+
+    Args:
+        graph: Dynamo's graph; edited in place.
+        inputs: Its example inputs.
+        mode: ``torch.compile(mode=)``; forwarded to Inductor.
+        options: ``torch.compile(options=)``; see ``parse_options``.
+
+    Returns:
+        The compiled callable.
+
+    Raises:
+        ConfigError: An option is wrong; nothing was changed.
+        PlanError: ``strict=True`` and an attention cannot be rewritten; nothing was changed.
+    """
+    try:
+        return _compile(graph, inputs, mode, options)
+    except FlashEvaError as error:
+        raise compat.through_dynamo(error) from error
+
+
+def reports_of(model: nn.Module) -> tuple[CompileReport, ...]:
+    """Return the reports of every graph compiled so far for a model or a part of it."""
+    return tuple(report for part in model.modules() for report in _reports.get(part, ()))
+
+
+def _compile(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    settings = parse_options(options, inductor_options=compat.inductor_option_names())
+    inner, warnings = _inner_backend(settings, inputs)
+    try:
+        analysis = analyse(graph, inputs, settings)
+    except CaptureError as error:
+        if settings.strict:
+            raise
+        log.warning("graph left as it is: %s", error)
+        return _run_inner(inner, graph, inputs, mode, settings)
+    original = untouched_copy(graph) if analysis.buffers else None
+    report = _edit(analysis, settings, warnings)
+    _publish(report)
+    compiled = _run_inner(inner, graph, inputs, mode, settings)
+    if original is not None and report.rewritten:
+        return guarded(compiled, original, analysis.buffers, tuple(inputs))
+    return compiled
+
+
+def _edit(analysis: Analysis, settings: Options, warnings: tuple[str, ...]) -> CompileReport:
+    """Carry out the plan and guard what it rests on."""
+    start = time.perf_counter()
+    done = rewrite(analysis.captured, analysis.plan)
+    _check_strict(analysis.plan, done, settings)
+    guard_rules(analysis.scope, analysis.places, settings.hybrid)
+    seconds = {**analysis.seconds, "rewrite": time.perf_counter() - start}
+    return describe(done, seconds, (*analysis.captured.warnings, *warnings))
+
+
+def _check_strict(planned: RewritePlan, done: RewritePlan, settings: Options) -> None:
+    """Raise for masks that turned out impossible to rebuild; the edited graph is thrown away."""
+    if settings.strict and done != planned:
+        kept = next(d for d in done.decisions if isinstance(d, Keep) and not d.expected)
+        plan([kept.site], [kept.layer], [None], settings)
+
+
+def _inner_backend(settings: Options, inputs: Sequence[Any]) -> tuple[str, tuple[str, ...]]:
+    """Choose what compiles the rewritten graph, with a warning if it is not what was asked."""
+    on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs)
+    if settings.inner_backend == "inductor" and on_cpu and not compat.has_cpp_compiler():
+        return "aot_eager", ("no C++ compiler found: aot_eager instead of Inductor, slower",)
+    return settings.inner_backend, ()
+
+
+def _run_inner(
+    inner: str,
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    settings: Options,
+) -> Callable[..., Any]:
+    if inner == "eager":
+        return graph.forward
+    if inner == "aot_eager":
+        return compat.compile_aot_eager(graph, inputs)
+    return compat.compile_inductor(graph, inputs, mode, dict(settings.inductor))
+
+
+def _publish(report: CompileReport) -> None:
+    """Log the report and attach it to the module whose frame was compiled."""
+    for layer in report.layers:
+        log.info("%s: %s (mask: %s) %s", layer.path, layer.decision, layer.mask, layer.reason)
+    for warning in report.warnings:
+        log.warning("%s", warning)
+    if report.unexpected:
+        reasons = dict.fromkeys(f"{layer.path}: {layer.reason}" for layer in report.unexpected)
+        log.warning(
+            "%d of %d attentions left full: %s",
+            len(report.unexpected),
+            len(report.layers),
+            "; ".join(list(reasons)[:4]),
+        )
+    found = compat.compiled_frame_module()
+    if found is not None:
+        _reports.setdefault(found[1], []).append(report)

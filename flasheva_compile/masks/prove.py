@@ -1,0 +1,255 @@
+"""Proves what an attention mask means: a node of a pre-dispatch ATen graph -> `MaskPredicate`.
+
+Every node of the graph must carry ``meta["val"]``. Exact or "unknown": a mask that depends on data
+in a way that is not understood, or on an op that is not modelled, ends in ``MaskPredicate.unknown``
+or ``bias``.
+"""
+
+# sympy's annotations say Basic where they mean Expr or Boolean
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import sympy as sp
+import torch
+from torch import fx
+
+from flasheva_compile.masks import (  # noqa: F401 - the interpret_* modules fill the table
+    interpret_arith,
+    interpret_create,
+    interpret_scan,
+    interpret_shape,
+)
+from flasheva_compile.masks.classify import Geometry, classify
+from flasheva_compile.masks.interpret import Interpreter, shape_of
+from flasheva_compile.masks.predicate import MaskPredicate, opaque_names
+from flasheva_compile.masks.ranges import simplify
+from flasheva_compile.masks.symbolic import (
+    BATCH,
+    HEAD,
+    KEY,
+    ONE,
+    QUERY,
+    ZERO,
+    Shape,
+    SymbolicTensor,
+)
+from flasheva_compile.masks.values import (
+    NotInterpretedError,
+    as_boolean,
+    branches,
+    literal,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sympy.logic.boolalg import Boolean
+
+MaskKind: TypeAlias = Literal["bool", "masked_out", "additive"]
+Size: TypeAlias = int | torch.SymInt | sp.Expr
+
+MASK_VALUE = -10_000  # exp(-1e4) is 0 in every dtype; smaller literals (-5, -100) are real biases
+SCORE_INDEX = (BATCH, HEAD, QUERY, KEY)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTerm:
+    """One thing applied to the scores.
+
+    Args:
+        node: Broadcasts to ``[B, H, Q, K]``.
+        kind: "bool": True = may attend; "masked_out": True = may not, as in
+            ``masked_fill(scores, node, -inf)``;
+            "additive": added to the scaled scores.
+    """
+
+    node: fx.Node
+    kind: MaskKind
+
+
+class MaskProver:
+    """Proofs about the masks of one graph, each distinct mask proved once.
+
+    Args:
+        bindings: Placeholder of a nested graph (a checkpointed body) -> node of the outer graph.
+    """
+
+    def __init__(self, bindings: Mapping[fx.Node, fx.Node] | None = None) -> None:
+        self._bindings = bindings
+        # What is known about an element may rest on the index ranges: one interpreter for each
+        self._interpreters: dict[tuple[sp.Expr, ...], Interpreter] = {}
+        self._proofs: dict[tuple[object, ...], MaskPredicate] = {}
+
+    def prove(
+        self,
+        node: fx.Node,
+        *,
+        kind: MaskKind,
+        score_dtype: torch.dtype = torch.float32,
+        score_shape: Sequence[Size] | None = None,
+    ) -> MaskPredicate:
+        """Prove one mask; see `prove`."""
+        terms = [MaskTerm(node, kind)]
+        return self.prove_terms(terms, score_dtype=score_dtype, score_shape=score_shape)
+
+    def prove_terms(
+        self,
+        terms: Sequence[MaskTerm],
+        *,
+        score_dtype: torch.dtype = torch.float32,
+        score_shape: Sequence[Size] | None = None,
+    ) -> MaskPredicate:
+        """Prove what several terms mean together (T5: a position bias and a mask)."""
+        shape = None if score_shape is None else tuple(literal(n) for n in score_shape)
+        key = (*terms, score_dtype, shape)
+        if key not in self._proofs:
+            self._proofs[key] = self._prove(terms, score_dtype, shape)
+        return self._proofs[key]
+
+    def _prove(
+        self, terms: Sequence[MaskTerm], dtype: torch.dtype, shape: Shape | None
+    ) -> MaskPredicate:
+        if any(not _is_mask(term.node) for term in terms):
+            return MaskPredicate(unknown=(sp.Symbol("not_a_mask_of_4_dimensions_or_less"),))
+        domain = _score_domain(terms, shape)
+        interpreter = self._interpreter(domain)
+        keep, bias = sp.true, ZERO
+        for term in terms:
+            kept, added = _read(interpreter, term, shape, dtype)
+            keep, bias = sp.And(keep, kept), bias + added
+        geometry = Geometry(
+            domain,
+            frozenset(interpreter.monotone),
+            single_query=shape is not None and shape[2] == 1,
+        )
+        predicate = classify(keep, geometry)
+        bias = None if bias.is_number and abs(bias) < -MASK_VALUE else bias
+        return _with_nodes(interpreter, replace(predicate, bias=bias), terms)
+
+    def _interpreter(self, domain: dict[sp.Symbol, sp.Expr]) -> Interpreter:
+        key = tuple(domain.values())
+        if key not in self._interpreters:
+            self._interpreters[key] = Interpreter(self._bindings)
+            self._interpreters[key].domain.update(domain)
+        return self._interpreters[key]
+
+
+def _is_mask(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim <= len(SCORE_INDEX)
+
+
+def _read(
+    interpreter: Interpreter, term: MaskTerm, shape: Shape | None, score_dtype: torch.dtype
+) -> tuple[Boolean, sp.Expr]:
+    """Where the term lets scores through, and what it adds there."""
+    tensor = interpreter.tensor(term.node)
+    index = _score_index(tensor, shape)
+    value = tensor.at(index)
+    if term.kind == "additive":
+        return _split_additive(branches(value), interpreter.domain, score_dtype)
+    try:
+        truth = as_boolean(value)
+    except NotInterpretedError:
+        truth = as_boolean(interpreter.opaque(term.node).at(index))
+    return (sp.Not(truth) if term.kind == "masked_out" else truth), ZERO
+
+
+def _with_nodes(
+    interpreter: Interpreter, predicate: MaskPredicate, terms: Sequence[MaskTerm]
+) -> MaskPredicate:
+    """Attach opaque nodes; a mask that is written after its node is not proved."""
+    formulas = (
+        predicate.q_offset,
+        predicate.window,
+        predicate.key_mask,
+        predicate.segments,
+        predicate.query_mask,
+        predicate.bias,
+        *predicate.kv_length,
+        *predicate.unknown,
+    )
+    nodes = {name: interpreter.nodes[name] for name in sorted(opaque_names(*formulas))}
+    written = {n for n, node in nodes.items() if _written_after(interpreter, node)}
+    unknown = predicate.unknown
+    if any(_written_after(interpreter, term.node) for term in terms):
+        unknown = (*unknown, sp.Symbol("mask_is_overwritten_later"))
+    return replace(predicate, nodes=nodes, overwritten=frozenset(written), unknown=unknown)
+
+
+def _written_after(interpreter: Interpreter, node: fx.Node) -> bool:
+    return interpreter.mutations(node).written_after(node)
+
+
+def prove(
+    node: fx.Node,
+    *,
+    kind: MaskKind,
+    score_dtype: torch.dtype = torch.float32,
+    score_shape: Sequence[Size] | None = None,
+    prover: MaskProver | None = None,
+) -> MaskPredicate:
+    """Prove what a mask means.
+
+    Args:
+        node: The mask; broadcasts to the scores ``[B, H, Q, K]`` (three dimensions align right).
+        kind: How the mask acts on the scores; see `MaskTerm`.
+        score_dtype: The dtype in which the mask is added to the scores.
+        score_shape: ``(B, H, Q, K)``. Without it a mask dimension of size 1 is taken to be
+            broadcast, so a decoding step (``Q = 1``) shows ``kv_length`` instead of ``causal``.
+        prover: Shares work between the masks of one graph.
+
+    Returns:
+        The predicate; ``kind == "unknown"`` if a part of the mask is not understood.
+    """
+    prover = prover or MaskProver()
+    return prover.prove(node, kind=kind, score_dtype=score_dtype, score_shape=score_shape)
+
+
+def _score_domain(terms: Sequence[MaskTerm], shape: Shape | None) -> dict[sp.Symbol, sp.Expr]:
+    """Size of every score index."""
+    if shape is not None:
+        return dict(zip(SCORE_INDEX, shape, strict=True))
+    sizes = dict.fromkeys(SCORE_INDEX, ONE)
+    for term in terms:
+        for symbol, size in zip(reversed(SCORE_INDEX), reversed(shape_of(term.node)), strict=False):
+            sizes[symbol] = size if size != 1 else sizes[symbol]
+    return sizes
+
+
+def _score_index(tensor: SymbolicTensor, shape: tuple[sp.Expr, ...] | None) -> tuple[sp.Expr, ...]:
+    """The mask's index for score (b, h, q, k); a size of 1 that scores share keeps its symbol."""
+    ndim = tensor.ndim
+    aligned = SCORE_INDEX[len(SCORE_INDEX) - ndim :]
+    sizes = (None,) * ndim if shape is None else shape[len(shape) - ndim :]
+    return tuple(
+        ZERO if size == 1 and score != 1 else symbol
+        for symbol, size, score in zip(aligned, tensor.shape, sizes, strict=True)
+    )
+
+
+def _split_additive(
+    pairs: Sequence[tuple[sp.Expr, Boolean]],
+    domain: Mapping[sp.Symbol, sp.Expr],
+    score_dtype: torch.dtype,
+) -> tuple[Boolean, sp.Expr]:
+    """Split an additive mask into "may attend" and the bias of what may be attended."""
+    limit = max(sp.Integer(MASK_VALUE), sp.Rational(torch.finfo(score_dtype).min))
+    kept = [(v, simplify(c, domain)) for v, c in pairs if not (v.is_number and v <= limit)]
+    kept = [(value, condition) for value, condition in kept if condition != sp.false]
+    keep = sp.Or(*(condition for _, condition in kept))
+    if not kept:
+        return sp.false, ZERO
+    if len(kept) == 1:
+        return _unsimplified(pairs, limit), kept[0][0]
+    return keep, sp.Piecewise(*kept, evaluate=False)
+
+
+def _unsimplified(pairs: Sequence[tuple[sp.Expr, Boolean]], limit: sp.Expr) -> Boolean:
+    """The condition of the one visible case as written, vacuous causal parts included."""
+    return sp.Or(*(c for v, c in pairs if not (v.is_number and v <= limit)))

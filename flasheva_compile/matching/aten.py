@@ -1,0 +1,113 @@
+"""Reading single nodes of a pre-dispatch ATen graph: op names, scalars, shapes, sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import fx
+
+# Ops that pass their first operand's values through unchanged (dtype, memory or tracking aside).
+CASTS = frozenset(
+    [
+        "to",
+        "_to_copy",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "contiguous",
+        "clone",
+        "detach",
+        "alias",
+        "lift_fresh_copy",
+        "detach_",
+        "lift_fresh",
+    ]
+)
+VIEWS = frozenset(["view", "reshape", "_unsafe_view"])
+PRODUCTS = frozenset(["matmul", "bmm", "mm"])
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the op's name without namespace and overload, or the node kind if it is no call."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
+    """Return an argument of a call, by position or keyword."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """Return the fake tensor that a node holds."""
+    return node.meta["val"]
+
+
+def shape_of(node: fx.Node) -> tuple:
+    """Return the shape of a tensor node; entries are ints or SymInts."""
+    return tuple(value_of(node).shape)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Return whether two sizes are provably equal, without adding a guard."""
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return left == right
+
+
+def scalar_of(operand: object, owner: torch.fx.GraphModule) -> float | None:
+    """Return the Python number that an operand holds, following 0-d constants; else None.
+
+    A symbolic float is specialised: its value becomes a guard of the compiled graph.
+    """
+    if isinstance(operand, bool):
+        return None
+    if isinstance(operand, int | float):
+        return float(operand)
+    if not isinstance(operand, torch.fx.Node):
+        return None
+    value = operand.meta.get("val")
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        return None
+    return _constant_tensor(operand, owner)
+
+
+def _constant_tensor(node: torch.fx.Node, owner: torch.fx.GraphModule) -> float | None:
+    name = op_name(node)
+    if name in CASTS:
+        source = node.args[0]
+        return scalar_of(source, owner)
+    if name == "full":
+        return scalar_of(argument(node, 1, "fill_value"), owner)
+    if name == "scalar_tensor":
+        return scalar_of(argument(node, 0, "s"), owner)
+    if node.op == "get_attr":
+        held = getattr(owner, str(node.target), None)
+        if type(held) is torch.Tensor and held.numel() == 1:
+            return float(held)
+    return None
+
+
+def place_in_source(node: fx.Node) -> str:
+    """Return ``file:line`` of the innermost user code of a node."""
+    frames = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return ""
+    file, line = frames[-1].split(",")[:2]
+    return f"{file.split('/')[-1].strip(chr(34))}:{line.strip().removeprefix('line ')}"

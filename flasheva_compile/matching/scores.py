@@ -1,0 +1,178 @@
+"""The score path: from the input of a softmax back to the product of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from flasheva_compile.matching.aten import CASTS, PRODUCTS, VIEWS, op_name, scalar_of, shape_of
+from flasheva_compile.site import MaskTerm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import fx
+
+_SEARCH_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePath:
+    """What stands between the product and the softmax.
+
+    Attributes:
+        product: The node that multiplies queries and keys.
+        scale: Factor on the product before softcap and masks.
+        softcap: ``softcap * tanh(scale * qk / softcap)``; 0.0 without.
+        masks: In order from the softmax back.
+    """
+
+    product: fx.Node
+    scale: float = 1.0
+    softcap: float = 0.0
+    masks: tuple[MaskTerm, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Walk:
+    """State of the walk: ``factor`` multiplies everything not yet visited."""
+
+    node: fx.Node
+    owner: fx.GraphModule
+    factor: float = 1.0
+    cap: float = 0.0
+    masks: tuple[MaskTerm, ...] = ()
+
+
+def reaches_product(node: object) -> bool:
+    """Return whether a product of two tensors lies behind elementwise ops and views."""
+    stack, seen = [node], 0
+    while stack and seen < _SEARCH_LIMIT:
+        current = stack.pop()
+        seen += 1
+        if not hasattr(current, "op"):
+            continue
+        name = op_name(current)
+        if name in PRODUCTS:
+            return True
+        if name in CASTS | VIEWS or name in _STEPS:
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def walk_scores(node: fx.Node, owner: fx.GraphModule) -> ScorePath | str:
+    """Walk from the softmax input to the product of queries and keys.
+
+    Returns:
+        The path, or the reason why it is not one.
+    """
+    walk = _Walk(node=node, owner=owner)
+    while op_name(walk.node) not in PRODUCTS:
+        name = op_name(walk.node)
+        if name in CASTS or (name in VIEWS and _keeps_shape(walk.node)):
+            walk = replace(walk, node=walk.node.args[0])
+            continue
+        step = _STEPS.get(name)
+        if step is None:
+            return f"{name} between the product and the softmax"
+        if name.endswith("_") and len(walk.node.args[0].users) > 1:
+            return f"in-place {name} on scores that are also read elsewhere"
+        after = step(walk)
+        if isinstance(after, str):
+            return after
+        walk = after
+    if walk.cap:
+        return ScorePath(
+            product=walk.node, scale=walk.factor * walk.cap, softcap=walk.cap, masks=walk.masks
+        )
+    return ScorePath(product=walk.node, scale=walk.factor, masks=walk.masks)
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    return shape_of(node) == shape_of(node.args[0])
+
+
+def _multiply(walk: _Walk) -> _Walk | str:
+    first, second = walk.node.args[:2]
+    factor = scalar_of(second, walk.owner)
+    if factor is not None:
+        return replace(walk, node=first, factor=walk.factor * factor)
+    factor = scalar_of(first, walk.owner)
+    if factor is not None:
+        return replace(walk, node=second, factor=walk.factor * factor)
+    return "scores are multiplied by a tensor"
+
+
+def _divide(walk: _Walk) -> _Walk | str:
+    if "rounding_mode" in walk.node.kwargs:
+        return "scores are divided with rounding"
+    divisor = scalar_of(walk.node.args[1], walk.owner)
+    if divisor is None:
+        return "scores are divided by a tensor"
+    return replace(walk, node=walk.node.args[0], factor=walk.factor / divisor)
+
+
+def _add(walk: _Walk) -> _Walk | str:
+    first, second = walk.node.args[:2]
+    if walk.node.kwargs.get("alpha", 1) != 1:
+        return "scores are added with a factor"
+    if walk.factor <= 0:
+        return "scores are scaled by a number that is not positive after the mask"
+    sides = [(first, second), (second, first)]
+    scores = [(a, b) for a, b in sides if reaches_product(a) and not reaches_product(b)]
+    if len(scores) != 1:
+        return "scores are a sum in which the product cannot be told from the mask"
+    score, mask = scores[0]
+    if not hasattr(mask, "op"):
+        return replace(walk, node=score)  # softmax(x + c) == softmax(x)
+    return _masked(walk, score, mask, "additive")
+
+
+def _where(walk: _Walk) -> _Walk | str:
+    condition, chosen, other = walk.node.args[:3]
+    if reaches_product(chosen) and _is_masking(other, walk):
+        return _masked(walk, chosen, condition, "bool")
+    if reaches_product(other) and _is_masking(chosen, walk):
+        return _masked(walk, other, condition, "masked_out")
+    return "scores are chosen by where() against something that is not minus infinity"
+
+
+def _masked_fill(walk: _Walk) -> _Walk | str:
+    scores, condition, fill = walk.node.args[:3]
+    if not _is_masking(fill, walk):
+        return "scores are filled with something that is not minus infinity"
+    return _masked(walk, scores, condition, "masked_out")
+
+
+def _is_masking(fill: object, walk: _Walk) -> bool:
+    value = scalar_of(fill, walk.owner)
+    # -1e4 underflows to zero weight in every float type unless a whole row is masked.
+    return value is not None and value * walk.factor <= -1e4
+
+
+def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: str) -> _Walk | str:
+    if walk.cap:
+        return "mask inside the softcap"
+    return replace(walk, node=scores, masks=(*walk.masks, MaskTerm(node=mask, kind=kind)))
+
+
+def _tanh(walk: _Walk) -> _Walk | str:
+    if walk.cap:
+        return "two tanh on the score path"
+    if walk.factor <= 0:
+        return "softcap that is not positive"
+    return replace(walk, node=walk.node.args[0], cap=walk.factor, factor=1.0)
+
+
+_STEPS: dict[str, Callable[[_Walk], _Walk | str]] = {
+    "mul": _multiply,
+    "mul_": _multiply,
+    "div": _divide,
+    "div_": _divide,
+    "add": _add,
+    "add_": _add,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "masked_fill_": _masked_fill,
+    "tanh": _tanh,
+}

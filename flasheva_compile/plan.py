@@ -1,0 +1,202 @@
+"""Decide, for every attention, whether and how it is rewritten; pure, reads no graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sympy
+import torch
+
+from flasheva_compile.errors import PlanError
+from flasheva_compile.lowering.op import EvaOp
+from flasheva_compile.site import Keep, MissedSite, Replace, RewritePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flasheva_compile.config import EvaConfig, LayerName, Options
+    from flasheva_compile.masks.predicate import MaskPredicate
+    from flasheva_compile.site import AttentionSite, Decision
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What a mask allows, in the terms of the formula."""
+
+    causal: bool
+    has_key_mask: bool = False
+    has_segments: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why an attention stays full."""
+
+    reason: str
+    expected: bool = False
+
+
+def plan(
+    sites: Sequence[AttentionSite | MissedSite],
+    layers: Sequence[LayerName],
+    masks: Sequence[MaskPredicate | None],
+    options: Options,
+) -> RewritePlan:
+    """Decide on every site.
+
+    Args:
+        sites: What matching found, in graph order.
+        layers: Their names.
+        masks: What their masks were proved to be; None where there is none.
+        options: What the user asked for.
+
+    Raises:
+        PlanError: ``strict`` and an attention that was to be rewritten cannot be.
+    """
+    decisions = tuple(
+        _decide(site, layer, mask, options)
+        for site, layer, mask in zip(sites, layers, masks, strict=True)
+    )
+    failures = [d for d in decisions if isinstance(d, Keep) and not d.expected]
+    if options.strict and failures:
+        rest = f" (and {len(failures) - 1} more)" if failures[1:] else ""
+        raise PlanError(
+            f"stays full: {failures[0].reason}{rest}",
+            subject=failures[0].layer.path or failures[0].site.place.source,
+            hint='give the layer "full", or leave strict out',
+        )
+    return RewritePlan(decisions=decisions)
+
+
+def _decide(
+    site: AttentionSite | MissedSite,
+    layer: LayerName,
+    mask: MaskPredicate | None,
+    options: Options,
+) -> Decision:
+    config = options.hybrid.resolve(layer)
+    text = _mask_text(site, mask)
+    if config == "full":
+        return Keep(
+            site=site, layer=layer, reason="full by configuration", mask_text=text, expected=True
+        )
+    if isinstance(site, MissedSite):
+        return Keep(site=site, layer=layer, reason=site.reason)
+    geometry = _geometry(site, mask, options)
+    if isinstance(geometry, _Geometry):
+        geometry = _refuse_combination(site, config) or geometry
+    if isinstance(geometry, _Refusal):
+        return Keep(
+            site=site,
+            layer=layer,
+            reason=geometry.reason,
+            mask_text=text,
+            expected=geometry.expected,
+        )
+    op = _op(site, geometry, config)
+    return Replace(site=site, layer=layer, config=config, op=op, mask=mask, mask_text=text)
+
+
+def _mask_text(site: AttentionSite | MissedSite, mask: MaskPredicate | None) -> str:
+    if isinstance(site, MissedSite):
+        return ""
+    if mask is not None:
+        return mask.kind
+    return "causal (is_causal)" if site.is_causal else "none"
+
+
+def _geometry(
+    site: AttentionSite, mask: MaskPredicate | None, options: Options
+) -> _Geometry | _Refusal:
+    """Turn mask and lengths into a geometry that the formula covers."""
+    if mask is None and site.is_causal:
+        if not site.lengths_equal:
+            return _Refusal("is_causal with fewer queries than keys does not end at the last key")
+        return _Geometry(causal=True)
+    if mask is None:
+        return _bidirectional(site, options, has_key_mask=False)
+    refusal = _refuse_mask(mask)
+    if mask.unknown and options.assume_mask and not (refusal and refusal.expected):
+        if not site.lengths_equal:
+            return _Refusal("assume_mask needs as many queries as keys")
+        return _Geometry(causal=options.assume_mask == "causal")
+    if refusal:
+        return refusal
+    has_key_mask, has_segments = mask.key_mask is not None, mask.segments is not None
+    if site.is_causal:
+        return _Refusal("is_causal together with a mask")
+    if not mask.causal:
+        return _bidirectional(site, options, has_key_mask=has_key_mask, segments=has_segments)
+    if not _ends_at_last_key(site, mask):
+        return _Refusal(f"causal, but not aligned with the last key: {mask.describe()}")
+    return _Geometry(causal=True, has_key_mask=has_key_mask, has_segments=has_segments)
+
+
+def _ends_at_last_key(site: AttentionSite, mask: MaskPredicate) -> bool:
+    """Return whether the last query provably sees the last key: ``offset == S - L``."""
+    queries, keys = (
+        size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+        for size in site.score_shape[2:]
+    )
+    return sympy.expand(mask.q_offset - (keys - queries)) == 0
+
+
+def _refuse_mask(mask: MaskPredicate) -> _Refusal | None:
+    """Name the first part of a proved mask that the formula does not cover."""
+    if mask.window is not None:
+        return _Refusal(f"the model's own sliding window: {mask.describe()}", expected=True)
+    if mask.unknown:
+        return _Refusal(f"mask not understood: {mask.describe()}")
+    parts = (
+        (mask.always_masked, "everything is masked"),
+        (mask.overwritten, "mask is overwritten after it is made"),
+        (mask.bias is not None, "additive position bias"),
+        (bool(mask.kv_length), "keys bounded by a length on the device (static cache)"),
+        (mask.query_mask is not None, "some queries are masked as a whole"),
+    )
+    reason = next((text for present, text in parts if present), "")
+    return _Refusal(reason) if reason else None
+
+
+def _bidirectional(
+    site: AttentionSite, options: Options, *, has_key_mask: bool, segments: bool = False
+) -> _Geometry | _Refusal:
+    if segments:
+        return _Refusal("packed documents without causality")
+    if not site.lengths_equal:
+        return _Refusal("queries and keys differ in length and no mask says how they are aligned")
+    if not site.same_source and options.assume_mask != "bidirectional":
+        return _Refusal("cross-attention: queries and keys are not projected from one sequence")
+    return _Geometry(causal=False, has_key_mask=has_key_mask)
+
+
+def _refuse_combination(site: AttentionSite, config: EvaConfig) -> _Refusal | None:
+    """Refuse what the ops do not compute."""
+    if site.dtype not in _DTYPES:
+        return _Refusal(f"dtype {site.dtype} is not a floating type that the ops support")
+    if config.chunk_rule == "eva" and not site.lengths_equal:
+        return _Refusal("chunk rule eva needs as many queries as keys")
+    return None
+
+
+def _op(site: AttentionSite, geometry: _Geometry, config: EvaConfig) -> EvaOp:
+    return EvaOp(
+        window_size=config.window_size,
+        chunk_size=config.chunk_size,
+        sink_size=config.sink_size,
+        window=config.window,
+        chunk_rule=config.chunk_rule,
+        causal=geometry.causal,
+        scale=site.scale,
+        softcap=site.softcap,
+        dropout_p=site.dropout_p,
+        has_key_mask=geometry.has_key_mask,
+        has_segments=geometry.has_segments,
+        heads=site.query.heads,
+        kv_heads=site.key.heads,
+        head_dim=site.query.dim,
+        value_dim=site.value.dim,
+    )

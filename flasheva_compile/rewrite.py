@@ -1,0 +1,278 @@
+"""Carry out a plan on Dynamo's graph: the only code that edits it."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from flasheva_compile import ops
+from flasheva_compile.errors import RewriteError
+from flasheva_compile.masks.emit import NotEmitted, emit_key_tensor
+from flasheva_compile.masks.predicate import opaque_names
+from flasheva_compile.site import Keep, Replace, RewritePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import sympy
+
+    from flasheva_compile.site import CapturedGraph, Decision, Operand
+
+_CARRIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
+_INPLACE_FUNCTIONS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "setitem", "iand", "ior"}
+)
+
+
+def rewrite(captured: CapturedGraph, plan: RewritePlan) -> RewritePlan:
+    """Replace every planned attention in ``captured.dynamo``, in place.
+
+    A mask that cannot be rebuilt as a key mask turns its decision into a ``Keep``.
+
+    Returns:
+        The plan as it was carried out.
+
+    Raises:
+        RewriteError: The edited graph is malformed; a bug.
+    """
+    shared: dict[tuple[str, object], fx.Node] = {}
+    done = tuple(_carry_out(captured, decision, shared) for decision in plan.decisions)
+    for module in _graphs(captured).values():
+        try:
+            module.graph.lint()
+        except RuntimeError as error:
+            raise RewriteError(f"the rewritten graph is malformed: {error}") from error
+        module.recompile()
+    return RewritePlan(decisions=done)
+
+
+def _graphs(captured: CapturedGraph) -> Mapping[str, fx.GraphModule]:
+    return {
+        name: module
+        for name, module in captured.dynamo.named_modules()
+        if isinstance(module, fx.GraphModule)
+    }
+
+
+def _carry_out(
+    captured: CapturedGraph, decision: Decision, shared: dict[tuple[str, object], fx.Node]
+) -> Decision:
+    if isinstance(decision, Keep):
+        return decision
+    editor = _Editor(captured, decision, shared)
+    reason = editor.replace()
+    if reason is None:
+        return decision
+    return Keep(
+        site=decision.site, layer=decision.layer, reason=reason, mask_text=decision.mask_text
+    )
+
+
+class _Editor:
+    """Builds the replacement of one attention in front of the node that it replaces."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        decision: Replace,
+        shared: dict[tuple[str, object], fx.Node],
+    ) -> None:
+        self.captured, self.decision, self.shared = captured, decision, shared
+        self.path = decision.site.output.graph
+        self.graph = _graphs(captured)[self.path].graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.output = self.nodes[decision.site.output.node]
+
+    def replace(self) -> str | None:
+        """Replace the attention; return a reason instead if its mask cannot be rebuilt."""
+        site, op = self.decision.site, self.decision.op
+        with self.graph.inserting_before(self.output):
+            key_mask, segments = self._mask_tensors()
+            for built in (key_mask, segments):
+                if isinstance(built, str):
+                    return built
+            query, key, value = (self._operand(o) for o in (site.query, site.key, site.value))
+            chunk_tokens = self._chunk_tokens(query, key, value, key_mask, segments)
+            seed = self._seed(query) if op.dropout_p else None
+            pair = self._call(
+                torch.ops.flasheva.attention.default,
+                (query, key, value, *chunk_tokens, key_mask, segments, None, seed),
+                window_size=op.window_size,
+                chunk_size=op.chunk_size,
+                sink_tokens=op.sink_size,
+                window=op.window,
+                causal=op.causal,
+                q_offset=self._offset(query, key),
+                scale=op.scale,
+                softcap=op.softcap,
+                dropout_p=op.dropout_p,
+                version=ops.OP_VERSION,
+            )
+            result = self._call(operator.getitem, (pair, 0))
+            result.meta = dict(self.output.meta)
+        self.output.replace_all_uses_with(result)
+        _erase_dead(self.graph, self.output)
+        return None
+
+    def _call(self, target: object, args: tuple, **kwargs: object) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        for name in _CARRIED_META:
+            if name in self.output.meta:
+                node.meta[name] = self.output.meta[name]
+        return node
+
+    def _operand(self, operand: Operand) -> fx.Node:
+        node = self.nodes[operand.origin.node]
+        if operand.transposed:
+            node = self._call(torch.transpose, (node, -2, -1))
+        if operand.dtype != self.decision.site.dtype:
+            # Under autocast the product casts its operands; the op computes in what it is given.
+            node = self._call(torch.Tensor.to, (node, self.decision.site.dtype))
+        return node
+
+    def _offset(self, query: fx.Node, key: fx.Node) -> fx.Node | int:
+        """Column of the first query: queries end at the last key."""
+        site = self.decision.site
+        if site.lengths_equal:
+            return 0
+        if site.query.length is not None and site.key.length is not None:
+            return site.key.length - site.query.length
+        sizes = [self._call(torch.Tensor.size, (node, 2)) for node in (key, query)]
+        return self._call(operator.sub, tuple(sizes))
+
+    def _seed(self, query: fx.Node) -> fx.Node:
+        device = self._call(getattr, (query, "device"))
+        return self._call(torch.randint, (0, 2**62, (1,)), dtype=torch.int64, device=device)
+
+    def _chunk_tokens(
+        self,
+        query: fx.Node,
+        key: fx.Node,
+        value: fx.Node,
+        key_mask: fx.Node | None,
+        segments: fx.Node | None,
+    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+        op = self.decision.op
+        masks = (key_mask, segments)
+        if op.chunk_rule != "eva":
+            return self._pool(key, value, [], masks, op.chunk_rule)
+        # Without parameters the feature maps of EVA are the identity: rfa_k is the mean key and
+        # omega the mean query of the chunk and group plus the mean key.
+        grouped = self._call(torch.unflatten, (query, 1, (op.kv_heads, -1)))
+        mean_query = self._call(torch.mean, (grouped, 2))
+        mean_k, mean_q, _ = self._pool(key, mean_query, [], masks, "mean")
+        omega = self._call(torch.add, (mean_k, mean_q))
+        return self._pool(key, value, [mean_k, omega], masks, "eva")
+
+    def _pool(
+        self,
+        key: fx.Node,
+        value: fx.Node,
+        parameters: list[fx.Node],
+        masks: tuple[fx.Node | None, fx.Node | None],
+        rule: str,
+    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+        op = self.decision.op
+        triple = self._call(
+            torch.ops.flasheva.chunk_tokens.default,
+            (key, value, parameters, *masks),
+            rule=rule,
+            chunk_size=op.chunk_size,
+            scale=op.scale,
+            version=ops.OP_VERSION,
+        )
+        k, v, bias = (self._call(operator.getitem, (triple, i)) for i in range(3))
+        return k, v, bias
+
+    def _mask_tensors(self) -> tuple[fx.Node | str | None, fx.Node | str | None]:
+        op, mask = self.decision.op, self.decision.mask
+        if mask is None:
+            return None, None
+        return (
+            self._key_tensor(mask.key_mask) if op.has_key_mask else None,
+            self._key_tensor(mask.segments) if op.has_segments else None,
+        )
+
+    def _key_tensor(self, formula: sympy.Basic) -> fx.Node | str:
+        """Build a ``[B, S]`` tensor once per graph and formula; a reason if that fails."""
+        place = (self.path, formula)
+        if place in self.shared:
+            return self.shared[place]
+        sources = self._opaque_nodes(formula)
+        if isinstance(sources, str):
+            return sources
+        batch, length = self._size(0), self._size(3)
+        built = emit_key_tensor(self.graph, formula, sources | self._symbols(), batch, length)
+        if isinstance(built, NotEmitted):
+            return f"mask cannot be rebuilt: {built.reason}"
+        self.shared[place] = built
+        return built
+
+    def _size(self, axis: int) -> fx.Node | int:
+        """Batch size (axis 0) or key length (axis 3) of the scores."""
+        site = self.decision.site
+        size = site.score_shape[axis]
+        if isinstance(size, int):
+            return size
+        key = self.nodes[site.key.origin.node]
+        of_key = 0 if axis == 0 else (3 if site.key.transposed else 2)
+        return self._call(torch.Tensor.size, (key, of_key))
+
+    def _symbols(self) -> dict[str, fx.Node]:
+        """Map the symbols of symbolic sizes to nodes that hold them."""
+        sizes = self.decision.site.score_shape
+        return {
+            str(sizes[axis].node.expr): node
+            for axis in (0, 3)
+            if isinstance(node := self._size(axis), fx.Node)
+        }
+
+    def _opaque_nodes(self, formula: sympy.Basic) -> dict[str, fx.Node] | str:
+        """Map the formula's opaque tensors to nodes of this graph; a reason if one is not here."""
+        found: dict[str, fx.Node] = {}
+        for name in sorted(opaque_names(formula)):
+            shadow = self.decision.mask.nodes[name]
+            origin = self.captured.origin(shadow, self.path)
+            if origin is None:
+                return f"its mask depends on {shadow.name}, which this graph does not hold"
+            found[name] = self.nodes[origin.node]
+        return found
+
+
+def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that lost its last user, then what only it used."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.users or current._erased or not _is_erasable(current):
+            continue
+        stack.extend(current.all_input_nodes)
+        graph.erase_node(current)
+
+
+def _is_erasable(node: fx.Node) -> bool:
+    """Return whether nobody can tell that a node without users is gone."""
+    if node.op == "get_attr":
+        return True
+    if node.op not in {"call_function", "call_method"}:
+        return False
+    if not _is_inplace(node):
+        return True
+    # Writes to a value that nobody else holds are lost with it.
+    base = node.args[0]
+    return isinstance(base, fx.Node) and set(base.users) == {node} and _is_fresh(base)
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in {"matmul", "bmm", "baddbmm", "softmax", "mul", "truediv", "add", "div"}

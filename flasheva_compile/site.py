@@ -1,0 +1,192 @@
+"""The values that pass between the stages: captured graph, sites, misses, decisions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import fx
+
+    from flasheva_compile.config import EvaConfig, LayerName
+    from flasheva_compile.lowering.op import EvaOp
+    from flasheva_compile.masks.predicate import MaskPredicate
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A node of Dynamo's graph: the path of its graph module ("" is the root) and its name."""
+
+    graph: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedGraph:
+    """Dynamo's graph and its pre-dispatch ATen shadow, which is only read.
+
+    Attributes:
+        dynamo: The graph to be edited.
+        shadow: The same computation in pre-dispatch ATen, bodies of checkpoints inlined.
+        origins: Shadow node -> the Dynamo nodes with the same value, one per graph at most.
+        data: Shadow placeholder -> its real tensor, where the backend was given one.
+        warnings: Parts of the graph that could not be looked into.
+    """
+
+    dynamo: fx.GraphModule
+    shadow: fx.GraphModule
+    origins: Mapping[fx.Node, tuple[Origin, ...]]
+    data: Mapping[fx.Node, torch.Tensor]
+    warnings: tuple[str, ...] = ()
+
+    def origin(self, node: fx.Node, graph: str) -> Origin | None:
+        """Return the Dynamo node in the given graph that holds a shadow node's value."""
+        return next((o for o in self.origins.get(node, ()) if o.graph == graph), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """A tensor ``[B, H, N, D]`` taken from Dynamo's graph.
+
+    Attributes:
+        origin: The node.
+        transposed: The node holds ``[B, H, D, N]``.
+        heads, dim: Its sizes.
+        length: Its number of tokens; None if symbolic.
+        dtype: Its dtype.
+    """
+
+    origin: Origin
+    transposed: bool
+    heads: int
+    dim: int
+    length: int | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskTerm:
+    """One mask met on the score path.
+
+    Attributes:
+        node: Shadow node that broadcasts to ``[B, H, L, S]``.
+        kind: "bool" (True = may attend), "masked_out" (True = may not) or "additive".
+    """
+
+    node: fx.Node
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an attention stands, for people and for rules.
+
+    Attributes:
+        path: Module path as the traced frame spells it, such as ``L['self'].model.layers.0.attn``.
+        module_id: ``id`` of the module that runs it, or None for a plain function.
+        source: ``file:line`` of the code.
+    """
+
+    path: str
+    module_id: int | None
+    source: str
+
+    @property
+    def local_path(self) -> str:
+        """The path without the frame's spelling of the root: ``L['self'].a.b`` -> ``a.b``."""
+        return re.sub(r"^[LG]\['[^']*'\]\.?", "", self.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSite:
+    """One softmax attention, understood.
+
+    Attributes:
+        place: Where it stands.
+        output: The Dynamo node that holds its result ``[B, Hq, L, Dv]``.
+        query, key, value: Its operands; key and value with their own number of heads.
+        scale, softcap, dropout_p: Score and weight modifications (0.0: none).
+        masks: Every mask on the score path.
+        is_causal: SDPA's flag.
+        score_shape: Sizes ``(B, Hq, L, S)``; ints or SymInts.
+        lengths_equal: Queries and keys have provably the same length.
+        same_source: Queries, keys and values are projected from the same tensor.
+    """
+
+    place: Place
+    output: Origin
+    query: Operand
+    key: Operand
+    value: Operand
+    scale: float
+    softcap: float
+    dropout_p: float
+    masks: tuple[MaskTerm, ...]
+    is_causal: bool
+    score_shape: tuple[int | torch.SymInt, ...]
+    lengths_equal: bool
+    same_source: bool
+    dtype: torch.dtype
+    spelling: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissedSite:
+    """An attention that was recognised but not understood, with the first reason."""
+
+    place: Place
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replace:
+    """Rewrite this site.
+
+    Attributes:
+        site: What to replace.
+        layer: Its name.
+        config: The chosen configuration.
+        op: What the rewritten attention computes.
+        mask: The proved predicate, None where there was no mask tensor.
+        mask_text: The predicate for people.
+    """
+
+    site: AttentionSite
+    layer: LayerName
+    config: EvaConfig
+    op: EvaOp
+    mask: MaskPredicate | None
+    mask_text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Leave this attention as it is, and say why.
+
+    Attributes:
+        site: The attention.
+        layer: Its name.
+        reason: Why it stays full.
+        mask_text: What its mask was proved to be, if anything.
+        expected: The configuration or the model itself asks for it; not a failure of ours.
+    """
+
+    site: AttentionSite | MissedSite
+    layer: LayerName
+    reason: str
+    mask_text: str = ""
+    expected: bool = False
+
+
+Decision: TypeAlias = Replace | Keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewritePlan:
+    """Decisions in graph order."""
+
+    decisions: tuple[Decision, ...] = field(default=())

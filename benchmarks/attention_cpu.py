@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/attention_cpu.py``. Each measurement is its own process, so that the peak
 resident memory belongs to it alone: ``ru_maxrss`` after the runs minus ``ru_maxrss`` before the
-first one, inputs excluded, outputs and gradients included. Times are medians, peers in the same run.
+first one, inputs excluded, outputs and gradients included. Times are medians.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import resource
 import statistics
@@ -107,6 +108,7 @@ def report(runs: int) -> dict[str, object]:
         "python": platform.python_version(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
+        "load_average_at_end": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": rows,
     }

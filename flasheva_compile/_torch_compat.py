@@ -31,6 +31,7 @@ __all__ = [
     "inductor_option_names",
     "is_checkpoint_body_call",
     "is_higher_order_call",
+    "is_module_state",
     "is_real_tensor",
     "modules_on_stack",
     "through_dynamo",
@@ -59,6 +60,11 @@ def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> t
 def is_real_tensor(value: object) -> bool:
     """Return whether ``value`` is a tensor with data (not a fake)."""
     return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
+def is_module_state(placeholder: torch.fx.Node) -> bool:
+    """Return whether an input of Dynamo's graph is a parameter or buffer of a module."""
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
 def is_higher_order_call(node: torch.fx.Node) -> bool:

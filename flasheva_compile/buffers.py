@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from flasheva_compile import _torch_compat as compat
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -49,11 +51,15 @@ _FORMS: dict[str, Callable[[int, torch.dtype], torch.Tensor]] = {
 def mask_buffers(captured: CapturedGraph) -> Mapping[fx.Node, MaskBuffer]:
     """Find the inputs that are buffers holding a causal mask, by shadow placeholder."""
     found: dict[fx.Node, MaskBuffer] = {}
-    for position, node in enumerate(captured.shadow.graph.find_nodes(op="placeholder")):
+    shadow = captured.shadow.graph.find_nodes(op="placeholder")
+    dynamo = captured.dynamo.graph.find_nodes(op="placeholder")
+    for position, (node, source) in enumerate(zip(shadow, dynamo, strict=True)):
         data = captured.data.get(node)
-        form = None if data is None or isinstance(data, nn.Parameter) else _form_of(data)
+        # A mask that the caller passes in may be another one next time.
+        ours = data is not None and not isinstance(data, nn.Parameter)
+        form = _form_of(data) if ours and compat.is_module_state(source) else None
         if form is not None:
-            found[node] = MaskBuffer(position, node.name, _meaning(form, data), form)
+            found[node] = MaskBuffer(position, source.name, _meaning(form, data), form)
     return found
 
 

@@ -236,6 +236,17 @@ def trivially_true():
     return torch.where(q >= 0, torch.tensor(0.0), MIN)
 
 
+@program("bidirectional+kv length")
+def all_but_the_last_key():
+    _, _, k = index()
+    return k < K - 1
+
+
+@program("bidirectional+key padding", 1 + torch.arange(B * K).view(B, K) * 1e-3)
+def rounded_to_bfloat16(x):  # 1.001 becomes 1
+    return (x.to(torch.bfloat16) == 1)[:, None, None, :]
+
+
 # ---- windows
 
 

@@ -52,7 +52,7 @@ class Family:
         """Return inputs; padded ones have left padding in the first row."""
         generator = torch.Generator().manual_seed(7)
         if self.kind == "pixels":
-            return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+            return {"pixel_values": torch.randn(2, 3, 56, 56, generator=generator)}
         ids = torch.randint(3, VOCABULARY, (2, length), generator=generator)
         inputs = {"input_ids": ids}
         if padded:
@@ -115,7 +115,11 @@ class NanoAttention(nn.Module):
 class NanoBlock(nn.Module):
     def __init__(self, implementation: str):
         super().__init__()
-        self.ln, self.attn, self.mlp = nn.LayerNorm(32), NanoAttention(implementation), nn.Linear(32, 32)
+        self.ln, self.attn, self.mlp = (
+            nn.LayerNorm(32),
+            NanoAttention(implementation),
+            nn.Linear(32, 32),
+        )
 
     def forward(self, x):
         x = x + self.attn(self.ln(x))
@@ -223,7 +227,7 @@ FAMILIES = (
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=48,
-            image_size=32,
+            image_size=56,
             patch_size=8,
             **NO_DROPOUT,
         ),

@@ -64,9 +64,7 @@ def test_dynamic_shapes_serve_every_length_with_one_graph(name, implementation):
     family = BY_NAME[name]
     model, graphs = family.build(implementation).eval(), []
     padded = name != "nanogpt"
-    model.compile(
-        backend="flasheva", dynamic=True, options={**WHOLE, "inner_backend": "aot_eager"}
-    )
+    model.compile(backend="flasheva", dynamic=True, options={**WHOLE, "inner_backend": "aot_eager"})
     for length in (LENGTH, LENGTH + 7, LENGTH - 5):
         inputs = family.inputs(padded=padded, length=length)
         exact, theirs = in_double(model, inputs), pytorchs_own(model, inputs)
@@ -92,7 +90,9 @@ def test_a_plain_function():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     q, k, v = torch.randn(3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(attend, backend="flasheva", options={**WHOLE, "inner_backend": "eager"})
+    compiled = torch.compile(
+        attend, backend="flasheva", options={**WHOLE, "inner_backend": "eager"}
+    )
     exact = attend(q.double(), k.double(), v.double())
     assert_as_accurate(compiled(q, k, v), [attend(q, k, v)], exact)
     rows = fe.explain(attend, q, k, v).layers

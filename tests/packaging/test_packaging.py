@@ -42,10 +42,15 @@ print(is_kernels_available(), flasheva_compile.__path__[0], attention.__file__)
 # What the Hugging Face package `kernels` is to transformers: a distribution with a version, and a
 # module from which it takes many names.
 HF_KERNELS = """
+class Anything:
+    def __init__(self, *args, **kwargs): ...
+    def __call__(self, decorated=None, *args, **kwargs):
+        return decorated
+
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
-    return type(name, (), {})
+    return type(name, (Anything,), {})
 """
 
 

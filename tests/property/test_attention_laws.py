@@ -11,13 +11,14 @@ from flasheva_compile.kernels.blocked.attention import attention_forward
 from flasheva_compile.kernels.blocked.attention_backward import attention_backward
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
 from flasheva_compile.kernels.reference.attention import eva_attention_from_chunk_tokens
+from flasheva_compile.kernels.reference.chunk_rules import chunk_tokens
 from flasheva_compile.kernels.reference.positions import chunks_of, key_positions
 from flasheva_compile.kernels.reference.visibility import visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from flasheva_compile.ops import flasheva_attention
+from flasheva_compile.ops import OP_VERSION, flasheva_attention
 from tests.attention_cases import AttentionCase, attention_cases
 from tests.tolerance import assert_as_accurate_as_pytorch
 
@@ -68,6 +69,45 @@ def softmax_attention(case: AttentionCase, mask: torch.Tensor):
 @many
 def test_op_and_its_gradients_are_the_reference(case):
     assert_as_accurate_as_pytorch(case.op(FP64), case.reference, FP64)
+
+
+@given(attention_cases(causal=True))
+@laws
+def test_chunk_tokens_and_their_gradients_are_the_reference(case):
+    _, k, v = case.qkv
+    slots = -(-case.keys // case.chunk_size)
+    parameters = case.parameters
+    if case.rule == "eva":  # the op takes the features, not the maps
+        shape = (*k.shape[:2], slots, case.head_dim)
+        parameters = tuple(case._normal(stream, *shape) for stream in (20, 21))
+    scale = case.head_dim**-0.5
+    # The last gradient also reaches empty slots, where it must be dropped.
+    sizes = ((slots, case.head_dim), (slots, case.value_dim), (slots,))
+    douts = [case._normal(30 + i, *k.shape[:2], *size) for i, size in enumerate(sizes)]
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (k, v, *parameters)]
+        out = function(*leaves[:2], leaves[2:])
+        # The reference's biases are constants under some rules; the op cannot know.
+        pairs = [(x, d.to(dtype)) for x, d in zip(out, douts, strict=True) if x.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+        zeros = [
+            torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)
+        ]
+        return [x.detach() for x in (*out, *zeros)]
+
+    def op(k, v, parameters):
+        options = {"rule": case.rule, "chunk_size": case.chunk_size, "scale": scale}
+        masks = case.masks.values()
+        call = torch.ops.flasheva.chunk_tokens
+        return call(k, v, parameters, *masks, **options, version=OP_VERSION)
+
+    def reference(k, v, parameters):
+        members = chunks_of(key_positions(k, **case.masks), case.chunk_size).members
+        return chunk_tokens(k, v, members, rule=case.rule, parameters=parameters, scale=scale)
+
+    assert_as_accurate_as_pytorch(run(op, FP64), lambda dtype: run(reference, dtype), FP64)
 
 
 @given(attention_cases(), st.sampled_from([1, 2, 5, 16, 64]), st.sampled_from([1, 1 << 21]))

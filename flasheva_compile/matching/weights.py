@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from flasheva_compile.matching.aten import CASTS, PRODUCTS, VIEWS, argument, op_name, shape_of
 
 if TYPE_CHECKING:
@@ -54,15 +56,15 @@ def walk_weights(softmax: fx.Node) -> WeightPath | str:
 
 
 def feeds_product(softmax: fx.Node) -> bool:
-    """Return whether some use of the weights is a product (else it is no attention at all)."""
-    stack, seen = [softmax], set()
+    """Return whether the weights, whatever is done to each, end as left operand of a product."""
+    stack, seen, shape = [softmax], set(), shape_of(softmax)
     while stack:
         current = stack.pop()
         for user in current.users:
-            name = op_name(user)
-            if name in PRODUCTS and user.args[0] is current:
+            if op_name(user) in PRODUCTS and user.args[0] is current:
                 return True
-            if user not in seen and name in CASTS | VIEWS | _DROPOUTS:
+            value = user.meta.get("val")
+            if user not in seen and isinstance(value, torch.Tensor) and value.shape == shape:
                 seen.add(user)
                 stack.append(user)
     return False

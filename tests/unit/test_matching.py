@@ -1,0 +1,257 @@
+"""What is attention and what is not: each refusal with its reason."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import flasheva_compile as fe
+
+OPTIONS = {"window_size": 16, "chunk_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    torch._dynamo.reset()
+
+
+class Core(nn.Module):
+    """Projections around an attention function ``core(q, k, v)`` on ``[B, H, N, D]``."""
+
+    def __init__(self, core, heads=4, kv_heads=4, dim=32):
+        super().__init__()
+        self.core, self.heads, self.kv_heads, self.size = core, heads, kv_heads, dim // heads
+        self.q = nn.Linear(dim, heads * self.size)
+        self.k = nn.Linear(dim, kv_heads * self.size)
+        self.v = nn.Linear(dim, kv_heads * self.size)
+
+    def split(self, x, heads):
+        return x.view(*x.shape[:2], heads, self.size).transpose(1, 2)
+
+    def forward(self, x):
+        return self.core(
+            self.split(self.q(x), self.heads),
+            self.split(self.k(x), self.kv_heads),
+            self.split(self.v(x), self.kv_heads),
+        )
+
+
+def report(core, options=OPTIONS, **shape):
+    torch.manual_seed(0)
+    return fe.explain(Core(core, **shape).eval(), torch.randn(2, 24, 32), options=options)
+
+
+def causal(n):
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def plain(q, k, v):
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~causal(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+def scale_on_queries(q, k, v):
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.mT)
+    return torch.where(causal(q.shape[2]), scores, -math.inf).softmax(-1) @ v
+
+
+def softmax_in_float32(q, k, v):
+    scores = (q @ k.mT).mul(0.3) + torch.full((24, 24), -math.inf).triu(1)
+    return F.softmax(scores.float(), -1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def in_place(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    scores /= 2.0
+    scores += torch.full((24, 24), torch.finfo(torch.float32).min).triu(1)
+    return F.dropout(scores.softmax(-1), 0.1, training=False) @ v
+
+
+def keys_transposed_by_permute(q, k, v):
+    return plain(q, k.permute(0, 1, 3, 2).contiguous().transpose(-1, -2), v)
+
+
+def softcap(q, k, v):
+    scores = 5.0 * torch.tanh(q @ k.mT * 0.3 / 5.0)
+    return scores.masked_fill(~causal(24), -1e9).softmax(-1) @ v
+
+
+def repeated_heads(q, k, v):
+    def repeat(x):
+        b, h, n, d = x.shape
+        return x[:, :, None].expand(b, h, 2, n, d).reshape(b, h * 2, n, d)
+
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
+
+
+def interleaved_heads(q, k, v):
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def tiled_heads(q, k, v):
+    k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def enable_gqa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.2)
+
+
+GROUPED = (repeated_heads, interleaved_heads, tiled_heads, enable_gqa)
+SPELLINGS = (
+    plain,
+    scale_on_queries,
+    softmax_in_float32,
+    in_place,
+    keys_transposed_by_permute,
+    softcap,
+    *GROUPED,
+)
+
+
+@pytest.mark.parametrize("core", SPELLINGS, ids=lambda core: core.__name__)
+def test_every_spelling_is_found_and_computes_the_same(core):
+    shape = {"kv_heads": 2} if core in GROUPED else {}
+    found = report(core, **shape)
+    assert [(row.decision, row.causal) for row in found.layers] == [("eva", True)], found
+    # Tiled heads pair query head h with key head h mod 2: they must not be taken for a group.
+    assert found.layers[0].kv_heads == (2 if shape and core is not tiled_heads else 4)
+    model, x = Core(core, **shape).eval(), torch.randn(2, 24, 32)
+    whole = {"window_size": 32, "inner_backend": "eager"}
+    compiled = torch.compile(model, backend="flasheva", options=whole)
+    exact = Core(core, **shape).eval().double()
+    exact.load_state_dict(model.state_dict())
+    from tests.models.oracle import assert_as_accurate
+
+    with torch.no_grad():
+        assert_as_accurate(compiled(x), [model(x)], exact(x.double()))
+
+
+def weights_returned(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return weights @ v, weights
+
+
+def weights_used_twice(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return weights @ v + weights.sum(-1, keepdim=True)
+
+
+def learned_scale(q, k, v):
+    return ((q @ k.mT) * q.mean().exp()).masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def weights_on_the_right(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return v.mT @ weights
+
+
+def relative_bias(q, k, v):
+    distance = torch.arange(24)[:, None] - torch.arange(24)[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=-0.1 * distance.abs().float())
+
+
+def prefix_lm(q, k, v):
+    mask = causal(24) | (torch.arange(24) < 5)[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def soft_mask(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal(24), -5.0)
+    return scores.softmax(-1) @ v
+
+
+def powers_of_weights(q, k, v):
+    return (q @ k.mT).softmax(-1).pow(2) @ v
+
+
+def fewer_keys(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:, :, :20], v[:, :, :20])
+
+
+def causal_from_the_left(q, k, v):
+    return F.scaled_dot_product_attention(q[:, :, 4:], k, v, is_causal=True)
+
+
+REFUSED = {
+    weights_returned: "softmax weights are also returned",
+    weights_used_twice: "softmax weights are also used by",
+    learned_scale: "scores are multiplied by a tensor",
+    relative_bias: "additive position bias",
+    prefix_lm: "mask not understood",
+    soft_mask: "filled with something that is not minus infinity",
+    powers_of_weights: "softmax weights go to pow",
+    fewer_keys: "queries and keys differ in length",
+    causal_from_the_left: "is_causal with fewer queries than keys",
+}
+
+
+@pytest.mark.parametrize("core", REFUSED, ids=lambda core: core.__name__)
+def test_what_is_not_understood_stays_full_and_says_why(core):
+    (row,) = report(core).layers
+    assert row.decision == "full"
+    assert REFUSED[core] in row.reason
+
+
+def linear_attention(q, k, v):
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+def over_queries(q, k, v):
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def router(q, k, v):
+    return q * (q @ k.mT).mean((-1, -2), keepdim=True).softmax(1)
+
+
+@pytest.mark.parametrize(
+    "core", [linear_attention, over_queries, router, weights_on_the_right], ids=lambda c: c.__name__
+)
+def test_what_is_no_attention_is_not_reported(core):
+    assert report(core).layers == ()
+
+
+def test_a_prefix_of_cached_keys_is_attended_from_the_end():
+    """Fewer queries than keys under a mask that proves the offset: a decoding step."""
+
+    def core(q, k, v):
+        mask = torch.arange(24)[None] <= torch.arange(20, 24)[:, None]
+        return F.scaled_dot_product_attention(q[:, :, 20:], k, v, attn_mask=mask)
+
+    (row,) = report(core).layers
+    assert (row.decision, row.causal) == ("eva", True)
+    torch.manual_seed(0)
+    model, x = Core(core).eval(), torch.randn(2, 24, 32)
+    options = {**OPTIONS, "inner_backend": "eager"}
+    steps = torch.compile(model, backend="flasheva", options=options)(x)
+    model.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="flasheva", options=options)(x)
+    from tests.models.oracle import assert_as_accurate
+
+    assert_as_accurate(steps, [whole[:, :, 20:]], whole[:, :, 20:].double())
+
+
+def test_cross_attention_of_equal_length_is_refused():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.kv = nn.Linear(16, 16), nn.Linear(16, 32)
+
+        def forward(self, x, y):
+            q = self.q(x)[:, None]
+            k, v = self.kv(y)[:, None].chunk(2, -1)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    x, y = torch.randn(2, 2, 24, 16)
+    (row,) = fe.explain(Cross(), x, y, options=OPTIONS).layers
+    assert row.decision == "full"
+    assert "cross-attention" in row.reason
+    declared = {**OPTIONS, "assume_mask": "bidirectional"}
+    assert fe.explain(Cross(), x, y, options=declared).layers[0].decision == "eva"

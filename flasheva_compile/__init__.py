@@ -1,5 +1,6 @@
 """FlashEVA for any PyTorch model: ``torch.compile(model, backend="flasheva")``."""
 
+from importlib.metadata import entry_points as _entry_points
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
@@ -44,3 +45,19 @@ def __getattr__(name: str) -> object:
         return explain
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)
+
+
+def _register_unless_installed() -> None:
+    """Make the backend known by name in a checkout that is not installed.
+
+    An installation has an entry point, which torch finds without this import.
+    """
+    if _entry_points(group="torch_dynamo_backends", name="flasheva"):
+        return
+    from flasheva_compile._torch_compat import register_backend
+    from flasheva_compile.backend import flasheva_backend
+
+    register_backend("flasheva", flasheva_backend)
+
+
+_register_unless_installed()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import nn
+from torch._dynamo.backends import registry
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
@@ -34,6 +35,7 @@ __all__ = [
     "is_module_state",
     "is_real_tensor",
     "modules_on_stack",
+    "register_backend",
     "through_dynamo",
     "trace_pre_dispatch",
 ]
@@ -102,6 +104,12 @@ def modules_on_stack() -> list[nn.Module]:
             found.append(module)
         frame = frame.f_back
     return found
+
+
+def register_backend(name: str, backend: Callable[..., Any]) -> None:
+    """Make a backend known to ``torch.compile`` by name, once."""
+    if name not in registry._COMPILER_FNS:
+        registry.register_backend(backend, name=name)
 
 
 def through_dynamo(error: Exception) -> Exception:

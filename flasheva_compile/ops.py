@@ -227,7 +227,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
-    missing = {"window_size", "chunk_size"} - options.keys()
+    missing = {"window_size", "chunk_size"} - set(options)
     unknown = options.keys() - AttentionOptions.__annotations__.keys()
     op, names = "flasheva_attention", ", ".join(AttentionOptions.__annotations__)
     require(not missing, f"without {', '.join(sorted(missing))}", op)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -88,7 +90,7 @@ def test_strict_names_the_layer_and_the_reason():
     with pytest.raises(fe.PlanError) as raised:
         model(**t5.inputs(padded=False))
     assert str(raised.value).startswith(
-        "encoder.block.0.layer.0.SelfAttention: stays full: additive position bias (and 5 more)"
+        "encoder.block.0.layer.0.SelfAttention: stays full: additive position bias (and "
     )
 
 
@@ -121,8 +123,9 @@ def test_left_full_is_a_warning_not_a_silence(caplog):
     with caplog.at_level("INFO", logger="flasheva_compile"):
         model(**t5.inputs(padded=False))
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("6 of 6 attentions left full: encoder.block.0")
+    # One warning a graph; older versions of torch break T5 into two.
+    left = [re.match(r"(\d) of \1 attentions left full: (en|de)coder.block.0", w) for w in warnings]
+    assert sum(int(match[1]) for match in left) == 6
     assert sum(r.levelname == "INFO" for r in caplog.records) == 6
 
 

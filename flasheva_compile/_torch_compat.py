@@ -81,8 +81,8 @@ def is_checkpoint_body_call(target: object) -> bool:
 
 def compiled_frame_module() -> tuple[str, nn.Module] | None:
     """Return the local name and module of the frame being compiled, if a module owns the frame."""
-    frame = InstructionTranslator.current_tx().output.root_tx.f_locals
-    for name, value in frame.items():
+    root = InstructionTranslator.current_tx().output.root_tx
+    for name, value in (root.f_locals if root is not None else {}).items():
         if isinstance(value, nn.Module):
             return name, value
     return None
@@ -164,7 +164,8 @@ def compile_inductor(
 
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches.update({name.replace("-", "_"): value for name, value in options.items()})
-    return compile_fx(graph, list(inputs), config_patches=patches or None)
+    compiled: Any = compile_fx(graph, list(inputs), config_patches=patches or None)
+    return compiled
 
 
 def compile_aot_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 
 from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
-from flasheva_compile.masks.prove import MaskProver, MaskTerm
+from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
 from flasheva_compile.plan import plan
 from flasheva_compile.report import CompileReport, LayerReport
@@ -113,7 +113,7 @@ def _prove(
         None
         if isinstance(site, MissedSite) or not site.masks
         else prover.prove_terms(
-            [MaskTerm(term.node, term.kind) for term in site.masks],
+            site.masks,
             score_dtype=site.dtype,
             score_shape=site.score_shape,
         )

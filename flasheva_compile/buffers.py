@@ -55,9 +55,10 @@ def mask_buffers(captured: CapturedGraph) -> Mapping[fx.Node, MaskBuffer]:
     dynamo = captured.dynamo.graph.find_nodes(op="placeholder")
     for position, (node, source) in enumerate(zip(shadow, dynamo, strict=True)):
         data = captured.data.get(node)
+        if data is None or isinstance(data, nn.Parameter):
+            continue
         # A mask that the caller passes in may be another one next time.
-        ours = data is not None and not isinstance(data, nn.Parameter)
-        form = _form_of(data) if ours and compat.is_module_state(source) else None
+        form = _form_of(data) if compat.is_module_state(source) else None
         if form is not None:
             found[node] = MaskBuffer(position, source.name, _meaning(form, data), form)
     return found

@@ -56,13 +56,13 @@ def _chunk_settings(o: dict[str, Any]) -> ChunkSettings:
     schema=f"({_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _chunk_tokens(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_chunk_tokens(*args, options)
-    return chunk_tokens_forward(*args, _chunk_settings(options))
+    check_chunk_tokens(*args, options)  # pyright: ignore[reportCallIssue]
+    return chunk_tokens_forward(*args, _chunk_settings(options))  # pyright: ignore[reportCallIssue]
 
 
 @_chunk_tokens.register_fake
 def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_chunk_tokens(*args, options)
+    check_chunk_tokens(*args, options)  # pyright: ignore[reportCallIssue]
     k, v = args[:2]
     slots = (k.shape[2] + options["chunk_size"] - 1) // options["chunk_size"]
     head = (k.shape[0], k.shape[1], slots)
@@ -78,7 +78,8 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def _chunk_tokens_backward(*args: Any, **options: Any) -> list[Tensor]:
     grads, inputs = TokenGradients(*args[:3]), args[3:]
-    dk, dv, dp = chunk_tokens_backward(grads, *inputs, _chunk_settings(options))
+    settings = _chunk_settings(options)
+    dk, dv, dp = chunk_tokens_backward(grads, *inputs, settings)  # pyright: ignore[reportCallIssue]
     return [x.contiguous() for x in (dk, dv, *dp)]
 
 
@@ -228,7 +229,7 @@ class AttentionOptions(TypedDict, total=False):
 
 def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
     missing = {"window_size", "chunk_size"} - set(options)
-    unknown = options.keys() - AttentionOptions.__annotations__.keys()
+    unknown = set(options) - set(AttentionOptions.__annotations__)
     op, names = "flasheva_attention", ", ".join(AttentionOptions.__annotations__)
     require(not missing, f"without {', '.join(sorted(missing))}", op)
     require(not unknown, f"unknown option {', '.join(sorted(unknown))}", op, f"there are {names}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import fx
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
     from flasheva_compile.site import CapturedGraph, Decision, Operand
 
+_Masks: TypeAlias = tuple[fx.Node | None, fx.Node | None]  # key mask, segment ids
 _CARRIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 _INPLACE_FUNCTIONS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "setitem", "iand", "ior"}
+)
+_FRESH_FUNCTIONS = frozenset(
+    {"matmul", "bmm", "baddbmm", "softmax", "mul", "truediv", "add", "div"}
 )
 
 
@@ -90,16 +94,15 @@ class _Editor:
         """Replace the attention; return a reason instead if its mask cannot be rebuilt."""
         site, op = self.decision.site, self.decision.op
         with self.graph.inserting_before(self.output):
-            key_mask, segments = self._mask_tensors()
-            for built in (key_mask, segments):
-                if isinstance(built, str):
-                    return built
+            masks = self._masks()
+            if isinstance(masks, NotEmitted):
+                return f"mask cannot be rebuilt: {masks.reason}"
             query, key, value = (self._operand(o) for o in (site.query, site.key, site.value))
-            chunk_tokens = self._chunk_tokens(query, key, value, key_mask, segments)
+            chunk_tokens = self._chunk_tokens(query, key, value, masks)
             seed = self._seed(query) if op.dropout_p else None
             pair = self._call(
                 torch.ops.flasheva.attention.default,
-                (query, key, value, *chunk_tokens, key_mask, segments, None, seed),
+                (query, key, value, *chunk_tokens, *masks, None, seed),
                 window_size=op.window_size,
                 chunk_size=op.chunk_size,
                 sink_tokens=op.sink_size,
@@ -152,11 +155,9 @@ class _Editor:
         query: fx.Node,
         key: fx.Node,
         value: fx.Node,
-        key_mask: fx.Node | None,
-        segments: fx.Node | None,
+        masks: _Masks,
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         op = self.decision.op
-        masks = (key_mask, segments)
         if op.chunk_rule != "eva":
             return self._pool(key, value, [], masks, op.chunk_rule)
         # Without parameters the feature maps of EVA are the identity: rfa_k is the mean key and
@@ -172,7 +173,7 @@ class _Editor:
         key: fx.Node,
         value: fx.Node,
         parameters: list[fx.Node],
-        masks: tuple[fx.Node | None, fx.Node | None],
+        masks: _Masks,
         rule: str,
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         op = self.decision.op
@@ -187,29 +188,33 @@ class _Editor:
         k, v, bias = (self._call(operator.getitem, (triple, i)) for i in range(3))
         return k, v, bias
 
-    def _mask_tensors(self) -> tuple[fx.Node | str | None, fx.Node | str | None]:
+    def _masks(self) -> _Masks | NotEmitted:
+        """Build key mask and segment ids, each where the op takes one."""
         op, mask = self.decision.op, self.decision.mask
-        if mask is None:
-            return None, None
-        return (
-            self._key_tensor(mask.key_mask) if op.has_key_mask else None,
-            self._key_tensor(mask.segments) if op.has_segments else None,
-        )
+        built: list[fx.Node | None] = []
+        for wanted, formula in (
+            (op.has_key_mask, mask and mask.key_mask),
+            (op.has_segments, mask and mask.segments),
+        ):
+            tensor = self._key_tensor(formula) if wanted and formula is not None else None
+            if isinstance(tensor, NotEmitted):
+                return tensor
+            built.append(tensor)
+        return built[0], built[1]
 
-    def _key_tensor(self, formula: sympy.Basic) -> fx.Node | str:
-        """Build a ``[B, S]`` tensor once per graph and formula; a reason if that fails."""
+    def _key_tensor(self, formula: sympy.Basic) -> fx.Node | NotEmitted:
+        """Build a ``[B, S]`` tensor once per graph and formula."""
         place = (self.path, formula)
-        if place in self.shared:
-            return self.shared[place]
-        sources = self._opaque_nodes(formula)
-        if isinstance(sources, str):
-            return sources
-        batch, length = self._size(0), self._size(3)
-        built = emit_key_tensor(self.graph, formula, sources | self._symbols(), batch, length)
-        if isinstance(built, NotEmitted):
-            return f"mask cannot be rebuilt: {built.reason}"
-        self.shared[place] = built
-        return built
+        if place not in self.shared:
+            sources = self._opaque_nodes(formula)
+            if isinstance(sources, NotEmitted):
+                return sources
+            batch, length = self._size(0), self._size(3)
+            built = emit_key_tensor(self.graph, formula, sources | self._symbols(), batch, length)
+            if isinstance(built, NotEmitted):
+                return built
+            self.shared[place] = built
+        return self.shared[place]
 
     def _size(self, axis: int) -> fx.Node | int:
         """Batch size (axis 0) or key length (axis 3) of the scores."""
@@ -225,19 +230,20 @@ class _Editor:
         """Map the symbols of symbolic sizes to nodes that hold them."""
         sizes = self.decision.site.score_shape
         return {
-            str(sizes[axis].node.expr): node
+            str(size.node.expr): node
             for axis in (0, 3)
-            if isinstance(node := self._size(axis), fx.Node)
+            if isinstance(size := sizes[axis], torch.SymInt)
+            and isinstance(node := self._size(axis), fx.Node)
         }
 
-    def _opaque_nodes(self, formula: sympy.Basic) -> dict[str, fx.Node] | str:
-        """Map the formula's opaque tensors to nodes of this graph; a reason if one is not here."""
-        found: dict[str, fx.Node] = {}
-        for name in sorted(opaque_names(formula)):
-            shadow = self.decision.mask.nodes[name]
+    def _opaque_nodes(self, formula: sympy.Basic) -> dict[str, fx.Node] | NotEmitted:
+        """Map the formula's opaque tensors to nodes of this graph."""
+        mask, found = self.decision.mask, {}
+        shadows = {} if mask is None else {name: mask.nodes[name] for name in opaque_names(formula)}
+        for name, shadow in sorted(shadows.items()):
             origin = self.captured.origin(shadow, self.path)
             if origin is None:
-                return f"its mask depends on {shadow.name}, which this graph does not hold"
+                return NotEmitted(f"this graph does not hold {shadow.name}, on which it depends")
             found[name] = self.nodes[origin.node]
         return found
 
@@ -269,10 +275,13 @@ def _is_erasable(node: fx.Node) -> bool:
 def _is_inplace(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = _function_name(node)
     return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in {"matmul", "bmm", "baddbmm", "softmax", "mul", "truediv", "add", "div"}
+    return _function_name(node) in _FRESH_FUNCTIONS
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

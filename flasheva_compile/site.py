@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from flasheva_compile.config import EvaConfig, LayerName
     from flasheva_compile.lowering.op import EvaOp
     from flasheva_compile.masks.predicate import MaskPredicate
+
+
+MaskKind: TypeAlias = Literal["bool", "masked_out", "additive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +71,18 @@ class Operand:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MaskTerm:
     """One mask met on the score path.
 
     Attributes:
-        node: Shadow node that broadcasts to ``[B, H, L, S]``.
-        kind: "bool" (True = may attend), "masked_out" (True = may not) or "additive".
+        node: Broadcasts to ``[B, H, L, S]``.
+        kind: "bool": True = may attend; "masked_out": True = may not (as in
+            ``masked_fill(scores, node, -inf)``); "additive": added to the scaled scores.
     """
 
     node: fx.Node
-    kind: str
+    kind: MaskKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

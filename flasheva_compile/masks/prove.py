@@ -11,8 +11,8 @@ or ``bias``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import sympy as sp
 import torch
@@ -44,32 +44,19 @@ from flasheva_compile.masks.values import (
     branches,
     literal,
 )
+from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sympy.logic.boolalg import Boolean
 
-MaskKind: TypeAlias = Literal["bool", "masked_out", "additive"]
+    from flasheva_compile.site import MaskKind
+
 Size: TypeAlias = int | torch.SymInt | sp.Expr
 
 MASK_VALUE = -10_000  # exp(-1e4) is 0 in every dtype; smaller literals (-5, -100) are real biases
 SCORE_INDEX = (BATCH, HEAD, QUERY, KEY)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskTerm:
-    """One thing applied to the scores.
-
-    Args:
-        node: Broadcasts to ``[B, H, Q, K]``.
-        kind: "bool": True = may attend; "masked_out": True = may not, as in
-            ``masked_fill(scores, node, -inf)``;
-            "additive": added to the scaled scores.
-    """
-
-    node: fx.Node
-    kind: MaskKind
 
 
 class MaskProver:

@@ -26,7 +26,7 @@ from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Operand, 
 if TYPE_CHECKING:
     from torch import fx
 
-    from flasheva_compile.site import CapturedGraph
+    from flasheva_compile.site import CapturedGraph, MaskKind
 
 _SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SDPA = "scaled_dot_product_attention"
@@ -78,7 +78,7 @@ def _match_sdpa(node: fx.Node, captured: CapturedGraph) -> AttentionSite | Misse
     mask = argument(node, 3, "attn_mask")
     terms: tuple[MaskTerm, ...] = ()
     if mask is not None:
-        kind = "bool" if value_of(mask).dtype.is_floating_point is False else "additive"
+        kind: MaskKind = "additive" if value_of(mask).dtype.is_floating_point else "bool"
         terms = (MaskTerm(node=mask, kind=kind),)
     scale = argument(node, 7, "scale")
     number = shape_of(query)[-1] ** -0.5 if scale is None else scalar_of(scale, captured.shadow)

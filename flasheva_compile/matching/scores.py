@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from flasheva_compile.site import MaskKind
+
 _SEARCH_LIMIT = 64
 
 
@@ -150,7 +152,7 @@ def _is_masking(fill: object, walk: _Walk) -> bool:
     return value is not None and value * walk.factor <= -1e4
 
 
-def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: str) -> _Walk | str:
+def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: MaskKind) -> _Walk | str:
     if walk.cap:
         return "mask inside the softcap"
     return replace(walk, node=scores, masks=(*walk.masks, MaskTerm(node=mask, kind=kind)))

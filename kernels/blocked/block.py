@@ -165,6 +165,7 @@ class QueryBlock:
 
     def gather_index(self, piece: Piece, size: int) -> Tensor:
         """Return the index ``[B, Hkv, n, size]`` of gathered columns, clamped (the mask knows)."""
+        assert piece.columns is not None  # only gathered pieces come here
         index = piece.columns.clamp(0, self.geometry.keys - 1).long()[:, None, :, None]
         return index.expand(self.batch, self.kv_heads, -1, size)
 
@@ -223,6 +224,7 @@ class QueryBlock:
             for piece in self.columns.pieces
         ]
         rows = torch.arange(self.t.first_row, self.t.first_row + self.batch, device=device)
+        assert self.t.dropout_seed is not None  # checked by the op
         keep = keep_mask(
             self.t.dropout_seed,
             rows,

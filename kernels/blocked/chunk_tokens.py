@@ -66,8 +66,10 @@ class ChunkedSource:
         self.dtype = compute_dtype(k)
         self.slots = -(-k.shape[2] // settings.chunk_size)
         valid = valid_keys(*masks)
-        masked = valid is not None and self.slots > 0
-        self.layout = chunk_layout(valid, masks[1], settings.chunk_size) if masked else None
+        if valid is None or self.slots == 0:
+            self.layout = None
+        else:
+            self.layout = chunk_layout(valid, masks[1], settings.chunk_size)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the chunk axis in tiles of about the same number of keys."""

@@ -66,11 +66,11 @@ def eva_attention(
         EVA (arXiv:2302.04542) with control variates per chunk; sinks, sliding windows and the
         partition are ours. Design notes, section 2.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     members = chunks_of(key_positions(k, key_mask, segment_ids), chunk_size).members
     if chunk_rule == "eva":
         parameters = eva_features(q, k, members[:, None], parameters, noise)
-    tokens = chunk_tokens(k, v, members, rule=chunk_rule, parameters=parameters, scale=scale)
+    tokens = chunk_tokens(k, v, members, rule=chunk_rule, parameters=parameters, scale=factor)
     return eva_attention_from_chunk_tokens(
         q,
         k,
@@ -82,7 +82,7 @@ def eva_attention(
         window=window,
         causal=causal,
         q_offset=q_offset,
-        scale=scale,
+        scale=factor,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         key_mask=key_mask,
@@ -111,7 +111,7 @@ def eva_attention_from_chunk_tokens(
     segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`eva_attention` does, with chunk tokens that the caller made."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     keys = key_positions(k, key_mask, segment_ids)
     chunks = chunks_of(keys, chunk_size)
@@ -131,7 +131,7 @@ def eva_attention_from_chunk_tokens(
     all_v = torch.cat([rfa_v, v], 2).repeat_interleave(group, 1)
     bias = torch.cat([rfa_bias, torch.zeros_like(k[..., 0])], 2).repeat_interleave(group, 1)
 
-    scores = scale * (q @ all_k.mT)
+    scores = factor * (q @ all_k.mT)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias[:, :, None, :].masked_fill(~seen, 0).to(scores.dtype)

@@ -1,17 +1,17 @@
 """The ops and the backend on a CUDA device (skipped without one).
 
-The ops run the blocked PyTorch implementation there until generated kernels replace it; the laws are
-the same.
+The ops run the blocked PyTorch implementation there until generated kernels replace it; the laws
+are the same.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from flasheva_compile.kernels.reference.attention import eva_attention
 
 import flasheva_compile as fe
 from flasheva_compile import ops
-from flasheva_compile.kernels.reference.attention import eva_attention
 from tests.models.families import BY_NAME
 from tests.models.oracle import WHOLE, assert_same_to_rounding, in_double, pytorchs_own, run
 from tests.tolerance import assert_as_accurate_as_pytorch

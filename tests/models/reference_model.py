@@ -1,4 +1,4 @@
-"""Run a model eagerly with its attention replaced by the reference: numbers without the compiler."""
+"""Run a model eagerly with its attention replaced by the reference: no compiler involved."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from flasheva_compile.kernels.reference.attention import eva_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flasheva_compile.config import EvaConfig
-from flasheva_compile.kernels.reference.attention import eva_attention
 from tests.models import families
 
 NAME = "eva-reference"

@@ -8,7 +8,8 @@ import pytest
 import sympy as sp
 import torch
 
-from flasheva_compile.masks.prove import MaskProver, MaskTerm, prove
+from flasheva_compile.masks.prove import MaskProver, prove
+from flasheva_compile.site import MaskTerm
 from tests.mask_adversaries import ADVERSARIES
 from tests.mask_oracle import assert_exact, output_node, prove_program, trace
 from tests.mask_programs import (

@@ -22,4 +22,5 @@ step "types"
 step "import direction"
 (cd build/layout && "$bin/lint-imports" --config ../../pyproject.toml --no-cache)
 step "tests"
-exec "$bin/python" -m pytest "$@"
+# One process a core, one thread each: threads of small test tensors only get in each other's way.
+OMP_NUM_THREADS=1 exec "$bin/python" -m pytest -n auto "$@"

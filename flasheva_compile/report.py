@@ -225,10 +225,11 @@ def _table(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Align cells; a first cell that is too wide goes on over the following lines."""
-    first, *more = textwrap.wrap(cells[0], widths[0], subsequent_indent="  ") or [""]
-    padded = [cell.ljust(width) for cell, width in zip((first, *cells[1:]), widths, strict=True)]
-    return ["  ".join(padded).rstrip(), *more]
+    """Align cells; a first cell that is too wide gets a line of its own."""
+    alone = _wrap(cells[0], "") if len(cells[0]) > widths[0] else []
+    aligned = ("" if alone else cells[0], *cells[1:])
+    padded = [cell.ljust(width) for cell, width in zip(aligned, widths, strict=True)]
+    return [*alone, "  ".join(padded).rstrip()]
 
 
 def _names(layers: Sequence[LayerReport]) -> str:

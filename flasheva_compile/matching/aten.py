@@ -65,6 +65,16 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return left == right
 
 
+def must_agree(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Return whether two sizes that a product pairs are equal in every call that is valid.
+
+    Symbolic sizes are never 0 or 1, so they do not broadcast: two of them are equal or an error.
+    """
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return True
+    return same_size(a, b)
+
+
 def scalar_of(operand: object, owner: torch.fx.GraphModule) -> float | None:
     """Return the Python number that an operand holds, following 0-d constants; else None.
 

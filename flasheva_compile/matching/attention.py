@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from flasheva_compile.matching.aten import (
     argument,
+    must_agree,
     op_name,
     place_in_source,
     same_size,
@@ -24,6 +27,8 @@ from flasheva_compile.matching.weights import feeds_product, walk_weights
 from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Operand, Place
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
     from flasheva_compile.site import CapturedGraph, MaskKind
@@ -130,6 +135,7 @@ def _site(
     nodes: tuple[fx.Node, fx.Node, fx.Node],
     *,
     transposed_key: bool,
+    masks: tuple[MaskTerm, ...],
     **facts: object,
 ) -> AttentionSite | MissedSite:
     """Resolve operands and output in Dynamo's graph and check that the shapes are attention's."""
@@ -145,7 +151,7 @@ def _site(
     problem = _shape_problem(query, key, value, operands, transposed_key=transposed_key)
     if problem:
         return MissedSite(place=place, reason=problem)
-    key_length = shape_of(key)[3 if transposed_key else 2]
+    key_length = _key_length(shape_of(key)[3 if transposed_key else 2], masks)
     sources = [projection_sources(node) for node in nodes]
     return AttentionSite(
         place=place,
@@ -157,8 +163,18 @@ def _site(
         lengths_equal=same_size(shape_of(query)[2], key_length),
         same_source=bool(sources[0]) and sources[0] == sources[1] == sources[2],
         dtype=value_of(output).dtype,
+        masks=masks,
         **facts,  # type: ignore[arg-type]
     )
+
+
+def _key_length(length: int | torch.SymInt, masks: Sequence[MaskTerm]) -> int | torch.SymInt:
+    """Spell the key length as the mask does: a mask must fit the scores, so the two agree.
+
+    With a growing cache each layer's length is a symbol of its own, and the mask was made for one.
+    """
+    spelled = [shape_of(term.node)[-1] for term in masks if value_of(term.node).dim() > 0]
+    return next((size for size in spelled if isinstance(size, torch.SymInt)), length)
 
 
 def _operands(
@@ -206,9 +222,9 @@ def _shape_problem(
     if q.dim != k.dim:
         return f"queries have dimension {q.dim}, keys {k.dim}"
     key_length = shape_of(key)[3 if transposed_key else 2]
-    if not same_size(key_length, shape_of(value)[2]):
+    if not must_agree(key_length, shape_of(value)[2]):
         return "keys and values differ in length"
     batches = [shape_of(node)[0] for node in (query, key, value)]
-    if not all(same_size(batches[0], size) for size in batches):
+    if not all(must_agree(batches[0], size) for size in batches):
         return "operands differ in batch size"
     return ""

@@ -37,6 +37,7 @@ check:  ## Install, lint, types, arch, test: all that CI runs
 
 bench:  ## Measure time and memory; writes benchmarks/results/
 	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/python benchmarks/compile_time.py
 
 quickstart:  ## Install and run the example on a real pretrained model
 	scripts/quickstart.sh

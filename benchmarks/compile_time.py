@@ -1,7 +1,7 @@
 """Measure what FlashEVA's passes add to the compilation of a 30-layer model.
 
-Writes ``results/compile_time.json``: seconds of each of our stages, and of the whole first call with
-every attention left full (Inductor's own work) and rewritten. Compile caches are off.
+Writes ``results/compile_time.json``: seconds of each of our stages, and of the whole first call
+with every attention left full (Inductor's own work) and rewritten. Compile caches are off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build(layers: int) -> LlamaForCausalLM:
 
 def first_call(options: dict, layers: int, *, training: bool) -> tuple[float, fe.CompileReport]:
     """Compile anew; return seconds of the first call less a warm one, and the report."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = build(layers).train(training)
     model.compile(backend="flasheva", options=options)
     ids = torch.randint(3, 4096, (1, LENGTH))

@@ -105,19 +105,17 @@ def _mask_text(site: AttentionSite | MissedSite, mask: MaskPredicate | None) -> 
         return ""
     if mask is not None:
         return mask.kind
-    return "causal (is_causal)" if site.is_causal else "none"
+    if site.is_causal:
+        return "causal (is_causal)"
+    return "causal (last of a cache)" if site.appended and site.query.length == 1 else "none"
 
 
 def _geometry(
     site: AttentionSite, mask: MaskPredicate | None, options: Options
 ) -> _Geometry | _Refusal:
     """Turn mask and lengths into a geometry that the formula covers."""
-    if mask is None and site.is_causal:
-        if not site.lengths_equal:
-            return _Refusal("is_causal with fewer queries than keys does not end at the last key")
-        return _Geometry(causal=True)
     if mask is None:
-        return _bidirectional(site, options, has_key_mask=False)
+        return _unmasked(site, options)
     refusal = _refuse_mask(mask)
     if mask.unknown and options.assume_mask and not (refusal and refusal.expected):
         if not site.lengths_equal:
@@ -133,6 +131,17 @@ def _geometry(
     if not _ends_at_last_key(site, mask):
         return _Refusal(f"causal, but not aligned with the last key: {mask.describe()}")
     return _Geometry(causal=True, has_key_mask=has_key_mask, has_segments=has_segments)
+
+
+def _unmasked(site: AttentionSite, options: Options) -> _Geometry | _Refusal:
+    if site.is_causal:
+        if site.lengths_equal:
+            return _Geometry(causal=True)
+        return _Refusal("is_causal with fewer queries than keys does not end at the last key")
+    if site.appended and site.query.length == 1:
+        # A decoding step: what comes last sees everything, which is what causal means for it.
+        return _Geometry(causal=True)
+    return _bidirectional(site, options, has_key_mask=False)
 
 
 def _ends_at_last_key(site: AttentionSite, mask: MaskPredicate) -> bool:

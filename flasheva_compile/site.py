@@ -118,6 +118,7 @@ class AttentionSite:
         is_causal: SDPA's flag.
         score_shape: Sizes ``(B, Hq, L, S)``; ints or SymInts.
         lengths_equal: Queries and keys have provably the same length.
+        appended: The queries' own keys are the last of a cache.
         same_source: Queries, keys and values are projected from the same tensor.
     """
 
@@ -133,6 +134,7 @@ class AttentionSite:
     is_causal: bool
     score_shape: tuple[int | torch.SymInt, ...]
     lengths_equal: bool
+    appended: bool
     same_source: bool
     dtype: torch.dtype
     spelling: str

@@ -17,6 +17,7 @@ from flasheva_compile.matching.aten import (
     value_of,
 )
 from flasheva_compile.matching.operands import (
+    is_appended,
     projection_sources,
     to_operand,
     untransposed,
@@ -161,6 +162,7 @@ def _site(
         value=operands[2],
         score_shape=(*shape_of(query)[:3], key_length),
         lengths_equal=same_size(shape_of(query)[2], key_length),
+        appended=not transposed_key and is_appended(without_repeated_heads(key), query),
         same_source=bool(sources[0]) and sources[0] == sources[1] == sources[2],
         dtype=value_of(output).dtype,
         masks=masks,

@@ -133,6 +133,21 @@ def projection_sources(node: fx.Node) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
+def is_appended(key: fx.Node, query: fx.Node) -> bool:
+    """Return whether ``key`` is a cache with the keys of the very queries appended.
+
+    ``cat([past, new], dim=-2)``, ``new`` as long as the queries and projected from the same tensor:
+    then the last key is the last query's own, whatever the mask says.
+    """
+    current = _strip(key)
+    if op_name(current) != "cat" or argument(current, 1, "dim", 0) not in {2, -2}:
+        return False
+    new = current.args[0][-1]
+    sources = projection_sources(query)
+    same = bool(sources) and projection_sources(new) == sources
+    return same and same_size(shape_of(new)[2], shape_of(query)[2])
+
+
 def _is_weight_product(node: fx.Node) -> bool:
     return op_name(node) in {"matmul", "bmm", "einsum", "convolution", "conv2d"}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._dynamo.backends import registry
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -16,14 +18,15 @@ from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 log = logging.getLogger(__name__)
 
 __all__ = [
+    "autocast_switch",
     "compile_aot_eager",
     "compile_inductor",
     "compiled_frame_module",
@@ -38,6 +41,7 @@ __all__ = [
     "register_backend",
     "through_dynamo",
     "trace_pre_dispatch",
+    "traced_node",
 ]
 
 
@@ -53,10 +57,42 @@ def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> t
         message = "no running compilation: call this from a torch.compile backend"
         raise RuntimeError(message)
     fakes = [mode.from_tensor(x) if is_real_tensor(x) else x for x in inputs]
-    with mode, fx_traceback.preserve_node_meta():
+    with _restored_global_state(), mode, fx_traceback.preserve_node_meta():
         return make_fx(
             function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*fakes)
+
+
+@contextmanager
+def _restored_global_state() -> Iterator[None]:
+    """Leave grad mode, autocast and functorch's levels as they were, also after a failed trace."""
+    depth = _functorch.get_dynamic_layer_stack_depth()
+    grad = torch.is_grad_enabled()
+    devices = ("cpu", "cuda")
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    try:
+        yield
+    finally:
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        torch._C._set_grad_enabled(grad)
+        for device, enabled, dtype in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+def traced_node(value: torch.Tensor) -> torch.fx.Node | None:
+    """Return the node that stands for a tensor in the trace that is running."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
+    found = get_proxy_slot(value, mode.tracer, None)
+    return None if found is None else found.proxy.node
+
+
+def autocast_switch(target: object) -> str:
+    """Return "enter" or "exit" for the calls by which Dynamo's graphs spell autocast regions."""
+    name = getattr(target, "__name__", "")
+    return {"_enter_autocast": "enter", "_exit_autocast": "exit"}.get(name, "")
 
 
 def is_real_tensor(value: object) -> bool:

@@ -145,5 +145,7 @@ def _publish(report: CompileReport) -> None:
             "; ".join(list(reasons)[:4]),
         )
     found = compat.compiled_frame_module()
-    if found is not None:
-        _reports.setdefault(found[1], []).append(report)
+    # A frame that goes on after a graph break in a plain function has no module of its own.
+    owners = [found[1]] if found is not None else compat.modules_on_stack()[:1]
+    for owner in owners:
+        _reports.setdefault(owner, []).append(report)

@@ -97,7 +97,11 @@ def guarded(
 
 def untouched_copy(graph: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph before it is edited."""
-    return fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for name, body in graph.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(copied, name, untouched_copy(body))
+    return copied
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
@@ -14,16 +14,16 @@ from flasheva_compile.site import CapturedGraph, Origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat)
+_Record: TypeAlias = tuple[fx.Node, Origin]  # node of the trace, node of Dynamo's graph
 
 
 class _RecordingInterpreter(fx.Interpreter):
-    """Runs a graph and remembers which value every node had.
+    """Runs a graph under a trace and remembers which traced node holds each node's value.
 
     Bodies of gradient checkpoints run inline: the shadow is flat, whatever the original nests.
     """
 
-    def __init__(self, graph: fx.GraphModule, path: str, record: list[tuple[Origin, Any]]) -> None:
+    def __init__(self, graph: fx.GraphModule, path: str, record: list[_Record]) -> None:
         super().__init__(graph)
         self.path, self.record = path, record
         self.body_paths = {
@@ -34,8 +34,11 @@ class _RecordingInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
         value = super().run_node(n)
-        if isinstance(value, _TRACED):
-            self.record.append((Origin(self.path, n.name), value))
+        if isinstance(value, torch.Tensor):
+            # At once: a later no-op such as k.contiguous() takes the tensor over.
+            traced = compat.traced_node(value)
+            if traced is not None:
+                self.record.append((traced, Origin(self.path, n.name)))
         return value
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
@@ -43,6 +46,14 @@ class _RecordingInterpreter(fx.Interpreter):
             body, *operands = args
             inner = _RecordingInterpreter(body, self.body_paths[id(body)], self.record)
             return inner.run(*operands)
+        # A trace only records these two; their effect is needed for the dtypes to be right.
+        match compat.autocast_switch(target):
+            case "enter":
+                region = torch.amp.autocast(*args, **kwargs)
+                region.__enter__()
+                return region
+            case "exit":
+                return args[0].__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
 
@@ -59,13 +70,11 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> CapturedGraph:
     Raises:
         CaptureError: The graph cannot be traced to ATen.
     """
-    origins_seen: list[Origin] = []
+    record: list[_Record] = []
 
-    def run(*args: Any) -> tuple[Any, list[Any]]:  # noqa: ANN401
-        record: list[tuple[Origin, Any]] = []
-        result = _RecordingInterpreter(graph, "", record).run(*args)
-        origins_seen[:] = [origin for origin, _ in record]
-        return result, [value for _, value in record]
+    def run(*args: Any) -> Any:  # noqa: ANN401
+        record.clear()
+        return _RecordingInterpreter(graph, "", record).run(*args)
 
     try:
         shadow = compat.trace_pre_dispatch(run, inputs)
@@ -74,7 +83,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> CapturedGraph:
             f"tracing to ATen failed: {type(error).__name__}: {error}",
             hint="attention in this graph is left as it is",
         ) from error
-    origins = _detach_record(shadow, origins_seen)
+    shadow.graph.eliminate_dead_code()
     placeholders = shadow.graph.find_nodes(op="placeholder")
     data = {
         node: value
@@ -82,23 +91,26 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> CapturedGraph:
         if compat.is_real_tensor(value)
     }
     return CapturedGraph(
-        dynamo=graph, shadow=shadow, origins=origins, data=data, warnings=_unseen_bodies(graph)
+        dynamo=graph,
+        shadow=shadow,
+        origins=_origins(shadow, record),
+        data=data,
+        warnings=_unseen_bodies(graph),
     )
 
 
-def _detach_record(shadow: fx.GraphModule, seen: list[Origin]) -> dict[fx.Node, tuple[Origin, ...]]:
-    """Read the recorded values off the shadow's output, restore the output, drop dead code."""
-    (output,) = shadow.graph.find_nodes(op="output")
-    result, recorded = output.args[0]
-    origins: dict[fx.Node, dict[str, Origin]] = {}
-    for node, origin in zip(recorded, seen, strict=True):
-        if isinstance(node, fx.Node):
-            # A value that an in-place op overwrote stands for its last writer: later wins.
-            origins.setdefault(node, {})[origin.graph] = origin
-    output.args = (result,)
-    shadow.graph.eliminate_dead_code()
-    alive = set(shadow.graph.nodes)
-    return {node: tuple(of.values()) for node, of in origins.items() if node in alive}
+def _origins(shadow: fx.GraphModule, record: list[_Record]) -> dict[fx.Node, tuple[Origin, ...]]:
+    """Collect the Dynamo nodes of every living shadow node, by name: tracing copies the graph."""
+    by_name: dict[str, dict[str, Origin]] = {}
+    for traced, origin in record:
+        # Two nodes of one graph with one value (a view without effect): both are right, and the
+        # first is defined wherever the other is.
+        by_name.setdefault(traced.name, {}).setdefault(origin.graph, origin)
+    return {
+        node: tuple(by_name[node.name].values())
+        for node in shadow.graph.nodes
+        if node.name in by_name
+    }
 
 
 def _unseen_bodies(graph: fx.GraphModule) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import sympy
@@ -118,9 +118,7 @@ def _geometry(
         return _unmasked(site, options)
     refusal = _refuse_mask(mask)
     if mask.unknown and options.assume_mask and not (refusal and refusal.expected):
-        if not site.lengths_equal:
-            return _Refusal("assume_mask needs as many queries as keys")
-        return _Geometry(causal=options.assume_mask == "causal")
+        return _assumed(site, mask, causal=options.assume_mask == "causal")
     if refusal:
         return refusal
     has_key_mask, has_segments = mask.key_mask is not None, mask.segments is not None
@@ -131,6 +129,22 @@ def _geometry(
     if not _ends_at_last_key(site, mask):
         return _Refusal(f"causal, but not aligned with the last key: {mask.describe()}")
     return _Geometry(causal=True, has_key_mask=has_key_mask, has_segments=has_segments)
+
+
+def _assumed(site: AttentionSite, mask: MaskPredicate, *, causal: bool) -> _Geometry | _Refusal:
+    """Take the unknown part of a mask for what the user declares; what is proved stays in force."""
+    if not site.lengths_equal:
+        return _Refusal("assume_mask needs as many queries as keys")
+    proved = replace(mask, unknown=())
+    if (refusal := _refuse_mask(proved)) is not None:
+        return refusal
+    if proved.causal and not causal:
+        return _Refusal("assume_mask contradicts the part of the mask that is causal")
+    return _Geometry(
+        causal=causal,
+        has_key_mask=mask.key_mask is not None,
+        has_segments=mask.segments is not None,
+    )
 
 
 def _unmasked(site: AttentionSite, options: Options) -> _Geometry | _Refusal:

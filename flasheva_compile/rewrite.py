@@ -42,7 +42,7 @@ def rewrite(captured: CapturedGraph, plan: RewritePlan) -> RewritePlan:
     Raises:
         RewriteError: The edited graph is malformed; a bug.
     """
-    shared: dict[tuple[str, object], fx.Node] = {}
+    shared: dict[tuple[object, ...], fx.Node] = {}
     done = tuple(_carry_out(captured, decision, shared) for decision in plan.decisions)
     for module in _graphs(captured).values():
         try:
@@ -62,7 +62,7 @@ def _graphs(captured: CapturedGraph) -> Mapping[str, fx.GraphModule]:
 
 
 def _carry_out(
-    captured: CapturedGraph, decision: Decision, shared: dict[tuple[str, object], fx.Node]
+    captured: CapturedGraph, decision: Decision, shared: dict[tuple[object, ...], fx.Node]
 ) -> Decision:
     if isinstance(decision, Keep):
         return decision
@@ -82,7 +82,7 @@ class _Editor:
         self,
         captured: CapturedGraph,
         decision: Replace,
-        shared: dict[tuple[str, object], fx.Node],
+        shared: dict[tuple[object, ...], fx.Node],
     ) -> None:
         self.captured, self.decision, self.shared = captured, decision, shared
         self.path = decision.site.output.graph
@@ -204,8 +204,9 @@ class _Editor:
 
     def _key_tensor(self, formula: sympy.Basic) -> fx.Node | NotEmitted:
         """Build a ``[B, S]`` tensor once per graph and formula."""
-        place = (self.path, formula)
-        if place not in self.shared:
+        place = (self.path, formula, *map(str, self.decision.site.score_shape[::3]))
+        # Built for a result further down the graph, it does not exist here yet.
+        if place not in self.shared or not self.shared[place] < self.output:
             sources = self._opaque_nodes(formula)
             if isinstance(sources, NotEmitted):
                 return sources

@@ -59,7 +59,8 @@ def name_places(places: Sequence[Place], scope: Scope) -> tuple[LayerName, ...]:
         paths, modules = [place.local_path for place in places], []
     else:
         by_id = {id(module): name for name, module in scope.model.named_modules()}
-        paths = [by_id.get(place.module_id or 0, place.local_path) for place in places]
+        own = id(scope.frame)  # attention in the compiled frame itself: Dynamo names no module
+        paths = [by_id.get(place.module_id or own, place.local_path) for place in places]
         modules = list(by_id.values())
     named = {name.path: name for name in name_layers(paths, modules)}
     return tuple(named[path] for path in paths)

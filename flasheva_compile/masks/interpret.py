@@ -14,9 +14,9 @@ import sympy as sp
 import torch
 from torch import fx
 
-from flasheva_compile.masks.mutation import Mutations
 from flasheva_compile.masks.symbolic import ZERO, Index, Shape, SymbolicTensor, constant
 from flasheva_compile.masks.values import NotInterpretedError, Value, cast, literal, settle
+from flasheva_compile.mutation import Mutations
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

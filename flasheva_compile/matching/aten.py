@@ -9,7 +9,8 @@ import torch
 if TYPE_CHECKING:
     from torch import fx
 
-# Ops that pass their first operand's values through unchanged (dtype, memory or tracking aside).
+# Ops that pass their first operand's values through unchanged (rounding and memory aside). Not
+# detach: what stops a gradient is no part of attention.
 CASTS = frozenset(
     [
         "to",
@@ -20,15 +21,18 @@ CASTS = frozenset(
         "bfloat16",
         "contiguous",
         "clone",
-        "detach",
         "alias",
         "lift_fresh_copy",
-        "detach_",
         "lift_fresh",
     ]
 )
+_FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+
+
 VIEWS = frozenset(["view", "reshape", "_unsafe_view"])
 PRODUCTS = frozenset(["matmul", "bmm", "mm"])
+# Every spelling of a product, understood or not.
+ANY_PRODUCTS = PRODUCTS | {"baddbmm", "einsum"}
 
 
 def op_name(node: fx.Node) -> str:
@@ -37,8 +41,15 @@ def op_name(node: fx.Node) -> str:
         return node.op
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
+        if target._overloadname == "out" or target._overloadname.endswith("_out"):
+            return f"{target._overloadpacket.__name__}(out=)"
         return target._overloadpacket.__name__
     return getattr(target, "__name__", str(target))
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Return whether a node only rounds, copies or moves its first operand."""
+    return op_name(node) in CASTS and value_of(node).dtype in _FLOATS
 
 
 def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:

@@ -23,8 +23,9 @@ from flasheva_compile.matching.operands import (
     untransposed,
     without_repeated_heads,
 )
-from flasheva_compile.matching.scores import reaches_product, walk_scores
+from flasheva_compile.matching.scores import comes_from_product, walk_scores
 from flasheva_compile.matching.weights import feeds_product, walk_weights
+from flasheva_compile.mutation import Mutations
 from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Operand, Place
 
 if TYPE_CHECKING:
@@ -47,14 +48,14 @@ def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
     Returns:
         Sites and misses in graph order.
     """
-    found = []
+    found, written = [], Mutations(captured.shadow.graph)
     for node in captured.shadow.graph.nodes:
         if node.op != "call_function":
             continue
         if op_name(node) == _SDPA:
-            found.append(_match_sdpa(node, captured))
+            found.append(_match_sdpa(node, captured, written))
         elif op_name(node) in _SOFTMAXES and _is_attention(node):
-            found.append(_match_softmax(node, captured))
+            found.append(_match_softmax(node, captured, written))
     return tuple(found)
 
 
@@ -74,12 +75,15 @@ def place_of(node: fx.Node) -> Place:
 
 
 def _is_attention(softmax: fx.Node) -> bool:
+    """Return whether a softmax stands between two products, whatever else is in between."""
     rank = value_of(softmax).dim()
     last = argument(softmax, 1, "dim") in {-1, rank - 1}
-    return last and rank >= 3 and reaches_product(softmax.args[0]) and feeds_product(softmax)
+    return last and rank >= 3 and comes_from_product(softmax.args[0]) and feeds_product(softmax)
 
 
-def _match_sdpa(node: fx.Node, captured: CapturedGraph) -> AttentionSite | MissedSite:
+def _match_sdpa(
+    node: fx.Node, captured: CapturedGraph, written: Mutations
+) -> AttentionSite | MissedSite:
     query, key, value = node.args[:3]
     mask = argument(node, 3, "attn_mask")
     terms: tuple[MaskTerm, ...] = ()
@@ -92,6 +96,7 @@ def _match_sdpa(node: fx.Node, captured: CapturedGraph) -> AttentionSite | Misse
         return MissedSite(place=place_of(node), reason="the scale is a tensor")
     return _site(
         captured,
+        written,
         node,
         node,
         (query, key, value),
@@ -105,17 +110,22 @@ def _match_sdpa(node: fx.Node, captured: CapturedGraph) -> AttentionSite | Misse
     )
 
 
-def _match_softmax(node: fx.Node, captured: CapturedGraph) -> AttentionSite | MissedSite:
-    scores = walk_scores(node.args[0], captured.shadow)
+def _match_softmax(
+    node: fx.Node, captured: CapturedGraph, written: Mutations
+) -> AttentionSite | MissedSite:
+    scores = walk_scores(node, captured.shadow, written)
     if isinstance(scores, str):
         return MissedSite(place=place_of(node), reason=scores)
     weights = walk_weights(node)
     if isinstance(weights, str):
         return MissedSite(place=place_of(node), reason=weights)
+    if len({_grad_mode(n) for n in (scores.product, node, weights.product)}) > 1:
+        return MissedSite(place=place_of(node), reason="grad mode changes inside the attention")
     query, key_transposed = scores.product.args[:2]
     key, pending = untransposed(key_transposed)
     return _site(
         captured,
+        written,
         node,
         weights.product,
         (query, key, weights.value),
@@ -129,8 +139,20 @@ def _match_softmax(node: fx.Node, captured: CapturedGraph) -> AttentionSite | Mi
     )
 
 
+def _grad_mode(node: fx.Node) -> bool | None:
+    """Return the grad mode that a graph sets before a node; None where it sets none."""
+    mode = None
+    for other in node.graph.nodes:
+        if other is node:
+            return mode
+        if getattr(other.target, "__name__", "") == "_set_grad_enabled":
+            mode = other.args[0]
+    return mode
+
+
 def _site(
     captured: CapturedGraph,
+    written: Mutations,
     anchor: fx.Node,
     output: fx.Node,
     nodes: tuple[fx.Node, fx.Node, fx.Node],
@@ -142,6 +164,10 @@ def _site(
     """Resolve operands and output in Dynamo's graph and check that the shapes are attention's."""
     place = place_of(anchor)
     query, key, value = nodes
+    bare = [without_repeated_heads(node) for node in (key, value)]
+    # The op stands where the result stood: it must find there what the product found.
+    if any(written.stale(node, output) for node in (*nodes, *bare)):
+        return MissedSite(place=place, reason="an operand is overwritten before the result")
     origins = captured.origins.get(output)
     if not origins:
         return MissedSite(place=place, reason=f"{output.name} exists only inside a composite op")
@@ -149,7 +175,7 @@ def _site(
     operands = _operands(captured, origin.graph, nodes, transposed_key=transposed_key)
     if isinstance(operands, str):
         return MissedSite(place=place, reason=operands)
-    problem = _shape_problem(query, key, value, operands, transposed_key=transposed_key)
+    problem = _shape_problem(nodes, output, operands, transposed_key=transposed_key)
     if problem:
         return MissedSite(place=place, reason=problem)
     key_length = _key_length(shape_of(key)[3 if transposed_key else 2], masks)
@@ -208,25 +234,26 @@ def _operands(
 
 
 def _shape_problem(
-    query: fx.Node,
-    key: fx.Node,
-    value: fx.Node,
+    nodes: tuple[fx.Node, fx.Node, fx.Node],
+    output: fx.Node,
     operands: tuple[Operand, Operand, Operand],
     *,
     transposed_key: bool,
 ) -> str:
     """Say what keeps these tensors from being one attention, or nothing."""
-    q, k, v = operands
+    (query, key, value), (q, k, v) = nodes, operands
     if k.heads != v.heads:
         return f"keys have {k.heads} heads, values {v.heads}"
     if q.heads % k.heads:
         return f"{q.heads} query heads are no multiple of {k.heads} key heads"
     if q.dim != k.dim:
         return f"queries have dimension {q.dim}, keys {k.dim}"
-    key_length = shape_of(key)[3 if transposed_key else 2]
-    if not must_agree(key_length, shape_of(value)[2]):
+    if not must_agree(shape_of(key)[3 if transposed_key else 2], shape_of(value)[2]):
         return "keys and values differ in length"
-    batches = [shape_of(node)[0] for node in (query, key, value)]
+    batches = [shape_of(node)[0] for node in nodes]
     if not all(must_agree(batches[0], size) for size in batches):
         return "operands differ in batch size"
+    result = (*shape_of(query)[:3], shape_of(value)[-1])
+    if not all(must_agree(a, b) for a, b in zip(shape_of(output), result, strict=True)):
+        return "queries are broadcast over batch or heads"
     return ""

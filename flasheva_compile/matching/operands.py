@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from flasheva_compile.matching.aten import (
     CASTS,
@@ -20,13 +21,13 @@ from flasheva_compile.site import Operand
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import fx
-
     from flasheva_compile.site import CapturedGraph
 
 _PROJECTIONS = frozenset(["linear", "addmm", "mm"])
 # Ops whose result is no function of the tokens' values: sources end there.
-_POSITIONAL = frozenset(["arange", "full", "ones", "zeros", "ones_like", "zeros_like"])
+_POSITIONAL = frozenset(
+    ["arange", "full", "ones", "zeros", "ones_like", "zeros_like", "cos", "sin"]
+)
 
 
 def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -49,7 +50,8 @@ def without_repeated_heads(node: fx.Node) -> fx.Node:
     """Peel ``repeat_kv``: ``[B, Hkv, S, D] -> [:, :, None] -> expand -> [B, Hkv * G, S, D]``."""
     current = _strip(node)
     if op_name(current) == "repeat_interleave" and argument(current, 2, "dim") == 1:
-        return current.args[0]
+        # Repeats given as a tensor need not be equal.
+        return current.args[0] if isinstance(argument(current, 1, "repeats"), int) else node
     if op_name(current) not in VIEWS or len(shape_of(current)) != 4:
         return node
     expanded = _strip(current.args[0])
@@ -142,7 +144,9 @@ def is_appended(key: fx.Node, query: fx.Node) -> bool:
     current = _strip(key)
     if op_name(current) != "cat" or argument(current, 1, "dim", 0) not in {2, -2}:
         return False
-    new = current.args[0][-1]
+    pieces = current.args[0]
+    if not isinstance(pieces, list | tuple) or not isinstance(new := pieces[-1], fx.Node):
+        return False
     sources = projection_sources(query)
     same = bool(sources) and projection_sources(new) == sources
     return same and same_size(shape_of(new)[2], shape_of(query)[2])

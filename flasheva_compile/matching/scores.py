@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from flasheva_compile.matching.aten import CASTS, PRODUCTS, VIEWS, op_name, scalar_of, shape_of
+from flasheva_compile.matching.aten import (
+    ANY_PRODUCTS,
+    CASTS,
+    PRODUCTS,
+    VIEWS,
+    is_cast,
+    op_name,
+    scalar_of,
+    shape_of,
+)
 from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
@@ -13,9 +22,15 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from flasheva_compile.mutation import Mutations
     from flasheva_compile.site import MaskKind
 
 _SEARCH_LIMIT = 64
+# A mask of -1e4 that is scaled by less might leave weight: exp(-1e4 / 8) is 0 in every dtype.
+_LEAST_FACTOR = 0.125
+_SEARCH_ENDS = frozenset(
+    ["linear", "addmm", "embedding", "layer_norm", "native_layer_norm", "rms_norm", "softmax"]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +77,40 @@ def reaches_product(node: object) -> bool:
     return False
 
 
-def walk_scores(node: fx.Node, owner: fx.GraphModule) -> ScorePath | str:
+def comes_from_product(node: object) -> bool:
+    """Return whether two activations were multiplied to make ``node``, whatever came after.
+
+    Says what to report, not what to rewrite; a linear layer ends the search, since behind it lies
+    another attention.
+    """
+    stack, seen = [node], 0
+    while stack and seen < _SEARCH_LIMIT:
+        current = stack.pop()
+        seen += 1
+        if not hasattr(current, "op"):
+            continue
+        name = op_name(current)
+        if name in ANY_PRODUCTS:
+            return True
+        if name not in _SEARCH_ENDS:
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def walk_scores(softmax: fx.Node, owner: fx.GraphModule, written: Mutations) -> ScorePath | str:
     """Walk from the softmax input to the product of queries and keys.
 
     Returns:
         The path, or the reason why it is not one.
     """
-    walk = _Walk(node=node, owner=owner)
-    while op_name(walk.node) not in PRODUCTS:
-        name = op_name(walk.node)
-        if name in CASTS or (name in VIEWS and _keeps_shape(walk.node)):
+    walk, reader = _Walk(node=softmax.args[0], owner=owner), softmax
+    while True:
+        if written.stale(walk.node, reader):
+            return "scores are overwritten through a view"
+        reader, name = walk.node, op_name(walk.node)
+        if name in PRODUCTS:
+            break
+        if is_cast(walk.node) or (name in VIEWS and _keeps_shape(walk.node)):
             walk = replace(walk, node=walk.node.args[0])
             continue
         step = _STEPS.get(name)
@@ -118,15 +157,17 @@ def _add(walk: _Walk) -> _Walk | str:
     first, second = walk.node.args[:2]
     if walk.node.kwargs.get("alpha", 1) != 1:
         return "scores are added with a factor"
-    if walk.factor <= 0:
-        return "scores are scaled by a number that is not positive after the mask"
     sides = [(first, second), (second, first)]
     scores = [(a, b) for a, b in sides if reaches_product(a) and not reaches_product(b)]
     if len(scores) != 1:
         return "scores are a sum in which the product cannot be told from the mask"
     score, mask = scores[0]
     if not hasattr(mask, "op"):
+        if walk.cap:
+            return "a number is added inside the softcap"
         return replace(walk, node=score)  # softmax(x + c) == softmax(x)
+    if walk.factor < _LEAST_FACTOR:
+        return "scores are scaled down after the mask"
     return _masked(walk, score, mask, "additive")
 
 

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flasheva_compile.matching.aten import CASTS, PRODUCTS, VIEWS, argument, op_name, shape_of
+from flasheva_compile.matching.aten import (
+    ANY_PRODUCTS,
+    CASTS,
+    PRODUCTS,
+    VIEWS,
+    argument,
+    is_cast,
+    op_name,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from torch import fx
 
+_SEARCH_LIMIT = 24
 _DROPOUTS = frozenset({"dropout", "dropout_", "native_dropout"})
 
 
@@ -46,8 +56,10 @@ def walk_weights(softmax: fx.Node) -> WeightPath | str:
         if name in PRODUCTS:
             break
         if name in _DROPOUTS:
+            if dropout_p:
+                return "softmax weights pass two dropouts"
             dropout_p = _drop_probability(user)
-        elif not (name in CASTS or (name in VIEWS and shape_of(user) == shape_of(current))):
+        elif not (is_cast(user) or (name in VIEWS and shape_of(user) == shape_of(current))):
             return f"softmax weights go to {name}"
         current = user
     if user.args[0] is not current:
@@ -56,15 +68,18 @@ def walk_weights(softmax: fx.Node) -> WeightPath | str:
 
 
 def feeds_product(softmax: fx.Node) -> bool:
-    """Return whether the weights, whatever is done to each, end as left operand of a product."""
-    stack, seen, shape = [softmax], set(), shape_of(softmax)
-    while stack:
+    """Return whether the weights, whatever is done to them, end as left operand of a product."""
+    stack, seen = [softmax], {softmax}
+    while stack and len(seen) < _SEARCH_LIMIT:
         current = stack.pop()
         for user in current.users:
-            if op_name(user) in PRODUCTS and user.args[0] is current:
+            left = user.args[0] if user.args else None
+            first = left[0] if isinstance(left, list | tuple) and left else left
+            if op_name(user) in ANY_PRODUCTS and (op_name(user) == "einsum" or first is current):
                 return True
-            value = user.meta.get("val")
-            if user not in seen and isinstance(value, torch.Tensor) and value.shape == shape:
+            if op_name(user) == "baddbmm" and user.args[1] is current:
+                return True
+            if user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
                 seen.add(user)
                 stack.append(user)
     return False

@@ -182,12 +182,14 @@ def attention_geometry(
         stop = torch.where(valid, torch.arange(1, keys + 1, device=device), 0).amax(-1)
         start = layout.start[:, column.clamp(0, keys - 1)]
         n_doc = _relu(stop[:, None] - start)
-    position = column - start
+    position, nothing = column - start, column < start
+    if not s.causal:
+        # A query in the padding sees what full attention would: as from the edge of its document.
+        position, nothing = torch.minimum(position, _relu(n_doc - 1)), n_doc == 0
     lo, hi = exact_interval(_relu(position), n_doc, s)
     sink_end = start + s.sink_tokens
     if s.causal:
         sink_end = torch.minimum(sink_end, column + 1)
-    nothing = position < 0
     return Geometry(
         keys=keys,
         uniform=valid is None,

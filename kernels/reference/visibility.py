@@ -77,6 +77,9 @@ def visibility(
     """
     sinks = -(-sink_tokens // chunk_size) * chunk_size
     document, i, n_doc = query_positions(keys, length, q_offset)
+    if not causal:
+        # A query in the padding sees what full attention would: as from the edge of its document.
+        i = torch.minimum(i.clamp(min=0), (n_doc - 1).clamp(min=0))
     lo, hi = exact_interval(
         i, n_doc, window_size=window_size, chunk_size=chunk_size, window=window, causal=causal
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import flasheva_compile as fe
 from flasheva_compile.backend import reports_of
@@ -154,6 +155,36 @@ def test_indices_in_a_block_compiled_alone_follow_the_whole_model():
     }
 
 
+def test_a_rule_reaches_an_attention_that_is_compiled_by_itself():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Attention() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Stack()
+    for layer in model.layers:
+        layer.compile(
+            backend="flasheva", options={"layers": {"default": SMALL, -1: "full"}, **EAGER}
+        )
+    with torch.no_grad():
+        model(torch.randn(1, 40, 16))
+    assert windows(fe.explain(model)) == {"layers.0": 8, "layers.2": None}
+
+
 def test_the_state_dict_is_unchanged_by_per_layer_rules():
     model = nano()
     before = set(model.state_dict())
@@ -190,3 +221,20 @@ class TestMaskBuffers:
             assert torch.equal(model(tokens(24)), model._call_impl(tokens(24)))
             model.h[0].attn.bias.copy_(model.h[1].attn.bias)
             assert torch.equal(model(tokens(24)), before)
+
+    def test_the_fallback_is_the_model_as_it_is_under_checkpointing_too(self):
+        class Checkpointed(NanoGPT):
+            def forward(self, input_ids):
+                x = self.wte(input_ids)
+                for block in self.h:
+                    x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                return self.head(x)
+
+        torch.manual_seed(0)
+        model = Checkpointed("eager")
+        model.compile(backend="flasheva", options={"window_size": 64, **EAGER})
+        model(tokens(24))
+        assert len(fe.explain(model).rewritten) == 2
+        for block in model.h:
+            block.attn.bias.fill_(1)
+        assert torch.equal(model(tokens(24)), model._call_impl(tokens(24)))

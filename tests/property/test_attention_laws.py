@@ -39,9 +39,6 @@ def full_mask(case: AttentionCase) -> torch.Tensor:
                 valid = key_mask is None or bool(key_mask[b, m])
                 same = segment_ids is None or segment_ids[b, m] == segment_ids[b, column]
                 seen[b, i, m] = causal and valid and bool(same)
-            # A bidirectional query in the left padding is no query.
-            if not case.causal and key_mask is not None and not key_mask[b, : column + 1].any():
-                seen[b, i] = False
     return seen
 
 
@@ -194,7 +191,8 @@ def test_left_padding_changes_nothing(case, padding):
     out, lse = flasheva_attention(q, k, v, alibi_slopes=slopes, **options)
     padded = [out[:, :, padding:], lse[:, :, padding:]]
     assert_as_accurate_as_pytorch(padded, lambda dtype: case.reference(dtype)[:2], FP64)
-    assert not out[:, :, :padding].any()
+    if case.causal:
+        assert not out[:, :, :padding].any()
 
 
 @given(attention_cases(batch=3, queries=25, keys=25))

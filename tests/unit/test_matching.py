@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flasheva_compile as fe
+from tests.models.oracle import assert_as_accurate
 
 OPTIONS = {"window_size": 16, "chunk_size": 4}
 
@@ -93,6 +94,12 @@ def interleaved_heads(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def unevenly_repeated_heads(q, k, v):
+    repeats = torch.tensor([3, 1])
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 def tiled_heads(q, k, v):
     k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -102,7 +109,8 @@ def enable_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.2)
 
 
-GROUPED = (repeated_heads, interleaved_heads, tiled_heads, enable_gqa)
+UNGROUPED = (tiled_heads, unevenly_repeated_heads)
+GROUPED = (repeated_heads, interleaved_heads, enable_gqa, *UNGROUPED)
 SPELLINGS = (
     plain,
     scale_on_queries,
@@ -120,14 +128,12 @@ def test_every_spelling_is_found_and_computes_the_same(core):
     found = report(core, **shape)
     assert [(row.decision, row.causal) for row in found.layers] == [("eva", True)], found
     # Tiled heads pair query head h with key head h mod 2: they must not be taken for a group.
-    assert found.layers[0].kv_heads == (2 if shape and core is not tiled_heads else 4)
+    assert found.layers[0].kv_heads == (2 if shape and core not in UNGROUPED else 4)
     model, x = Core(core, **shape).eval(), torch.randn(2, 24, 32)
     whole = {"window_size": 32, "inner_backend": "eager"}
     compiled = torch.compile(model, backend="flasheva", options=whole)
     exact = Core(core, **shape).eval().double()
     exact.load_state_dict(model.state_dict())
-    from tests.models.oracle import assert_as_accurate
-
     with torch.no_grad():
         assert_as_accurate(compiled(x), [model(x)], exact(x.double()))
 
@@ -178,7 +184,81 @@ def causal_from_the_left(q, k, v):
     return F.scaled_dot_product_attention(q[:, :, 4:], k, v, is_causal=True)
 
 
+def written_through_a_view(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal(24), -math.inf)
+    scores[..., 3:5] = 1.0
+    return scores.softmax(-1) @ v
+
+
+def keys_overwritten_before_the_result(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    k[..., 3:5] = 0.0
+    return weights @ v
+
+
+def weights_detached(q, k, v):
+    return (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1).detach() @ v
+
+
+def scores_detached(q, k, v):
+    return (q @ k.mT).detach().masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def weights_without_gradient(q, k, v):
+    with torch.no_grad():
+        weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return weights @ v
+
+
+def weights_rounded_to_integers(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return weights.to(torch.int32).to(v.dtype) @ v
+
+
+def constant_inside_the_softcap(q, k, v):
+    scores = 20 * torch.tanh((q @ k.mT + 7) / 20)
+    return scores.masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def mask_scaled_to_a_bias(q, k, v):
+    mask = torch.where(causal(24), 0.0, -1e4)
+    return ((q @ k.mT + mask) * 1e-3).softmax(-1) @ v
+
+
+def two_dropouts(q, k, v):
+    weights = F.dropout((q @ k.mT).softmax(-1), 0.5, training=True)
+    return F.dropout(weights, 1e-9, training=True) @ v
+
+
+def queries_broadcast_over_heads(q, k, v):
+    return (q[:, :1] @ k.mT).softmax(-1) @ v
+
+
+def sink_logit(q, k, v):
+    """GPT-OSS: a learned logit joins the softmax and is dropped afterwards."""
+    scores = (q @ k.mT).masked_fill(~causal(24), -math.inf)
+    sink = torch.zeros_like(scores[..., :1])
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+def einsum(q, k, v):
+    scores = torch.einsum("bhid,bhjd->bhij", q, k).masked_fill(~causal(24), -math.inf)
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+
 REFUSED = {
+    written_through_a_view: "overwritten through a view",
+    keys_overwritten_before_the_result: "an operand is overwritten",
+    weights_detached: "softmax weights go to detach",
+    scores_detached: "detach between the product and the softmax",
+    weights_without_gradient: "grad mode changes inside",
+    weights_rounded_to_integers: "softmax weights go to to",
+    constant_inside_the_softcap: "a number is added inside the softcap",
+    mask_scaled_to_a_bias: "scaled down after the mask",
+    two_dropouts: "two dropouts",
+    queries_broadcast_over_heads: "1 query heads are no multiple of 4 key heads",
+    sink_logit: "cat between the product and the softmax",
+    einsum: "einsum between the product and the softmax",
     weights_returned: "softmax weights are also returned",
     weights_used_twice: "softmax weights are also used by",
     learned_scale: "scores are multiplied by a tensor",
@@ -233,8 +313,6 @@ def test_a_prefix_of_cached_keys_is_attended_from_the_end():
     model.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch._dynamo.reset()
     whole = torch.compile(model, backend="flasheva", options=options)(x)
-    from tests.models.oracle import assert_as_accurate
-
     assert_as_accurate(steps, [whole[:, :, 20:]], whole[:, :, 20:].double())
 
 
@@ -255,3 +333,84 @@ def test_cross_attention_of_equal_length_is_refused():
     assert "cross-attention" in row.reason
     declared = {**OPTIONS, "assume_mask": "bidirectional"}
     assert fe.explain(Cross(), x, y, options=declared).layers[0].decision == "eva"
+
+
+def later_copies(q, k, v):
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out, k.contiguous(), v.to(q.dtype)
+
+
+def masked_twice(q, k, v):
+    """Two attentions under one padding mask, the first result wanted last."""
+    mask = (q[:, 0, :, 0] < 9)[:, None, None]
+    first = (q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1)
+    second = (k @ q.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
+    return second, first @ v
+
+
+def masked_at_two_lengths(q, k, v):
+    def attend(q, k, v):
+        mask = (q[:, 0, :, 0] < 9)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return attend(q, k, v), attend(*(x[:, :, :12] for x in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    "core", [later_copies, masked_twice, masked_at_two_lengths], ids=lambda c: c.__name__
+)
+def test_what_shares_operands_or_masks_still_compiles(core):
+    torch.manual_seed(0)
+    model, x = Core(core).eval(), torch.randn(2, 24, 32)
+    whole = {"window_size": 32, "inner_backend": "aot_eager", "strict": True}
+    compiled = torch.compile(model, backend="flasheva", options=whole)
+    exact = Core(core).eval().double()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for ours, theirs, truth in zip(compiled(x), model(x), exact(x.double()), strict=True):
+            assert_as_accurate(ours, [theirs], truth)
+
+
+def test_what_is_proved_of_a_mask_survives_a_declaration():
+    class Masked(Core):
+        def forward(self, x, opaque):
+            padding = (x[:, :, 0] > -9)[:, None, None]
+            self.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, padding & opaque)
+            return super().forward(x)
+
+    x, opaque = torch.randn(2, 24, 32), causal(24)
+    declared = {**OPTIONS, "assume_mask": "causal"}
+    (row,) = fe.explain(Masked(None), x, opaque, options=declared).layers
+    assert (row.decision, row.causal) == ("eva", True)
+    x[0, :5, 0] = -10
+    model = Masked(None)
+    whole = {"window_size": 32, "inner_backend": "eager", "assume_mask": "causal"}
+    ours = torch.compile(model, backend="flasheva", options=whole)(x, opaque)
+    assert (ours - model(x, opaque))[:, :, 5:].abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_autocast_inside_the_graph():
+    def core(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v.bfloat16(), is_causal=True)
+
+    torch.manual_seed(0)
+    model, x = Core(core).eval(), torch.randn(2, 24, 32)
+    whole = {"window_size": 32, "inner_backend": "aot_eager", "strict": True}
+    ours, theirs = torch.compile(model, backend="flasheva", options=whole)(x), model(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    model.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_as_accurate(ours, [theirs], model.double()(x.double()))
+
+
+def test_transforms_of_torch_func_are_left_alone():
+    def attend(q):
+        weights = (q @ q.mT).masked_fill(~causal(6), -math.inf).softmax(-1)
+        return (weights @ q).sum()
+
+    q = torch.randn(1, 1, 6, 4)
+    gradient = torch.func.grad(attend)
+    options = {**OPTIONS, "inner_backend": "eager"}
+    compiled = torch.compile(gradient, backend="flasheva", options=options)
+    assert torch.equal(compiled(q), gradient(q))
+    assert torch.is_grad_enabled()

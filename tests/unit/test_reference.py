@@ -59,10 +59,13 @@ def window_of(case: AttentionCase, i: int, n_doc: int) -> tuple[int, int]:
 def seen_by(case: AttentionCase, b: int, column: int):
     """Return the exact columns of a query and the chunks (lists of columns) it sees as tokens."""
     for columns, valid in documents_of(case, b):
-        if not columns or column not in columns:
+        if not columns or (case.causal and column not in columns):
             continue
         start, c = columns[0], case.chunk_size
         i = column - start
+        if not case.causal:
+            # Full attention has no position, so a query in the padding sees every valid key too.
+            i = min(max(i, 0), valid[-1] - start)
         sinks = math.ceil(case.sink_tokens / c) * c
         lo, hi = window_of(case, i, valid[-1] + 1 - start)
         visible = [m for m in valid if not case.causal or m <= column]

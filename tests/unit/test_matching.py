@@ -1,4 +1,4 @@
-"""What is attention and what is not: each refusal with its reason."""
+"""Every spelling of attention is found, and computes what it computed."""
 
 from __future__ import annotations
 
@@ -10,44 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import flasheva_compile as fe
+from tests.attention_cores import OPTIONS, Core, causal, report
 from tests.models.oracle import assert_as_accurate
-
-OPTIONS = {"window_size": 16, "chunk_size": 4}
 
 
 @pytest.fixture(autouse=True)
 def _no_compiled_code():
     torch._dynamo.reset()
-
-
-class Core(nn.Module):
-    """Projections around an attention function ``core(q, k, v)`` on ``[B, H, N, D]``."""
-
-    def __init__(self, core, heads=4, kv_heads=4, dim=32):
-        super().__init__()
-        self.core, self.heads, self.kv_heads, self.size = core, heads, kv_heads, dim // heads
-        self.q = nn.Linear(dim, heads * self.size)
-        self.k = nn.Linear(dim, kv_heads * self.size)
-        self.v = nn.Linear(dim, kv_heads * self.size)
-
-    def split(self, x, heads):
-        return x.view(*x.shape[:2], heads, self.size).transpose(1, 2)
-
-    def forward(self, x):
-        return self.core(
-            self.split(self.q(x), self.heads),
-            self.split(self.k(x), self.kv_heads),
-            self.split(self.v(x), self.kv_heads),
-        )
-
-
-def report(core, options=OPTIONS, **shape):
-    torch.manual_seed(0)
-    return fe.explain(Core(core, **shape).eval(), torch.randn(2, 24, 32), options=options)
-
-
-def causal(n):
-    return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def plain(q, k, v):
@@ -136,165 +105,6 @@ def test_every_spelling_is_found_and_computes_the_same(core):
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert_as_accurate(compiled(x), [model(x)], exact(x.double()))
-
-
-def weights_returned(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    return weights @ v, weights
-
-
-def weights_used_twice(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    return weights @ v + weights.sum(-1, keepdim=True)
-
-
-def learned_scale(q, k, v):
-    return ((q @ k.mT) * q.mean().exp()).masked_fill(~causal(24), -math.inf).softmax(-1) @ v
-
-
-def weights_on_the_right(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    return v.mT @ weights
-
-
-def relative_bias(q, k, v):
-    distance = torch.arange(24)[:, None] - torch.arange(24)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=-0.1 * distance.abs().float())
-
-
-def prefix_lm(q, k, v):
-    mask = causal(24) | (torch.arange(24) < 5)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def soft_mask(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(24), -5.0)
-    return scores.softmax(-1) @ v
-
-
-def powers_of_weights(q, k, v):
-    return (q @ k.mT).softmax(-1).pow(2) @ v
-
-
-def fewer_keys(q, k, v):
-    return F.scaled_dot_product_attention(q, k[:, :, :20], v[:, :, :20])
-
-
-def causal_from_the_left(q, k, v):
-    return F.scaled_dot_product_attention(q[:, :, 4:], k, v, is_causal=True)
-
-
-def written_through_a_view(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(24), -math.inf)
-    scores[..., 3:5] = 1.0
-    return scores.softmax(-1) @ v
-
-
-def keys_overwritten_before_the_result(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    k[..., 3:5] = 0.0
-    return weights @ v
-
-
-def weights_detached(q, k, v):
-    return (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1).detach() @ v
-
-
-def scores_detached(q, k, v):
-    return (q @ k.mT).detach().masked_fill(~causal(24), -math.inf).softmax(-1) @ v
-
-
-def weights_without_gradient(q, k, v):
-    with torch.no_grad():
-        weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    return weights @ v
-
-
-def weights_rounded_to_integers(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
-    return weights.to(torch.int32).to(v.dtype) @ v
-
-
-def constant_inside_the_softcap(q, k, v):
-    scores = 20 * torch.tanh((q @ k.mT + 7) / 20)
-    return scores.masked_fill(~causal(24), -math.inf).softmax(-1) @ v
-
-
-def mask_scaled_to_a_bias(q, k, v):
-    mask = torch.where(causal(24), 0.0, -1e4)
-    return ((q @ k.mT + mask) * 1e-3).softmax(-1) @ v
-
-
-def two_dropouts(q, k, v):
-    weights = F.dropout((q @ k.mT).softmax(-1), 0.5, training=True)
-    return F.dropout(weights, 1e-9, training=True) @ v
-
-
-def queries_broadcast_over_heads(q, k, v):
-    return (q[:, :1] @ k.mT).softmax(-1) @ v
-
-
-def sink_logit(q, k, v):
-    """GPT-OSS: a learned logit joins the softmax and is dropped afterwards."""
-    scores = (q @ k.mT).masked_fill(~causal(24), -math.inf)
-    sink = torch.zeros_like(scores[..., :1])
-    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
-
-
-def einsum(q, k, v):
-    scores = torch.einsum("bhid,bhjd->bhij", q, k).masked_fill(~causal(24), -math.inf)
-    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
-
-
-REFUSED = {
-    written_through_a_view: "overwritten through a view",
-    keys_overwritten_before_the_result: "an operand is overwritten",
-    weights_detached: "softmax weights go to detach",
-    scores_detached: "detach between the product and the softmax",
-    weights_without_gradient: "grad mode changes inside",
-    weights_rounded_to_integers: "softmax weights go to to",
-    constant_inside_the_softcap: "a number is added inside the softcap",
-    mask_scaled_to_a_bias: "scaled down after the mask",
-    two_dropouts: "two dropouts",
-    queries_broadcast_over_heads: "1 query heads are no multiple of 4 key heads",
-    sink_logit: "cat between the product and the softmax",
-    einsum: "einsum between the product and the softmax",
-    weights_returned: "softmax weights are also returned",
-    weights_used_twice: "softmax weights are also used by",
-    learned_scale: "scores are multiplied by a tensor",
-    relative_bias: "additive position bias",
-    prefix_lm: "mask not understood",
-    soft_mask: "filled with something that is not minus infinity",
-    powers_of_weights: "softmax weights go to pow",
-    fewer_keys: "queries and keys differ in length",
-    causal_from_the_left: "is_causal with fewer queries than keys",
-}
-
-
-@pytest.mark.parametrize("core", REFUSED, ids=lambda core: core.__name__)
-def test_what_is_not_understood_stays_full_and_says_why(core):
-    (row,) = report(core).layers
-    assert row.decision == "full"
-    assert REFUSED[core] in row.reason
-
-
-def linear_attention(q, k, v):
-    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
-
-
-def over_queries(q, k, v):
-    return (q @ k.mT).softmax(-2) @ v
-
-
-def router(q, k, v):
-    return q * (q @ k.mT).mean((-1, -2), keepdim=True).softmax(1)
-
-
-@pytest.mark.parametrize(
-    "core", [linear_attention, over_queries, router, weights_on_the_right], ids=lambda c: c.__name__
-)
-def test_what_is_no_attention_is_not_reported(core):
-    assert report(core).layers == ()
 
 
 def test_a_prefix_of_cached_keys_is_attended_from_the_end():

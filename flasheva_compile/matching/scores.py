@@ -18,7 +18,7 @@ from flasheva_compile.matching.aten import (
 from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from torch import fx
 
@@ -63,18 +63,7 @@ class _Walk:
 
 def reaches_product(node: object) -> bool:
     """Return whether a product of two tensors lies behind elementwise ops and views."""
-    stack, seen = [node], 0
-    while stack and seen < _SEARCH_LIMIT:
-        current = stack.pop()
-        seen += 1
-        if not hasattr(current, "op"):
-            continue
-        name = op_name(current)
-        if name in PRODUCTS:
-            return True
-        if name in CASTS | VIEWS or name in _STEPS:
-            stack.extend(current.all_input_nodes)
-    return False
+    return _finds(node, PRODUCTS, lambda name: name in CASTS | VIEWS or name in _STEPS)
 
 
 def comes_from_product(node: object) -> bool:
@@ -83,6 +72,11 @@ def comes_from_product(node: object) -> bool:
     Says what to report, not what to rewrite; a linear layer ends the search, since behind it lies
     another attention.
     """
+    return _finds(node, ANY_PRODUCTS, lambda name: name not in _SEARCH_ENDS)
+
+
+def _finds(node: object, wanted: Collection[str], goes_on: Callable[[str], bool]) -> bool:
+    """Search backwards for an op, through ops that ``goes_on`` accepts."""
     stack, seen = [node], 0
     while stack and seen < _SEARCH_LIMIT:
         current = stack.pop()
@@ -90,9 +84,9 @@ def comes_from_product(node: object) -> bool:
         if not hasattr(current, "op"):
             continue
         name = op_name(current)
-        if name in ANY_PRODUCTS:
+        if name in wanted:
             return True
-        if name not in _SEARCH_ENDS:
+        if goes_on(name):
             stack.extend(current.all_input_nodes)
     return False
 

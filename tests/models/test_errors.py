@@ -78,6 +78,28 @@ def test_mode_and_options_together_are_refused_by_torch():
         torch.compile(nano(), backend="flasheva", mode="reduce-overhead", options=EAGER)
 
 
+@pytest.mark.parametrize(
+    ("asked", "mode", "options"),
+    [
+        ({"mode": "max-autotune-no-cudagraphs"}, "max-autotune-no-cudagraphs", {}),
+        ({"options": {"window_size": 64, "max_autotune": False}}, None, {"max_autotune": False}),
+    ],
+    ids=["mode", "options"],
+)
+def test_inductor_gets_its_own_mode_and_options(monkeypatch, asked, mode, options):
+    from flasheva_compile import _torch_compat
+
+    seen = []
+
+    def compile_inductor(graph, inputs, mode, options):
+        seen.append((mode, options))
+        return graph.forward
+
+    monkeypatch.setattr(_torch_compat, "compile_inductor", compile_inductor)
+    torch.compile(nano(), backend="flasheva", **asked)(TOKENS)
+    assert seen == [(mode, options)]
+
+
 def test_strict_names_the_layer_and_the_reason():
     family = BY_NAME["gemma3"]
     # The model's own sliding window is left full by design: strict accepts it.

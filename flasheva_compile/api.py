@@ -79,7 +79,8 @@ def _compiled_so_far(model: object) -> CompileReport:
         raise ConfigError(
             "nothing was compiled for this model yet",
             subject="explain",
-            hint="call the compiled model once, or pass example inputs to explain",
+            hint="call the compiled model once, or pass example inputs to explain; a model whose "
+            "code was compiled for an equal one has no report of its own",
         )
     return _merge(reports)
 

@@ -96,6 +96,8 @@ def _decide(
             mask_text=text,
             expected=geometry.expected,
         )
+    if mask is not None and (mask.unknown or _is_input(mask)):
+        text = f"assumed {options.assume_mask}"
     op = _op(site, geometry, config)
     return Replace(site=site, layer=layer, config=config, op=op, mask=mask, mask_text=text)
 
@@ -117,7 +119,8 @@ def _geometry(
     if mask is None:
         return _unmasked(site, options)
     refusal = _refuse_mask(mask)
-    if mask.unknown and options.assume_mask and not (refusal and refusal.expected):
+    opaque = bool(mask.unknown) or _is_input(mask)
+    if opaque and options.assume_mask and not (refusal and refusal.expected):
         return _assumed(site, mask, causal=options.assume_mask == "causal")
     if refusal:
         return refusal
@@ -135,7 +138,7 @@ def _assumed(site: AttentionSite, mask: MaskPredicate, *, causal: bool) -> _Geom
     """Take the unknown part of a mask for what the user declares; what is proved stays in force."""
     if not site.lengths_equal:
         return _Refusal("assume_mask needs as many queries as keys")
-    proved = replace(mask, unknown=())
+    proved = replace(mask, unknown=(), bias=None if _is_input(mask) else mask.bias)
     if (refusal := _refuse_mask(proved)) is not None:
         return refusal
     if proved.causal and not causal:
@@ -167,6 +170,12 @@ def _ends_at_last_key(site: AttentionSite, mask: MaskPredicate) -> bool:
     return sympy.expand(mask.q_offset - (keys - queries)) == 0
 
 
+def _is_input(mask: MaskPredicate) -> bool:
+    """Return whether what is added to the scores is an input of the graph as it stands."""
+    name = getattr(getattr(mask.bias, "func", None), "__name__", "")
+    return name in mask.nodes and mask.nodes[name].op == "placeholder"
+
+
 def _refuse_mask(mask: MaskPredicate) -> _Refusal | None:
     """Name the first part of a proved mask that the formula does not cover."""
     if mask.window is not None:
@@ -176,6 +185,7 @@ def _refuse_mask(mask: MaskPredicate) -> _Refusal | None:
     parts = (
         (mask.always_masked, "everything is masked"),
         (mask.overwritten, "mask is overwritten after it is made"),
+        (_is_input(mask), "mask not understood: an additive one that this graph is given"),
         (mask.bias is not None, "additive position bias"),
         (bool(mask.kv_length), "keys bounded by a length on the device (static cache)"),
         (mask.query_mask is not None, "some queries are masked as a whole"),

@@ -135,7 +135,11 @@ def test_an_opaque_mask_is_left_full_unless_it_is_declared():
     assert [row.decision for row in report.layers] == ["full"]
     assert report.layers[0].reason.startswith("mask not understood")
     declared = {"window_size": 16, "chunk_size": 4, "assume_mask": "causal"}
-    assert fe.explain(model, x, mask, options=declared).layers[0].causal is True
+    for given in (mask, torch.zeros(40, 40).masked_fill(~mask, -torch.inf)):
+        (row,) = fe.explain(model, x, given, options=declared).layers
+        assert (row.decision, row.causal, row.mask) == ("eva", True, "assumed causal")
+        (row,) = fe.explain(model, x, given, options={"window_size": 16}).layers
+        assert row.reason.startswith("mask not understood")
 
 
 def test_left_full_is_a_warning_not_a_silence(caplog):

@@ -63,6 +63,17 @@ def interleaved_heads(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def repeated_tokens(q, k, v):
+    """What repeat_kv does to heads, done to tokens: the same ops, another merge."""
+
+    def repeat(x):
+        b, h, n, d = x.shape
+        return x[:, :, None].expand(b, h, 2, n, d).reshape(b, h, 2 * n, d)
+
+    mask = torch.arange(48)[None] <= torch.arange(24, 48)[:, None]
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
+
+
 def unevenly_repeated_heads(q, k, v):
     repeats = torch.tensor([3, 1])
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -87,6 +98,7 @@ SPELLINGS = (
     in_place,
     keys_transposed_by_permute,
     softcap,
+    repeated_tokens,
     *GROUPED,
 )
 
@@ -99,7 +111,7 @@ def test_every_spelling_is_found_and_computes_the_same(core):
     # Tiled heads pair query head h with key head h mod 2: they must not be taken for a group.
     assert found.layers[0].kv_heads == (2 if shape and core not in UNGROUPED else 4)
     model, x = Core(core, **shape).eval(), torch.randn(2, 24, 32)
-    whole = {"window_size": 32, "inner_backend": "eager"}
+    whole = {"window_size": 64, "inner_backend": "eager"}
     compiled = torch.compile(model, backend="flasheva", options=whole)
     exact = Core(core, **shape).eval().double()
     exact.load_state_dict(model.state_dict())

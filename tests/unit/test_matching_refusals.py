@@ -45,6 +45,10 @@ def prefix_lm(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def strictly_causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal(24).tril(-1))
+
+
 def soft_mask(q, k, v):
     scores = (q @ k.mT).masked_fill(~causal(24), -5.0)
     return scores.softmax(-1) @ v
@@ -141,6 +145,7 @@ REFUSED = {
     weights_used_twice: "softmax weights are also used by",
     learned_scale: "scores are multiplied by a tensor",
     relative_bias: "additive position bias",
+    strictly_causal: "causal, but not aligned with the last key",
     prefix_lm: "mask not understood",
     soft_mask: "filled with something that is not minus infinity",
     powers_of_weights: "softmax weights go to pow",

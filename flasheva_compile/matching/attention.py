@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SDPA = "scaled_dot_product_attention"
+_FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 
 
 def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
@@ -52,7 +53,10 @@ def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
     for node in captured.shadow.graph.nodes:
         if node.op != "call_function":
             continue
-        if op_name(node) == _SDPA:
+        if op_name(node) in _FUSED_LAYERS:
+            reason = "inside PyTorch's fused layer; torch.backends.mha.set_fastpath_enabled(False)"
+            found.append(MissedSite(place=place_of(node), reason=reason + " takes it apart"))
+        elif op_name(node) == _SDPA:
             found.append(_match_sdpa(node, captured, written))
         elif op_name(node) in _SOFTMAXES and _is_attention(node):
             found.append(_match_softmax(node, captured, written))

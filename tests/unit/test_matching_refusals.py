@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.attention_cores import causal, report
+import flasheva_compile as fe
+from tests.attention_cores import OPTIONS, causal, report
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +179,13 @@ def router(q, k, v):
 )
 def test_what_is_no_attention_is_not_reported(core):
     assert report(core).layers == ()
+
+
+def test_pytorchs_own_modules_are_reported_even_where_they_are_opaque():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 24, 16)
+    with torch.no_grad():
+        (row,) = fe.explain(layer, x, options=OPTIONS).layers
+    assert "fused layer" in row.reason
+    (row,) = fe.explain(layer.train(), x, options=OPTIONS).layers
+    assert "composite op" in row.reason

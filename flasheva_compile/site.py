@@ -120,6 +120,7 @@ class AttentionSite:
         lengths_equal: Queries and keys have provably the same length.
         appended: The queries' own keys are the last of a cache.
         same_source: Queries, keys and values are projected from the same tensor.
+        dtype: Of the result.
     """
 
     place: Place
@@ -137,7 +138,6 @@ class AttentionSite:
     appended: bool
     same_source: bool
     dtype: torch.dtype
-    spelling: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,7 +110,6 @@ def _match_sdpa(
         dropout_p=float(argument(node, 4, "dropout_p", 0.0) or 0.0),
         masks=terms,
         is_causal=bool(argument(node, 5, "is_causal", default=False)),
-        spelling="sdpa",
     )
 
 
@@ -139,7 +138,6 @@ def _match_softmax(
         dropout_p=weights.dropout_p,
         masks=scores.masks,
         is_causal=False,
-        spelling="softmax",
     )
 
 

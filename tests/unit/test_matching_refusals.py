@@ -129,7 +129,16 @@ def einsum(q, k, v):
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
 
 
+def scores_written_to_a_buffer(q, k, v):
+    """Who holds the buffer sees the scores; a rewritten attention would leave it empty."""
+    buffer = torch.empty(2, 4, 24, 24)
+    with torch.no_grad():
+        scores = torch.mul(q @ k.mT, 0.3, out=buffer)
+    return scores.softmax(-1) @ v, buffer
+
+
 REFUSED = {
+    scores_written_to_a_buffer: "mul(out=) between the product and the softmax",
     written_through_a_view: "overwritten through a view",
     keys_overwritten_before_the_result: "an operand is overwritten",
     weights_detached: "softmax weights go to detach",

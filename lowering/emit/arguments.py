@@ -1,0 +1,31 @@
+"""Arguments of a kernel's entry point: exactly those that its body reads."""
+
+from __future__ import annotations
+
+import re
+
+POINTERS = (
+    *("q_ptr", "k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
+    *("mass_k_ptr", "mass_v_ptr", "phi_ptr", "p_ptr", "b_ptr", "omega_ptr"),
+    *("out_ptr", "lse_ptr", "do_ptr", "lse2_ptr", "delta_ptr"),
+    *("dq_ptr", "dk_ptr", "dv_ptr", "drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr"),
+    *("dk_sink_ptr", "dv_sink_ptr", "dphi_ptr", "dp_ptr", "domega_ptr"),
+    *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr", "valid_ptr"),
+    *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
+)
+
+STRIDES = (
+    *("stride_qb", "stride_qh", "stride_qm", "stride_gb", "stride_gh", "stride_gm"),
+    *("stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_mean"),
+)
+
+LENGTHS = ("heads", "queries", "columns", "chunks", "q_offset", "splits")
+"""Integers that are not specialised: a new length is no new kernel."""
+
+NUMBERS = ("score_scale", "scale", "softcap", "drop_below", "keep_scale")
+
+
+def arguments(body: str) -> tuple[str, ...]:
+    """Return the arguments that a kernel's body reads, in a fixed order."""
+    words = set(re.findall(r"\w+", body))
+    return tuple(n for n in (*POINTERS, *STRIDES, *LENGTHS, *NUMBERS) if n in words)

@@ -1,0 +1,283 @@
+"""Kernels that keep a block of chunk tokens, sinks or keys: ``dchunk``, ``dsink`` and ``dkv``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit import loops, positions, scores
+from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
+from flasheva_compile.lowering.emit.queries import key_side, row_pointers, valid_flags
+from flasheva_compile.lowering.emit.source import Dim, Source
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.emit.loops import QueryLoop
+    from flasheva_compile.lowering.spec import KernelSpec
+
+
+def emit_key_kernel(spec: KernelSpec) -> str:
+    """Return the body of ``dchunk``, ``dsink`` or ``dkv``."""
+    out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
+    program(out, spec)
+    out.lines(*d.offsets(), *e.offsets(), "")
+    out.lines(*_resident(spec, d, e), "")
+    bounds, walks = loops.resident_loops(spec)
+    origin = "start - q_offset" if spec.documents == "padded" else "-q_offset"
+    out.lines(f"shift = {origin}", *bounds)
+    out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
+    if spec.kind == "dchunk":
+        out.line("dbias = tl.zeros([BLOCK_N], tl.float32)")
+    if spec.group > 1:
+        with out.block(f"for g in range({spec.group}):"):
+            _walk(out, spec, walks, d, e)
+    else:
+        _walk(out, spec, walks, d, e)
+    out.lines(*_results(spec, d, e))
+    return out.text()
+
+
+def program(out: Source, spec: KernelSpec) -> None:
+    """Find row, head and block of a program; one program for each ``split``."""
+    counts = {"dchunk": "chunks", "chunk_tokens": "chunks", "dsink": str(spec.sink_size)}
+    out.line("pid = tl.program_id(0)")
+    if spec.kind in ("dchunk", "dsink"):
+        out.lines("split = pid % splits", "pid = pid // splits")
+    out.lines(
+        f"tiles_n = tl.cdiv({counts.get(spec.kind, 'columns')}, BLOCK_N)",
+        "bhk = pid // tiles_n",
+        "tile_n = pid % tiles_n",
+        "kv_heads = " + (f"heads // {spec.group}" if spec.group > 1 else "heads"),
+        "b = bhk // kv_heads",
+        "hk = bhk % kv_heads",
+        "b64 = b.to(tl.int64)",
+        "bhk64 = bhk.to(tl.int64)",
+    )
+
+
+def _resident(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    if spec.kind == "dchunk":
+        return _resident_chunks(spec, d, e)
+    lines = row_pointers(spec, chunks=False)
+    if spec.kind == "dsink":
+        lines += [
+            "offset = tile_n * BLOCK_N",
+            "offs_t = tl.arange(0, BLOCK_N)",
+            "offs_n = offset + offs_t",
+        ]
+        bound = f"offs_n < tl.minimum({spec.sink_size}, keys)"
+    else:
+        lines += _resident_keys(spec)
+        bound = "(offs_n >= 0) & (offs_n < keys)" if spec.documents == "padded" else "offs_n < keys"
+    lines += [
+        "k_tile = k_ptr + offset * tl.cast(stride_kn, tl.int64)",
+        "v_tile = v_ptr + offset * tl.cast(stride_vn, tl.int64)",
+        f"exists = {bound}",
+        *d.load("k", "k_tile", "offs_t", "stride_kn", "exists"),
+        *e.load("v", "v_tile", "offs_t", "stride_vn", "exists"),
+        *key_side(spec, "key", "exists"),
+    ]
+    return lines
+
+
+def _resident_keys(spec: KernelSpec) -> list[str]:
+    origin = " - start" if spec.documents == "padded" else ""
+    lines = [
+        f"offset = tile_n * BLOCK_N{origin}",
+        "offs_t = tl.arange(0, BLOCK_N)",
+        "offs_n = offset + offs_t",
+        "first = offset",
+        "last = tl.minimum(offset + BLOCK_N, keys) - 1",
+    ]
+    if spec.documents == "packed":
+        lines.append(
+            "begin_n = tl.load(begin_ptr + b_row + offs_n, mask=offs_n < columns, other=columns)"
+        )
+    return lines
+
+
+def _resident_chunks(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    c = spec.chunk_size
+    lines = positions.row_origin(spec)
+    if spec.documents != "padded":
+        lines += ["keys = columns"]
+    if spec.documents == "packed":
+        lines.append("b_row = b64 * columns")
+    lines += [
+        "slot = tile_n * BLOCK_N",
+        "offs_t = tl.arange(0, BLOCK_N)",
+        "exists = slot + offs_t < chunks",
+        "chunk_row = bhk64 * chunks + slot",
+        *d.load("k", f"rfa_k_ptr + chunk_row * {d.size}", "offs_t", str(d.size), "exists"),
+        *e.load("v", f"rfa_v_ptr + chunk_row * {e.size}", "offs_t", str(e.size), "exists"),
+        "bias = tl.load(rfa_bias_ptr + chunk_row + offs_t, mask=exists, "
+        f'other=float("-inf")) * {scores.LOG2E}',
+    ]
+    if spec.documents == "packed":
+        lines += [
+            "offs_n = slot + offs_t",
+            "chunk_first = tl.load(chunk_first_ptr + b64 * chunks + offs_n, mask=exists, other=-1)",
+        ]
+    else:
+        padded = spec.documents == "padded"
+        lines += [
+            f"j = slot{' - first_slot' if padded else ''}",
+            "offs_n = j + offs_t",
+            f"chunk_first = offs_n * {c}",
+        ]
+    mean = "tl.load(chunk_mean_ptr + b64 * stride_mean + slot + offs_t, mask=exists, other=0.0)"
+    return [
+        *lines,
+        f"chunk_last = chunk_first + {c - 1}",
+        *scores.key_position(spec, "chunk", mean),
+    ]
+
+
+def _walk(
+    out: Source, spec: KernelSpec, walks: list[QueryLoop], d: Dim, e: Dim
+) -> None:
+    group = spec.group
+    head = f"hk * {group} + g" if group > 1 else "hk"
+    row = f"bhk64 * {group} + g" if group > 1 else "bhk64"
+    out.lines(
+        f"h = {head}",
+        "q_head = q_ptr + b64 * stride_qb + h * tl.cast(stride_qh, tl.int64)",
+        "do_head = do_ptr + b64 * stride_gb + h * tl.cast(stride_gh, tl.int64)",
+        f"state_head = ({row}) * queries",
+    )
+    if spec.alibi:
+        out.line(f"slope = tl.load(slopes_ptr + h).to(tl.float32) * {scores.LOG2E}")
+    for loop in walks:
+        out.line(f"# {loop.purpose}")
+        tiles = f"{loop.begin}, {loop.end}"
+        if spec.kind in ("dchunk", "dsink"):
+            skip = f"(split - {loop.begin} % splits + splits) % splits"
+            begin = "split" if loop.begin == "0" else f"{loop.begin} + {skip}"
+            tiles = f"{begin}, {loop.end}, splits"
+        with out.block(f"for tile in range({tiles}):"):
+            out.lines(*_tile(spec, loop, d, e))
+
+
+def _tile(spec: KernelSpec, loop: QueryLoop, d: Dim, e: Dim) -> list[str]:
+    dot = scores.precision(spec)
+    source: scores.KeySource = "chunk" if spec.kind == "dchunk" else "key"
+    lines = [
+        "row = row_begin + tile * BLOCK_M",
+        "offs_m = tl.arange(0, BLOCK_M)",
+        "rows = row + offs_m",
+        "q_rows = q_head + row * tl.cast(stride_qm, tl.int64)",
+        *d.load("q", "q_rows", "offs_m", "stride_qm", "rows < queries"),
+        *_query_side(spec, needs_window=bool(loop.mask)),
+        'lse = tl.load(lse2_ptr + state_head + rows, mask=rows < queries, other=float("inf"))',
+        *d.contract("s", "k", "q", dot),
+        *scores.scores(spec, source, keys_first=True),
+        *scores.masked(scores.mask_text(loop.mask, None, keys_first=True)),
+        "p = tl.exp2(s - lse[None, :])",
+        "do_rows = do_head + row * tl.cast(stride_gm, tl.int64)",
+        *e.load("do", "do_rows", "offs_m", "stride_gm", "rows < queries"),
+        *scores.keep(spec, source, keys_first=True),
+    ]
+    weights = "tl.where(keep, p, 0.0)" if spec.dropout else "p"
+    lines += [
+        f"weights = {weights}.to(q_ptr.dtype.element_ty)",
+        *e.accumulate("dv", "weights", "do", dot),
+        *e.contract("dp", "v", "do", dot),
+    ]
+    lines += ["dp = tl.where(keep, dp * keep_scale, 0.0)"] if spec.dropout else []
+    lines += [
+        "delta = tl.load(delta_ptr + state_head + rows, mask=rows < queries, other=0.0)",
+        "ds = p * (dp - delta[None, :])",
+    ]
+    lines += ["dbias += tl.sum(ds, 1)"] if spec.kind == "dchunk" else []
+    factor = " * (1.0 - tanh * tanh)" if spec.softcap else ""
+    return [
+        *lines,
+        f"ds = (ds{factor}).to(q_ptr.dtype.element_ty)",
+        *d.accumulate("dk", "ds", "q", dot),
+    ]
+
+
+def _query_side(spec: KernelSpec, *, needs_window: bool) -> list[str]:
+    """Define what masks, ALiBi and dropout need of a tile of queries."""
+    lines = ["i = rows - shift"]
+    if needs_window:
+        if spec.documents == "packed":
+            lines += [
+                "begin = tl.load(begin_ptr + b_row + i, mask=rows < queries, other=columns)",
+                f"sink_stop = begin + {spec.sink_size}",
+            ]
+        lines += positions.window(spec, "i", "lo", "hi")
+    if spec.alibi:
+        lines.append("query_position = i.to(tl.float32)")
+    if spec.dropout:
+        column = "i + start" if spec.documents == "padded" else "i"
+        lines.append(f"state = dropout_state(seed_ptr, b, h, {column})")
+    return lines
+
+
+def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = d.scale("dk", "scale")
+    lines += e.scale("dv", "keep_scale") if spec.dropout else []
+    if spec.kind == "dkv":
+        return lines + _key_results(spec, d, e)
+    if spec.kind == "dsink":
+        rows = str(spec.sink_size)
+        flags = valid_flags(spec, "key")
+        bound = f"offs_n < {rows}"
+        lines += _select("dk", d, f"exists & {flags}" if flags else "exists")
+        lines += _select("dv", e, f"exists & {flags}" if flags else "exists")
+        return [
+            *lines,
+            "kv_rows = tl.num_programs(0) // (splits * tiles_n)",
+            f"part = (split * kv_rows + bhk64) * {rows} + offset",
+            *d.store("dk", f"dk_sink_ptr + part * {d.size}", "offs_t", str(d.size), bound),
+            *e.store("dv", f"dv_sink_ptr + part * {e.size}", "offs_t", str(e.size), bound),
+        ]
+    lines += [
+        "kv_rows = tl.num_programs(0) // (splits * tiles_n)",
+        "part = split * kv_rows * tl.cast(chunks, tl.int64) + chunk_row",
+    ]
+    if spec.documents == "packed":
+        seen = "exists & (chunk_first >= 0)"
+    else:
+        seen = f"exists & (offs_n >= {spec.sink_size // spec.chunk_size})"
+    return [
+        *lines,
+        f"seen = {seen}",
+        *_select("dk", d, "seen"),
+        *_select("dv", e, "seen"),
+        *d.store("dk", f"drfa_k_ptr + part * {d.size}", "offs_t", str(d.size), "exists"),
+        *e.store("dv", f"drfa_v_ptr + part * {e.size}", "offs_t", str(e.size), "exists"),
+        "tl.store(drfa_bias_ptr + part + offs_t, tl.where(seen, dbias, 0.0), mask=exists)",
+    ]
+
+
+def _select(tile: str, dim: Dim, rows: str) -> list[str]:
+    """Zero the rows that nobody sees: their products are of no meaning."""
+    return [f"{tile}{n} = tl.where(({rows})[:, None], {tile}{n}, 0.0)" for n in dim.indices]
+
+
+def _key_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = []
+    if spec.sink_size and spec.documents != "packed":
+        bound = f"exists & (offs_n < {spec.sink_size})"
+        for tile, dim, pointer in (("dk", d, "dk_sink_ptr"), ("dv", e, "dv_sink_ptr")):
+            rows = f"{pointer} + (bhk64 * {spec.sink_size} + offset) * {dim.size}"
+            lines += dim.load("sink", rows, "offs_t", str(dim.size), bound)
+            lines += [f"{tile}{n} += sink{n}" for n in dim.indices]
+    if spec.chunk_rule:
+        lines += pool_gradient(spec, d, e)
+    flags = valid_flags(spec, "key")
+    if flags:
+        lines += _select("dk", d, flags) + _select("dv", e, flags)
+    elif spec.documents == "padded":
+        lines += _select("dk", d, "exists") + _select("dv", e, "exists")
+    return lines + store_keys(d, e)
+
+
+def store_keys(d: Dim, e: Dim) -> list[str]:
+    """Store the gradients of a block of keys and values, contiguous over columns."""
+    return [
+        "column = tile_n * BLOCK_N",
+        "key_row = bhk64 * columns + column",
+        *d.store("dk", f"dk_ptr + key_row * {d.size}", "offs_t", str(d.size), "column + offs_t < columns"),
+        *e.store("dv", f"dv_ptr + key_row * {e.size}", "offs_t", str(e.size), "column + offs_t < columns"),
+    ]

@@ -1,0 +1,453 @@
+"""The loops of each kernel as data: what is walked over, from where to where, under which mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from flasheva_compile.lowering.emit import positions
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """``key op query``: one side is a vector over keys, the other over queries (or a scalar)."""
+
+    key: str
+    op: str
+    query: str
+
+    def text(self, *, keys_first: bool) -> str:
+        """Return the comparison of a tile; ``keys_first``: keys are its rows."""
+        key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
+        return f"({self.key}{key} {self.op} {self.query}{query})"
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """One of two comparisons holds."""
+
+    left: Compare
+    right: Compare
+
+    def text(self, *, keys_first: bool) -> str:
+        """Return the disjunction of a tile."""
+        left, right = (side.text(keys_first=keys_first) for side in (self.left, self.right))
+        return f"({left} | {right})"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFlag:
+    """A condition on keys alone."""
+
+    condition: str
+
+    def text(self, *, keys_first: bool) -> str:
+        """Return the condition spread over a tile."""
+        return f"({self.condition}){'[:, None]' if keys_first else '[None, :]'}"
+
+
+Mask = tuple[Compare | Either | KeyFlag, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A walk of a block of queries over keys or chunk tokens, in tiles of ``step``.
+
+    Attributes:
+        purpose: Comment above the loop.
+        source: ``"chunk"`` or ``"key"``.
+        begin: First index.
+        end: Index after the last.
+        step: Indices per tile.
+        mask: What may attend; () = everything.
+        bounded: The last tile may reach beyond ``end``.
+    """
+
+    purpose: str
+    source: Literal["chunk", "key"]
+    begin: str
+    end: str
+    step: str = "BLOCK_N"
+    mask: Mask = ()
+    bounded: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryLoop:
+    """A walk of a resident block over tiles of queries, ``[begin, end)`` counted in tiles."""
+
+    purpose: str
+    begin: str
+    end: str
+    mask: Mask = ()
+
+
+SINK_STEP = 64
+"""Most sinks in one tile."""
+
+
+def _whole(begin: str, end: str) -> str:
+    """Return the end of the whole tiles in ``[begin, end)``."""
+    return f"{begin} + tl.maximum({end} - {begin}, 0) // BLOCK_N * BLOCK_N"
+
+
+def query_setup(spec: KernelSpec) -> list[str]:
+    """Define what the loops of a block of queries refer to."""
+    c, sinks = spec.chunk_size, spec.sink_size // spec.chunk_size
+    if spec.documents == "packed":
+        return [
+            "begin = tl.load(begin_ptr + b_row + i, mask=rows < queries, other=columns)",
+            *positions.window(spec, "i", "lo", "hi"),
+            f"sink_stop = begin + {spec.sink_size}",
+            "document = tl.min(begin)",
+            "lo_first = tl.min(lo)",
+            f"chunk_end = tl.minimum(tl.max(tl.where(begin < columns, lo, 0)) // {c}, chunks)",
+        ]
+    lines = [
+        *positions.window(spec, "i", "lo", "hi"),
+        *positions.window(spec, "first", "lo_first", "hi_first"),
+        *positions.window(spec, "last", "lo_last", "hi_last"),
+        f"chunk_stop = tl.minimum(lo // {c}, slots)",
+    ]
+    if spec.sink_size:
+        stop = f"tl.minimum({spec.sink_size}, keys)"
+        lines.append(f"sink_stop = {f'tl.minimum(lo, {stop})' if spec.causal else stop}")
+    if not spec.causal:
+        after = f"tl.cdiv(hi, {c})"
+        lines.append(f"chunk_start = {f'tl.maximum({after}, {sinks})' if sinks else after}")
+    return lines
+
+
+def query_loops(spec: KernelSpec, schedule: Schedule) -> list[tuple[list[str], Loop]]:
+    """Return the loops of a block of queries, each with the lines that define its bounds."""
+    if spec.documents == "packed":
+        return _packed_loops(spec)
+    loops = _left_chunks(spec)
+    if spec.sink_size:
+        loops.append(_sinks(spec))
+    loops += _split_window(spec) if schedule.split_window else [([], _window(spec))]
+    return loops if spec.causal else loops + _right_chunks(spec)
+
+
+def _left_chunks(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
+    c, sinks = spec.chunk_size, str(spec.sink_size // spec.chunk_size)
+    whole = _whole(sinks, f"tl.minimum(lo_first // {c}, slots)")
+    return [
+        (
+            [f"whole = {whole}"],
+            Loop(
+                purpose="Chunk tokens that every query of the block sees.",
+                source="chunk",
+                begin=sinks,
+                end="whole",
+                bounded=False,
+            ),
+        ),
+        (
+            [],
+            Loop(
+                purpose="Chunk tokens that only some queries of the block see.",
+                source="chunk",
+                begin="whole",
+                end=f"tl.minimum(lo_last // {c}, slots)",
+                mask=(Compare("offs_n", "<", "chunk_stop"),),
+            ),
+        ),
+    ]
+
+
+def _sinks(spec: KernelSpec) -> tuple[list[str], Loop]:
+    if spec.causal:
+        end, mask = f"tl.minimum(lo_last, {spec.sink_size})", (Compare("offs_n", "<", "sink_stop"),)
+    else:
+        outside = Either(Compare("offs_n", "<", "lo"), Compare("offs_n", ">=", "hi"))
+        end, mask = "sink_stop", (KeyFlag("offs_n < sink_stop"), outside)
+    return [], Loop(
+        purpose="Sinks in front of the window." if spec.causal else "Sinks outside the window.",
+        source="key",
+        begin="0",
+        end=end,
+        step="BLOCK_S",
+        mask=mask,
+    )
+
+
+def _window(spec: KernelSpec) -> Loop:
+    return Loop(
+        purpose="The window.",
+        source="key",
+        begin="lo_first",
+        end="hi_last",
+        mask=(Compare("offs_n", ">=", "lo"), Compare("offs_n", "<", "hi")),
+    )
+
+
+def _split_window(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
+    edge = "lo_first + tl.cdiv(lo_last - lo_first, BLOCK_N) * BLOCK_N"
+    both = (Compare("offs_n", ">=", "lo"), Compare("offs_n", "<", "hi"))
+    first, whole, last = "lo_first", "left", "middle"
+    return [
+        (
+            [f"left = {edge}"],
+            Loop(
+                purpose="Left edge of the window.",
+                source="key",
+                begin=first,
+                end="tl.minimum(left, hi_last)",
+                mask=both,
+            ),
+        ),
+        (
+            [f"middle = {_whole('left', 'hi_first')}"],
+            Loop(
+                purpose="Keys that every query of the block has in its window.",
+                source="key",
+                begin=whole,
+                end="middle",
+                bounded=False,
+            ),
+        ),
+        (
+            [],
+            Loop(
+                purpose="Right edge of the window.",
+                source="key",
+                begin=last,
+                end="hi_last",
+                mask=both[1:],
+            ),
+        ),
+    ]
+
+
+def _right_chunks(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
+    c, sinks = spec.chunk_size, spec.sink_size // spec.chunk_size
+    start, stop = f"tl.cdiv(hi_first, {c})", f"tl.cdiv(hi_last, {c})"
+    if sinks:
+        start, stop = f"tl.maximum({start}, {sinks})", f"tl.maximum({stop}, {sinks})"
+    return [
+        (
+            [
+                f"right = {start}",
+                f"after = tl.minimum(right + tl.cdiv({stop} - right, BLOCK_N) * BLOCK_N, slots)",
+            ],
+            Loop(
+                purpose="Chunk tokens behind the window that only some queries see.",
+                source="chunk",
+                begin="right",
+                end="after",
+                mask=(Compare("offs_n", ">=", "chunk_start"), KeyFlag("offs_n < slots")),
+            ),
+        ),
+        (
+            [f"rest = {_whole('after', 'slots')}"],
+            Loop(
+                purpose="Chunk tokens behind the window that every query sees.",
+                source="chunk",
+                begin="after",
+                end="rest",
+                bounded=False,
+            ),
+        ),
+        (
+            [],
+            Loop(
+                purpose="The last of them.",
+                source="chunk",
+                begin="rest",
+                end="slots",
+                mask=(KeyFlag("offs_n < slots"),),
+            ),
+        ),
+    ]
+
+
+_SEEN_CHUNK = (Compare("chunk_first", ">=", "sink_stop"), Compare("chunk_last", "<", "lo"))
+
+
+def _packed_loops(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
+    c, t = spec.chunk_size, spec.sink_size
+    inside = Compare("offs_n", ">=", "begin")
+    window = Compare("offs_n", ">=", "lo")
+    if t:
+        window = Either(window, Compare("offs_n", "<", "sink_stop"))
+    loops = [
+        (
+            [],
+            Loop(
+                purpose="Chunk tokens of the documents in the block.",
+                source="chunk",
+                begin=f"(document + {t}) // {c}",
+                end="chunk_end",
+                mask=_SEEN_CHUNK,
+            ),
+        )
+    ]
+    if t:
+        sinks = Loop(
+            purpose="Sinks of the block's first document; the others' are in the window loop.",
+            source="key",
+            begin="document",
+            end=f"tl.minimum(document + {t}, lo_first)",
+            step="BLOCK_S",
+            mask=(inside, Compare("offs_n", "<", "sink_stop"), KeyFlag("offs_n < lo_first")),
+        )
+        loops.append(([], sinks))
+    keys = Loop(
+        purpose="The window, and sinks of documents that begin in it.",
+        source="key",
+        begin="lo_first",
+        end="tl.minimum(last + 1, keys)",
+        mask=(inside, window, Compare("offs_n", "<", "hi")),
+    )
+    return [*loops, ([], keys)]
+
+
+def resident_mask(spec: KernelSpec) -> Mask:
+    """Return who sees the resident rows ``n`` of a kernel that walks over queries."""
+    if spec.kind == "dchunk":
+        if spec.documents == "packed":
+            return _SEEN_CHUNK
+        before = Compare("chunk_last", "<", "lo")
+        return (before,) if spec.causal else (Either(before, Compare("chunk_first", ">=", "hi")),)
+    if spec.kind == "dsink":
+        before = Compare("offs_n", "<", "lo")
+        return (before,) if spec.causal else (Either(before, Compare("offs_n", ">=", "hi")),)
+    window: Compare | Either = Compare("offs_n", ">=", "lo")
+    if spec.documents != "packed":
+        return (window, Compare("offs_n", "<", "hi"))
+    if spec.sink_size:
+        window = Either(window, Compare("offs_n", "<", "sink_stop"))
+    return (Compare("offs_n", ">=", "begin"), window, Compare("offs_n", "<", "hi"))
+
+
+def resident_loops(spec: KernelSpec) -> tuple[list[str], list[QueryLoop]]:
+    """Return the lines that define the bounds, in tiles after ``row_begin``, and the loops."""
+    masked = QueryLoop(
+        purpose="Queries of which only some see the block's rows.",
+        begin="0",
+        end="tiles_masked",
+        mask=resident_mask(spec),
+    )
+    if spec.documents == "packed":
+        lines = _packed_range(spec)
+        return [*lines, "tiles_masked = tl.cdiv(row_end - row_begin, BLOCK_M)"], [masked]
+    if spec.kind == "dkv":
+        lines = _window_range(spec)
+        return [*lines, "tiles_masked = tl.cdiv(row_end - row_begin, BLOCK_M)"], [masked]
+    if spec.kind == "dsink" and not spec.causal:
+        lines = ["row_begin = 0", "tiles_masked = tl.cdiv(queries, BLOCK_M)"]
+        return lines, [masked]
+    whole = QueryLoop(
+        purpose="Queries that all see all rows of the block.", begin="tiles_masked", end="tiles"
+    )
+    if spec.causal:
+        return _later_queries(spec), [masked, whole]
+    left = QueryLoop(
+        purpose="Queries in front that all see all rows of the block.", begin="0", end="tiles_left"
+    )
+    middle = QueryLoop(
+        purpose=masked.purpose, begin="tiles_left", end="tiles_masked", mask=masked.mask
+    )
+    return _both_sides(spec), [left, middle, whole]
+
+
+def _row(position: str) -> str:
+    """Return the row of the query at a position, held inside ``[0, queries]``."""
+    return f"tl.minimum(tl.maximum({position} + shift, 0), queries)"
+
+
+def _later_queries(spec: KernelSpec) -> list[str]:
+    """Bound the causal queries that see a block of chunk tokens or sinks."""
+    if spec.kind == "dsink":
+        c, last = spec.chunk_size, f"tl.minimum(offset + BLOCK_N, {spec.sink_size}) - 1"
+        begin = positions.seen_from(spec, f"(offset // {c})")
+        whole = positions.seen_from(spec, f"(({last}) // {c})")
+    else:
+        begin = positions.seen_from(spec, f"tl.maximum(j, {spec.sink_size // spec.chunk_size})")
+        whole = positions.seen_from(spec, "(j + BLOCK_N - 1)")
+    return [
+        f"row_begin = {_row(begin)}",
+        f"tiles_masked = tl.cdiv(tl.maximum({_row(whole)} - row_begin, 0), BLOCK_M)",
+        "tiles = tl.cdiv(queries - row_begin, BLOCK_M)",
+    ]
+
+
+def _both_sides(spec: KernelSpec) -> list[str]:
+    """Bound the bidirectional queries that see a block of chunk tokens."""
+    first = f"tl.maximum(j, {spec.sink_size // spec.chunk_size})"
+    right_first, any_right = positions.seen_after(spec, "j_first")
+    right_last, all_right = positions.seen_after(spec, "j_last")
+    lines = [
+        "row_begin = 0",
+        f"j_first = {first}",
+        f"j_last = tl.minimum(j + BLOCK_N - 1, tl.cdiv(keys, {spec.chunk_size}) - 1)",
+    ]
+    for name, chunk in (("left_all", "j_first"), ("left_any", "j_last")):
+        lines += [
+            f"{name} = {positions.seen_before(spec, chunk)}",
+            f"{name} = tl.where({name} > 0, {_row(name)}, 0)",
+        ]
+    return [
+        *lines,
+        f"right_all = tl.where({all_right}, {_row(right_last)}, queries)",
+        f"middle = tl.where({any_right}, right_all, left_any)",
+        "tiles_left = left_all // BLOCK_M",
+        "tiles_masked = tl.maximum(tiles_left, tl.cdiv(middle, BLOCK_M))",
+        f"tiles = tl.where({any_right}, tl.cdiv(queries, BLOCK_M), tiles_masked)",
+    ]
+
+
+def _window_range(spec: KernelSpec) -> list[str]:
+    """Bound the queries that have one of a block's keys, at ``first`` to ``last``, in a window."""
+    w, c = spec.window_size, spec.chunk_size
+    if spec.causal:
+        return [
+            f"row_begin = {_row('tl.maximum(first, 0)')}",
+            f"row_end = {_row(positions.seen_until(spec, 'last'))}",
+            "row_end = tl.where(last < 0, row_begin, tl.maximum(row_begin, row_end))",
+        ]
+    if spec.window == "block":
+        begin, end = f"tl.maximum(first, 0) // {w} * {w}", f"last // {w} * {w} + {w}"
+        at_end = f"{end} >= keys"
+    else:
+        begin = f"tl.maximum(first - {w + c - 1 - w // 2}, 0)"
+        begin = f"tl.where(first < {w + c}, 0, {begin})"
+        end = f"last // {c} * {c} + {c + w // 2}"
+        at_end = f"last // {c} * {c} + {c} > keys - {w}"
+    # Queries in the padding count as standing at the edge of the row.
+    return [
+        f"row_begin = {begin}",
+        f"row_begin = tl.where(row_begin > 0, {_row('row_begin')}, 0)",
+        f"row_end = tl.where({at_end}, queries, {_row(end)})",
+        "row_end = tl.where(last < 0, row_begin, tl.maximum(row_begin, row_end))",
+    ]
+
+
+def _packed_range(spec: KernelSpec) -> list[str]:
+    w, c = spec.window_size, spec.chunk_size
+    if spec.kind == "dchunk":
+        distance = c + w - 1 if spec.window == "sliding" else c
+        return [
+            "pooled = chunk_first >= 0",
+            f"first = tl.min(tl.where(pooled, chunk_first, columns)) + {distance}",
+            "document_end = tl.load(end_ptr + b_row + chunk_first, mask=pooled, other=0)",
+            "last = tl.max(document_end)",
+            f"row_begin = {_row('first')}",
+            f"row_end = tl.maximum({_row('last')}, row_begin)",
+        ]
+    reach = w + c if spec.window == "sliding" else w
+    lines = [
+        "document_end = tl.load(end_ptr + b_row + offs_n, mask=offs_n < columns, other=0)",
+        f"reach = tl.minimum(offs_n + {reach}, document_end)",
+    ]
+    if spec.sink_size:
+        lines.append(f"reach = tl.where(offs_n - begin_n < {spec.sink_size}, document_end, reach)")
+    return [
+        *lines,
+        f"row_begin = {_row('first')}",
+        f"row_end = tl.maximum({_row('tl.max(reach)')}, row_begin)",
+    ]

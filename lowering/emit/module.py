@@ -1,0 +1,114 @@
+"""From spec and schedule to a complete module: header, constants, kernel, launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
+from flasheva_compile.lowering.emit.keys import emit_key_kernel
+from flasheva_compile.lowering.emit.loops import SINK_STEP
+from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
+from flasheva_compile.lowering.emit.queries import emit_query_kernel
+from flasheva_compile.lowering.emit.scores import DROPOUT_FUNCTIONS
+from flasheva_compile.lowering.spec import GeneratedKernel, digest
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
+
+_PURPOSE = {
+    "chunk_tokens": "pool keys and values into chunk tokens",
+    "forward": "attend to chunk tokens, sinks and window in one softmax",
+    "dq": "gradient of queries, and delta for the kernels after it",
+    "dchunk": "gradient of chunk tokens",
+    "dsink": "gradient of sinks from queries whose window is behind them",
+    "dkv": "gradient of keys and values",
+    "dpool": "gradient of pooling",
+}
+
+
+def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
+    """Generate one kernel; pure: the same spec and schedule give the same bytes."""
+    body = _body(spec, schedule)
+    names = arguments(body)
+    source = _header(spec, schedule) + _constants(body, spec, schedule)
+    if spec.dropout:
+        source += DROPOUT_FUNCTIONS + "\n\n"
+    source += _function(spec, names, body) + _launcher(spec, schedule, names)
+    return GeneratedKernel(
+        spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
+    )
+
+
+def _body(spec: KernelSpec, schedule: Schedule) -> str:
+    if spec.kind == "chunk_tokens":
+        return emit_chunk_tokens(spec)
+    if spec.kind == "dpool":
+        return emit_pool_gradient(spec)
+    if spec.kind in ("forward", "dq"):
+        return emit_query_kernel(spec, schedule)
+    return emit_key_kernel(spec)
+
+
+def _fields(value: object) -> list[str]:
+    """Spell the fields that differ from their defaults."""
+    return [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
+        if getattr(value, field.name) != field.default
+    ]
+
+
+def _header(spec: KernelSpec, schedule: Schedule) -> str:
+    width = {"width": 96, "initial_indent": "    ", "subsequent_indent": "    "}
+    spec_text = textwrap.fill(", ".join(_fields(spec)), **width)
+    schedule_text = textwrap.fill(", ".join(_fields(schedule)), **width)
+    return (
+        f'"""FlashEVA {spec.kind}: {_PURPOSE[spec.kind]}. Generated; do not edit.\n\n'
+        f"KernelSpec:\n{spec_text}\nSchedule:\n{schedule_text}\n\n"
+        "Reproduce with flasheva_compile.lowering.emit.module.emit(KernelSpec(...), Schedule(...)).\n"
+        '"""\n\nimport triton\nimport triton.language as tl\n\n'
+    )
+
+
+def _constants(body: str, spec: KernelSpec, schedule: Schedule) -> str:
+    sink_block = min(SINK_STEP, max(16, 1 << (spec.sink_size - 1).bit_length()))
+    values = {
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+        "BLOCK_S": sink_block,
+    }
+    used = set(re.findall(r"\w+", body))
+    lines = [f"{name} = tl.constexpr({value})" for name, value in values.items() if name in used]
+    return "\n".join(lines) + "\n\n\n"
+
+
+def _function(spec: KernelSpec, names: tuple[str, ...], body: str) -> str:
+    lengths = ", ".join(f'"{n}"' for n in names if n in LENGTHS)
+    signature = textwrap.fill(
+        ", ".join(names), width=96, initial_indent="    ", subsequent_indent="    "
+    )
+    return (
+        f"@triton.jit(do_not_specialize=[{lengths}])\n"
+        f"def {spec.kind}(\n{signature},\n):\n" + textwrap.indent(body, "    ")
+    )
+
+
+def _launcher(spec: KernelSpec, schedule: Schedule, names: tuple[str, ...]) -> str:
+    return (
+        f"\n\ndef launch(programs, *arguments):\n"
+        f'    """Launch {spec.kind} over ``programs`` programs."""\n'
+        f"    {spec.kind}[(programs,)](\n"
+        f"        *arguments, num_warps={schedule.num_warps}, num_stages={schedule.num_stages}\n"
+        f"    )\n"
+    )
+
+
+def _name(spec: KernelSpec, source: str) -> str:
+    words = [spec.kind, spec.dtype, f"d{spec.head_dim}"]
+    words += [f"e{spec.value_dim}"] if spec.value_dim != spec.head_dim else []
+    words += [f"w{spec.window_size}"] if spec.window_size else []
+    words += [f"c{spec.chunk_size}", digest(source)]
+    return "_".join(words)

@@ -1,0 +1,171 @@
+"""Gradient of pooling, row by row: what each key and value adds through its chunk token.
+
+Every key looks its chunk up, so no tile has to be aligned with chunks and any chunk size works. The
+weights come back from the log-masses that the forward pass kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit.scores import LOG2E
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.emit.source import Dim
+    from flasheva_compile.lowering.spec import KernelSpec
+
+
+def pool_gradient(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Add to ``dk``, ``dv`` of the keys at ``offs_n`` and store partial sums of parameters."""
+    lines = ["# Pooling: each key adds to the gradient of its chunk token.", *_chunk_of_key(spec)]
+    lines += [
+        "chunk_at = bhk64 * chunks + chunk",
+        *gather(d, "gk", "drfa_k_ptr"),
+        *gather(e, "gv", "drfa_v_ptr"),
+    ]
+    return lines + {"mean": _mean, "tangent": _tangent, "evabyte": _evabyte, "eva": _eva}[
+        spec.chunk_rule or "mean"
+    ](d, e)
+
+
+def _chunk_of_key(spec: KernelSpec) -> list[str]:
+    """Define ``chunk``, the slot of each key, and ``member``, whether it is pooled."""
+    c = spec.chunk_size
+    valid = " & valid" if spec.key_mask else ""
+    if spec.documents == "packed":
+        return [
+            "position = offs_n - begin_n",
+            f"chunk_begin = offs_n - position % {c}",
+            f"chunk = chunk_begin // {c}",
+            f"member = exists & (position >= 0){valid}",
+            "member &= tl.load(chunk_first_ptr + b64 * chunks + chunk, mask=member, other=-1)"
+            " == chunk_begin",
+        ]
+    if spec.documents == "padded":
+        return [f"chunk = offs_n // {c} + first_slot", f"member = exists{valid}"]
+    return [f"chunk = offs_n // {c}", f"member = exists{valid}"]
+
+
+def gather(dim: Dim, tile: str, pointer: str) -> list[str]:
+    """Load the row of each key's chunk, in fp32."""
+    return [
+        f"{tile}{n} = tl.load({pointer} + chunk_at[:, None] * {dim.size} "
+        f"+ offs_{dim.letter}{n}[None, :], mask={dim.mask(n, 'member')}, other=0.0).to(tl.float32)"
+        for n in dim.indices
+    ]
+
+
+def _weights(name: str, logits: str, mass: str) -> list[str]:
+    return [
+        f"mass = tl.load({mass} + chunk_at, mask=member, other=0.0)",
+        f"{name} = tl.where(member, tl.exp2(({logits} - mass) * {LOG2E}), 0.0)",
+    ]
+
+
+def _spread(tile: str, weights: str, gradient: str, dim: Dim) -> list[str]:
+    return [f"{tile}{n} += {weights}[:, None] * {gradient}{n}" for n in dim.indices]
+
+
+def _upcast(tile: str, source: str, dim: Dim) -> list[str]:
+    return [f"{tile}{n} = {source}{n}.to(tl.float32)" for n in dim.indices]
+
+
+def _vector(name: str, pointer: str, dim: Dim) -> list[str]:
+    """Load one of the head's parameter vectors, in fp32."""
+    lines = []
+    for n in dim.indices:
+        bound = dim.bound(n)
+        guard = f", mask=offs_d{n} < {dim.size}, other=0.0" if bound else ""
+        lines.append(
+            f"{name}{n} = tl.load({pointer} + hk * {dim.size} + offs_d{n}{guard}).to(tl.float32)"
+        )
+    return lines
+
+
+def _dot(tile: str, vector: str, dim: Dim) -> str:
+    return " + ".join(f"tl.sum({tile}{n} * {vector}{n}[None, :], 1)" for n in dim.indices)
+
+
+def _partial(pointer: str, terms: str, dim: Dim) -> list[str]:
+    """Store this program's part of a parameter vector's gradient."""
+    lines = []
+    for n in dim.indices:
+        guard = f", mask=offs_d{n} < {dim.size}" if dim.bound(n) else ""
+        value = terms.replace("#", str(n))
+        lines.append(
+            f"tl.store({pointer} + (bhk64 * tiles_n + tile_n) * {dim.size} + offs_d{n}, "
+            f"tl.sum({value}, 0){guard})"
+        )
+    return lines
+
+
+def _mean(d: Dim, e: Dim) -> list[str]:
+    return [
+        "log_count = tl.load(rfa_bias_ptr + chunk_at, mask=member, other=0.0)",
+        f"w = tl.where(member, tl.exp2(-log_count * {LOG2E}), 0.0)",
+        *_spread("dk", "w", "gk", d),
+        *_spread("dv", "w", "gv", e),
+    ]
+
+
+def _tangent(d: Dim, e: Dim) -> list[str]:
+    lines = [*_vector("phi", "phi_ptr", d), *_upcast("kf", "k", d), *_upcast("vf", "v", e)]
+    lines += [f"logits = scale * ({_dot('kf', 'phi', d)})", *_weights("w", "logits", "mass_k_ptr")]
+    lines += [
+        "gb = tl.load(drfa_bias_ptr + chunk_at, mask=member, other=0.0)",
+        # bias = log-mass - s phi.rfa_k: the second term adds to the gradient of rfa_k.
+        *(f"gk{n} -= scale * gb[:, None] * phi{n}[None, :]" for n in d.indices),
+        *gather(d, "mk", "rfa_k_ptr"),
+        *gather(e, "mv", "rfa_v_ptr"),
+        f"dw = {d.row_sum('kf', 'gk')} + {e.row_sum('vf', 'gv')}",
+        f"mean = {d.row_sum('mk', 'gk')} + {e.row_sum('mv', 'gv')}",
+        "dlogit = scale * w * (dw - mean + gb)",
+        *_spread("dk", "w", "gk", d),
+        *_spread("dv", "w", "gv", e),
+        *(f"dk{n} += dlogit[:, None] * phi{n}[None, :]" for n in d.indices),
+    ]
+    return lines + _partial("dphi_ptr", "(dlogit - scale * gb * w)[:, None] * kf#", d)
+
+
+def _value_logits(d: Dim, e: Dim, dot: str) -> list[str]:
+    """Weights of values around a centre, and the gradient of their logits."""
+    return [
+        f"square = {d.row_sum('kf', 'kf')}",
+        *_weights("wv", f"scale * ({dot} - 0.5 * square)", "mass_v_ptr"),
+        *gather(e, "mv", "rfa_v_ptr"),
+        f"dvalue = {e.row_sum('vf', 'gv')} - ({e.row_sum('mv', 'gv')})",
+        "dvalue = scale * wv * dvalue",
+    ]
+
+
+def _evabyte(d: Dim, e: Dim) -> list[str]:
+    return [
+        *_vector("phi", "phi_ptr", d),
+        *_vector("pv", "p_ptr", d),
+        *_upcast("kf", "k", d),
+        *_upcast("vf", "v", e),
+        *_weights("w", f"({_dot('kf', 'phi', d)})", "mass_k_ptr"),
+        *_value_logits(d, e, f"({_dot('kf', 'pv', d)})"),
+        *gather(d, "mk", "rfa_k_ptr"),
+        f"dkey = w * ({d.row_sum('kf', 'gk')} - ({d.row_sum('mk', 'gk')}))",
+        *_spread("dk", "w", "gk", d),
+        *_spread("dv", "wv", "gv", e),
+        *(
+            f"dk{n} += dkey[:, None] * phi{n}[None, :] + dvalue[:, None] * (pv{n}[None, :] - kf{n})"
+            for n in d.indices
+        ),
+        *_partial("dphi_ptr", "dkey[:, None] * kf#", d),
+        *_partial("dp_ptr", "dvalue[:, None] * kf#", d),
+    ]
+
+
+def _eva(d: Dim, e: Dim) -> list[str]:
+    centre = " + ".join(f"tl.sum(kf{n} * centre{n}, 1)" for n in d.indices)
+    return [
+        *_upcast("kf", "k", d),
+        *_upcast("vf", "v", e),
+        *gather(d, "centre", "omega_ptr"),
+        *_value_logits(d, e, f"({centre})"),
+        *_spread("dv", "wv", "gv", e),
+        *(f"dk{n} += dvalue[:, None] * (centre{n} - kf{n})" for n in d.indices),
+    ]

@@ -1,0 +1,194 @@
+"""Kernels around chunk tokens alone: ``chunk_tokens`` pools, ``dpool`` is its gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit import positions
+from flasheva_compile.lowering.emit.keys import program, store_keys
+from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
+from flasheva_compile.lowering.emit.queries import row_pointers
+from flasheva_compile.lowering.emit.scores import LOG2E
+from flasheva_compile.lowering.emit.source import Dim, Source
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.spec import KernelSpec
+
+_UNROLLED = 32
+"""Largest chunk whose loop is unrolled, so that all its loads are in flight at once."""
+
+
+def emit_pool_gradient(spec: KernelSpec) -> str:
+    """Return the body of ``dpool``: a block of keys, no queries."""
+    out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
+    program(out, spec)
+    out.lines(*d.offsets(), *e.offsets(), *row_pointers(spec, chunks=False))
+    origin = " - start" if spec.documents == "padded" else ""
+    out.lines(
+        f"offset = tile_n * BLOCK_N{origin}",
+        "offs_t = tl.arange(0, BLOCK_N)",
+        "offs_n = offset + offs_t",
+        "exists = (offs_n >= 0) & (offs_n < keys)",
+    )
+    if spec.documents == "packed":
+        out.line("begin_n = tl.load(begin_ptr + b_row + offs_n, mask=exists, other=columns)")
+    if spec.key_mask:
+        out.line("valid = tl.load(valid_ptr + offs_n, mask=exists, other=0) != 0")
+    if spec.chunk_rule != "mean":
+        out.lines(
+            "k_tile = k_ptr + offset * tl.cast(stride_kn, tl.int64)",
+            "v_tile = v_ptr + offset * tl.cast(stride_vn, tl.int64)",
+            *d.load("k", "k_tile", "offs_t", "stride_kn", "exists"),
+            *e.load("v", "v_tile", "offs_t", "stride_vn", "exists"),
+        )
+    out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
+    out.lines(*pool_gradient(spec, d, e), *store_keys(d, e))
+    return out.text()
+
+
+def emit_chunk_tokens(spec: KernelSpec) -> str:
+    """Return the body of ``chunk_tokens``: a block of chunks, a walk over their members."""
+    out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
+    program(out, spec)
+    out.lines(*d.offsets(), *e.offsets(), *_chunks(spec), *_parameters(spec, d))
+    out.lines(*_initial(spec, d, e))
+    walk = "tl.static_range" if spec.chunk_size <= _UNROLLED else "range"
+    with out.block(f"for member in {walk}({spec.chunk_size}):"):
+        out.lines(*_member(spec, d, e))
+    out.lines(*_results(spec, d, e))
+    return out.text()
+
+
+def _chunks(spec: KernelSpec) -> list[str]:
+    """Define ``columns_in``, first column of each chunk relative to ``origin``."""
+    c = spec.chunk_size
+    lines = positions.row_origin(spec)[:1]
+    lines += [
+        "slot = tile_n * BLOCK_N",
+        "offs_t = tl.arange(0, BLOCK_N)",
+        "exists = slot + offs_t < chunks",
+        "chunk_row = bhk64 * chunks + slot",
+        f"origin = slot * {c}",
+        f"relative = offs_t * {c}",
+        "in_chunk = exists",
+    ]
+    if spec.documents == "padded":
+        lines += [
+            f"origin = start + (slot - start // {c}) * {c}",
+            "in_chunk = exists & (origin + relative >= start)",
+        ]
+    if spec.documents == "packed":
+        lines += [
+            "first = tl.load(chunk_first_ptr + b64 * chunks + slot + offs_t, mask=exists, other=-1)",
+            "in_chunk = first >= 0",
+            "relative = first - origin",
+        ]
+    for name in "kv":
+        lines.append(
+            f"{name}_ptr += b64 * stride_{name}b + hk * tl.cast(stride_{name}h, tl.int64)"
+            f" + origin * tl.cast(stride_{name}n, tl.int64)"
+        )
+    if spec.key_mask:
+        lines.append("valid_ptr += b64 * columns + origin")
+    return lines
+
+
+def _parameters(spec: KernelSpec, d: Dim) -> list[str]:
+    vectors = {"tangent": ("phi",), "evabyte": ("phi", "p")}.get(spec.chunk_rule or "", ())
+    lines = []
+    for name in vectors:
+        for n in d.indices:
+            guard = f", mask=offs_d{n} < {d.size}, other=0.0" if d.bound(n) else ""
+            load = f"tl.load({name}_ptr + hk * {d.size} + offs_d{n}{guard})"
+            lines.append(f"{name}{n} = {load}.to(tl.float32)[None, :]")
+    if spec.chunk_rule == "eva":
+        omega = f"omega_ptr + chunk_row * {d.size}"
+        lines += d.load("omega", omega, "offs_t", str(d.size), "exists", cast=".to(tl.float32)")
+    return lines
+
+
+def _softmaxes(spec: KernelSpec) -> tuple[str, ...]:
+    """Names of the softmaxes over a chunk: of keys, of values; one where they agree."""
+    return {"mean": (), "tangent": ("k",), "evabyte": ("k", "v"), "eva": ("v",)}[
+        spec.chunk_rule or "mean"
+    ]
+
+
+def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = ["count = tl.zeros([BLOCK_N], tl.float32)"]
+    for name in _softmaxes(spec):
+        lines += [
+            f"m_{name} = tl.full([BLOCK_N], -3.4028234663852886e38, tl.float32)",
+            f"l_{name} = tl.zeros([BLOCK_N], tl.float32)",
+        ]
+    lines += d.zeros("sk", "BLOCK_N") if spec.chunk_rule != "eva" else []
+    return lines + e.zeros("sv", "BLOCK_N")
+
+
+def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = [
+        "at = relative + member",
+        "seen = in_chunk & (origin + at < columns)",
+    ]
+    if spec.key_mask:
+        lines.append("seen &= tl.load(valid_ptr + at, mask=seen, other=0) != 0")
+    lines += d.load("k", "k_ptr", "at", "stride_kn", "seen", cast=".to(tl.float32)")
+    lines += e.load("v", "v_ptr", "at", "stride_vn", "seen", cast=".to(tl.float32)")
+    lines.append("count += seen.to(tl.float32)")
+    if spec.chunk_rule == "mean":
+        lines += [f"sk{n} += k{n}" for n in d.indices]
+        return lines + [f"sv{n} += v{n}" for n in e.indices]
+    for name in _softmaxes(spec):
+        lines += _softmax_step(name, _logit(spec, name, d))
+    weight = {"tangent": ("w_k", "a_k"), "evabyte": ("w_v", "a_v"), "eva": ("w_v", "a_v")}
+    if spec.chunk_rule != "eva":
+        lines += [f"sk{n} = sk{n} * a_k[:, None] + w_k[:, None] * k{n}" for n in d.indices]
+    w, a = weight[spec.chunk_rule or ""]
+    return lines + [f"sv{n} = sv{n} * {a}[:, None] + {w}[:, None] * v{n}" for n in e.indices]
+
+
+def _logit(spec: KernelSpec, name: str, d: Dim) -> str:
+    if spec.chunk_rule == "tangent":
+        return f"scale * ({d.row_sum('k', 'phi')})"
+    if name == "k":
+        return d.row_sum("k", "phi")
+    centre = "omega" if spec.chunk_rule == "eva" else "p"
+    return f"scale * ({d.row_sum('k', centre)} - 0.5 * ({d.row_sum('k', 'k')}))"
+
+
+def _softmax_step(name: str, logit: str) -> list[str]:
+    return [
+        f'x = tl.where(seen, {logit}, float("-inf"))',
+        f"m_new = tl.maximum(m_{name}, x)",
+        f"a_{name} = tl.exp2((m_{name} - m_new) * {LOG2E})",
+        f"w_{name} = tl.exp2((x - m_new) * {LOG2E})",
+        f"l_{name} = l_{name} * a_{name} + w_{name}",
+        f"m_{name} = m_new",
+    ]
+
+
+def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = ["filled = count > 0.0"]
+    if spec.chunk_rule == "mean":
+        lines.append("inverse_k = 1.0 / tl.maximum(count, 1.0)")
+    for name in _softmaxes(spec):
+        lines += [
+            f"l_{name} = tl.where(filled, l_{name}, 1.0)",
+            f"inverse_{name} = 1.0 / l_{name}",
+            f'mass_{name} = tl.where(filled, m_{name} + tl.log(l_{name}), float("-inf"))',
+            f"tl.store(mass_{name}_ptr + chunk_row + offs_t, mass_{name}, mask=exists)",
+        ]
+    own = "v" if "v" in _softmaxes(spec) else "k"
+    lines += e.scale("sv", f"inverse_{own}[:, None]")
+    if spec.chunk_rule != "eva":
+        lines += d.scale("sk", "inverse_k[:, None]")
+        lines += d.store("sk", f"rfa_k_ptr + chunk_row * {d.size}", "offs_t", str(d.size), "exists")
+    lines += e.store("sv", f"rfa_v_ptr + chunk_row * {e.size}", "offs_t", str(e.size), "exists")
+    bias = {
+        "mean": "tl.log(tl.maximum(count, 1.0))",
+        "tangent": f"mass_k - scale * ({d.row_sum('sk', 'phi')})",
+        "evabyte": "tl.load(b_ptr + hk).to(tl.float32)" if spec.parameters > 2 else "0.0",
+        "eva": "0.0",
+    }[spec.chunk_rule or "mean"]
+    lines.append(f'bias = tl.where(filled, {bias}, float("-inf"))')
+    return [*lines, "tl.store(rfa_bias_ptr + chunk_row + offs_t, bias, mask=exists)"]

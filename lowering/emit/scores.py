@@ -1,0 +1,97 @@
+"""From a product of queries and keys to scores in base 2: scale, softcap, bias, ALiBi, mask, dropout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.emit.loops import Mask
+    from flasheva_compile.lowering.spec import KernelSpec
+
+KeySource = Literal["chunk", "key"]
+
+LOG2E = "1.4426950408889634"
+
+DROPOUT_FUNCTIONS = '''\
+@triton.jit
+def mix(x):
+    """Scramble 32-bit words (lowbias32 of Chris Wellons)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_state(seed_ptr, b, h, query_column):
+    """Hash everything that decides about dropout but the key."""
+    seed = tl.load(seed_ptr)
+    state = mix(seed.to(tl.uint32) ^ mix((seed >> 32).to(tl.uint32)))
+    state = mix(state ^ b.to(tl.uint32))
+    state = mix((state + 0x9E3779B9) ^ h.to(tl.uint32))
+    return mix((state + 0x9E3779B9) ^ query_column.to(tl.uint32))
+'''
+
+
+def precision(spec: KernelSpec) -> str:
+    """Return the precision argument of a product; fp32 is exact unless TF32 was asked for."""
+    if spec.dtype != "fp32":
+        return ""
+    return f', input_precision="{"tf32" if spec.tf32 else "ieee"}"'
+
+
+def is_plain(spec: KernelSpec, source: KeySource) -> bool:
+    """Whether a score is a positive multiple of the product, so that maxima commute with it."""
+    return source == "key" and not (spec.softcap or spec.alibi or spec.negative_scale)
+
+
+def mask_text(mask: Mask, flags: str | None, *, keys_first: bool) -> str | None:
+    """Return the conjunction of a tile's conditions; ``flags`` is a vector of valid keys."""
+    terms = [term.text(keys_first=keys_first) for term in mask]
+    if flags is not None:
+        terms.append(f"{flags}{'[:, None]' if keys_first else '[None, :]'}")
+    return " & ".join(terms) or None
+
+
+def scores(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
+    """Turn ``s`` into scores times ``log2(e)``; with a softcap, ``tanh`` stays for the backward."""
+    key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
+    lines = []
+    if spec.softcap:
+        lines.append("tanh = 1.0 - 2.0 / (tl.exp2(s * score_scale) + 1.0)")
+        value = "tanh * softcap"
+    else:
+        value = "s * score_scale"
+    if source == "chunk":
+        value += f" + bias{key}"
+    if spec.alibi:
+        value += f" + slope * (key_position{key} - query_position{query})"
+    return [*lines, f"s = {value}"]
+
+
+def masked(text: str | None) -> list[str]:
+    """Put ``-inf`` where nothing may be attended."""
+    return [f's = tl.where({text}, s, float("-inf"))'] if text else []
+
+
+def keep(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
+    """Define ``keep``, the weights that dropout leaves."""
+    if not spec.dropout:
+        return []
+    padded = spec.documents == "padded"
+    if source == "chunk":
+        number = "((offs_n + first_slot) * 2 + 1)" if padded else "(offs_n * 2 + 1)"
+    else:
+        number = "((offs_n + start) * 2)" if padded else "(offs_n * 2)"
+    key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
+    word = f"mix(state{query} + ({number}.to(tl.uint32) * 0x9E3779B9){key})"
+    return [f"keep = {word} >= drop_below.to(tl.uint32)"]
+
+
+def key_position(spec: KernelSpec, source: KeySource, load: str) -> list[str]:
+    """Define the position of each key or chunk token that ALiBi measures from."""
+    if not spec.alibi:
+        return []
+    if source == "key":
+        return ["key_position = offs_n.to(tl.float32)"]
+    shift = " - start" if spec.documents == "padded" else ""
+    return [f"key_position = {load}{shift}"]

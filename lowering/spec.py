@@ -1,0 +1,152 @@
+"""What one generated kernel computes (KernelSpec) and how fast it tries to (Schedule)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+KernelKind = Literal["chunk_tokens", "forward", "dq", "dchunk", "dsink", "dkv", "dpool"]
+"""Kernels of one attention.
+
+``chunk_tokens`` pools keys and values; ``forward`` and ``dq`` keep a block of queries and walk over
+what it sees; ``dchunk``, ``dsink`` and ``dkv`` keep a block of chunk tokens, sinks or keys and walk
+over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling.
+"""
+
+Documents = Literal["dense", "padded", "packed"]
+"""``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
+
+_QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
+_SCORE_FIELDS = ("dropout", "negative_scale", "tf32")
+_POOLING_FIELDS = ("chunk_rule", "parameters")
+_NEUTRAL = {
+    "window_size": 0,
+    "sink_size": 0,
+    "window": "sliding",
+    "causal": True,
+    "group": 1,
+    "softcap": False,
+    "alibi": False,
+    "dropout": False,
+    "negative_scale": False,
+    "tf32": False,
+    "chunk_rule": None,
+    "parameters": 0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """Everything that decides the result of one kernel; lengths and strides are arguments.
+
+    Attributes:
+        kind: Which kernel.
+        dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"`` of queries, keys, values and results.
+        head_dim: Size ``D`` of queries and keys.
+        value_dim: Size ``Dv`` of values.
+        group: Query heads per key head.
+        window_size: Window ``w`` [tokens].
+        chunk_size: Keys per chunk ``c`` [tokens].
+        sink_size: Exact first tokens, a multiple of ``chunk_size`` [tokens].
+        window: ``"sliding"`` or ``"block"``.
+        causal: Whether a query sees only its past.
+        documents: How rows are laid out.
+        key_mask: Whether a key mask is read; always for ``padded``.
+        softcap: Scores go through ``softcap * tanh(x / softcap)``.
+        alibi: Scores get a slope per head times the distance.
+        dropout: Joint weights are dropped.
+        negative_scale: The score scale is not positive (costs one multiplication a score).
+        chunk_rule: Rule of the pooling that this kernel does; None = none.
+        parameters: How many parameters the rule has.
+        tf32: Products of fp32 run in TF32.
+    """
+
+    kind: KernelKind
+    dtype: str
+    head_dim: int
+    value_dim: int
+    chunk_size: int
+    documents: Documents = "dense"
+    key_mask: bool = False
+    group: int = 1
+    window_size: int = 0
+    sink_size: int = 0
+    window: str = "sliding"
+    causal: bool = True
+    softcap: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    negative_scale: bool = False
+    chunk_rule: str | None = None
+    parameters: int = 0
+    tf32: bool = False
+
+    def of_kind(self, kind: KernelKind) -> KernelSpec:
+        """Return the spec of another kernel of the same attention, without what it ignores."""
+        ignored: tuple[str, ...] = ()
+        if kind in ("chunk_tokens", "dpool"):
+            ignored = _QUERY_FIELDS + _SCORE_FIELDS
+        elif kind != "dkv":
+            ignored = _POOLING_FIELDS
+        neutral = {name: _NEUTRAL[name] for name in ignored}
+        return dataclasses.replace(self, kind=kind, **neutral)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How a kernel is tiled; changes speed and rounding, never what is computed.
+
+    Attributes:
+        block_m: Queries per tile.
+        block_n: Keys, chunk tokens or (``chunk_tokens``) chunks per tile.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        split_window: Separate loops for the parts of the window that need no mask.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split_window: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedKernel:
+    """Source text of one kernel.
+
+    Attributes:
+        spec: What it computes.
+        schedule: How it is tiled.
+        name: Readable file name without suffix, ending in the digest.
+        source: A complete module.
+        arguments: Names of the entry point's arguments, in order.
+    """
+
+    spec: KernelSpec
+    schedule: Schedule
+    name: str
+    source: str
+    arguments: tuple[str, ...]
+
+
+def digest(text: str) -> str:
+    """Return twelve hexadecimal digits that identify a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parts(size: int) -> tuple[tuple[int, int], ...]:
+    """Split a head dimension into powers of two, ``(offset, size)``, at least 16 each.
+
+    A tile's sides must be powers of two; padding 80 to 128 would waste 1.6x of the products, while
+    80 = 64 + 16 wastes nothing. Only the last part may reach beyond ``size``.
+    """
+    rounded = -(-size // 16) * 16
+    result, offset = [], 0
+    for bit in reversed(range(rounded.bit_length())):
+        if rounded >> bit & 1:
+            result.append((offset, 1 << bit))
+            offset += 1 << bit
+    return tuple(result)

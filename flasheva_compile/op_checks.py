@@ -96,21 +96,40 @@ def check_attention(
 ) -> None:
     """Check ``(q, k, v, rfa_k, rfa_v, rfa_bias)``, the optional tensors and the options."""
     op, (q, k, v) = "flasheva::attention", tensors[:3]
-    key_mask, segment_ids, alibi_slopes, dropout_seed = optional
-    _check_options(op, o)
     _check_keys(op, k, v)
-    require(q.dim() == 4, f"q has {q.dim()} dimensions, not [B, Hq, L, D]", op)
-    grouped = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    require(grouped, f"{q.shape[1]} query heads over {k.shape[1]} key heads", op)
-    same = q.dtype == k.dtype and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    require(same, "q and k differ in dtype, batch or head size", op)
+    _check_call(op, q, k, optional, o)
     slots = (k.shape[2] + o["chunk_size"] - 1) // o["chunk_size"]
     head = (k.shape[0], k.shape[1], slots)
     shapes = ((*head, k.shape[3]), (*head, v.shape[3]), head)
     for name, x, shape in zip(("rfa_k", "rfa_v", "rfa_bias"), tensors[3:], shapes, strict=True):
         message = f"{name} is {tuple(x.shape)}, not {tuple(shape)}"
         require(tuple(x.shape) == tuple(shape), message, op, "use chunk_tokens of these k and v")
-    _check_masks(op, k, key_mask, segment_ids)
+    _check_masks(op, k, *optional[:2])
+
+
+def check_eva_attention(
+    qkv: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
+    optional: tuple[Tensor | None, ...],
+    o: dict[str, Any],
+) -> None:
+    """Check ``(q, k, v)``, the rule's parameters, the optional tensors and the options."""
+    op, (q, k, v) = "flasheva::eva_attention", qkv
+    check_chunk_tokens(k, v, parameters, optional[0], optional[1], o)
+    _check_call(op, q, k, optional, o)
+
+
+def _check_call(
+    op: str, q: Tensor, k: Tensor, optional: tuple[Tensor | None, ...], o: dict[str, Any]
+) -> None:
+    """Check what attention asks beyond pooling."""
+    _, segment_ids, alibi_slopes, dropout_seed = optional
+    _check_options(op, o)
+    require(q.dim() == 4, f"q has {q.dim()} dimensions, not [B, Hq, L, D]", op)
+    grouped = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(grouped, f"{q.shape[1]} query heads over {k.shape[1]} key heads", op)
+    same = q.dtype == k.dtype and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    require(same, "q and k differ in dtype, batch or head size", op)
     seeded = o["dropout_p"] == 0 or (dropout_seed is not None and dropout_seed.numel() == 1)
     require(seeded, "dropout_p > 0 needs a dropout_seed", op, "one int64 tensor element")
     sloped = alibi_slopes is None or tuple(alibi_slopes.shape) == (q.shape[1],)

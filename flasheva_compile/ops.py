@@ -1,7 +1,7 @@
-"""The ops ``flasheva::chunk_tokens`` and ``flasheva::attention``: schemas, fakes, autograd.
+"""The ops ``flasheva::chunk_tokens``, ``attention`` and ``eva_attention``: schemas, fakes, autograd.
 
-:func:`flasheva_attention` composes them. Results are defined by ``kernels/reference``; the
-implementation here is ``kernels/blocked``, on any device.
+``eva_attention`` is the first two in one; :func:`flasheva_attention` calls it. Results are defined
+by ``kernels/reference``, whatever implementation runs.
 """
 
 # ruff: noqa: ANN401 - the ops' functions are typed by their schemas
@@ -13,16 +13,24 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 import torch
 from torch.nn import functional
 
-from flasheva_compile.kernels.blocked.attention import attention_forward
-from flasheva_compile.kernels.blocked.attention_backward import attention_backward
-from flasheva_compile.kernels.blocked.block import Operands
-from flasheva_compile.kernels.blocked.chunk_tokens import ChunkSettings, chunk_tokens_forward
-from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
-    TokenGradients,
-    chunk_tokens_backward,
+from flasheva_compile.implementations import (
+    Masks,
+    Pooled,
+    attend,
+    attend_backward,
+    mass_sizes,
+    pool,
+    pool_and_attend,
+    pool_and_attend_backward,
+    pool_backward,
 )
-from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
-from flasheva_compile.op_checks import OP_VERSION, check_attention, check_chunk_tokens, require
+from flasheva_compile.op_checks import (
+    OP_VERSION,
+    check_attention,
+    check_chunk_tokens,
+    check_eva_attention,
+    require,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,10 +54,6 @@ def _accumulator(x: Tensor) -> torch.dtype:
 # --- flasheva::chunk_tokens -----------------------------------------------------------------------
 
 
-def _chunk_settings(o: dict[str, Any]) -> ChunkSettings:
-    return ChunkSettings(rule=o["rule"], chunk_size=o["chunk_size"], scale=o["scale"])
-
-
 @torch.library.custom_op(
     "flasheva::chunk_tokens",
     mutates_args=(),
@@ -57,7 +61,8 @@ def _chunk_settings(o: dict[str, Any]) -> ChunkSettings:
 )
 def _chunk_tokens(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_chunk_tokens(*args, options)  # pyright: ignore[reportCallIssue]
-    return chunk_tokens_forward(*args, _chunk_settings(options))  # pyright: ignore[reportCallIssue]
+    k, v, parameters, *masks = args
+    return pool(k, v, parameters, Masks(*masks), options)[:3]
 
 
 @_chunk_tokens.register_fake
@@ -77,10 +82,8 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     " -> Tensor[]",
 )
 def _chunk_tokens_backward(*args: Any, **options: Any) -> list[Tensor]:
-    grads, inputs = TokenGradients(*args[:3]), args[3:]
-    settings = _chunk_settings(options)
-    dk, dv, dp = chunk_tokens_backward(grads, *inputs, settings)  # pyright: ignore[reportCallIssue]
-    return [x.contiguous() for x in (dk, dv, *dp)]
+    k, v, parameters, *masks = args[3:]
+    return pool_backward(args[:3], k, v, parameters, Masks(*masks), options)
 
 
 @_chunk_tokens_backward.register_fake
@@ -108,46 +111,14 @@ _chunk_tokens.register_autograd(_chunk_tokens_gradient, setup_context=_chunk_tok
 # --- flasheva::attention --------------------------------------------------------------------------
 
 
-def _attention_call(
-    tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...], o: dict[str, Any]
-) -> tuple[Operands, Any, AttentionSettings]:
-    """Bundle the op's arguments for the blocked implementation."""
-    q, k, v, rfa_k, rfa_v, rfa_bias = tensors
-    key_mask, segment_ids, alibi_slopes, dropout_seed = optional
-    c = o["chunk_size"]
-    names = ("window_size", "chunk_size", "window", "causal", "q_offset", "scale", "softcap")
-    settings = AttentionSettings(
-        sink_tokens=-(-o["sink_tokens"] // c) * c,
-        dropout_p=o["dropout_p"],
-        **{name: o[name] for name in names},
-    )
-    operands = Operands(
-        q=q,
-        k=k,
-        v=v,
-        rfa_k=rfa_k,
-        rfa_v=rfa_v,
-        rfa_bias=rfa_bias,
-        alibi_slopes=alibi_slopes,
-        dropout_seed=dropout_seed,
-    )
-    geometry = attention_geometry(q.shape[2], k.shape[2], settings, key_mask, segment_ids, q.device)
-    return operands, geometry, settings
-
-
 @torch.library.custom_op(
     "flasheva::attention",
     mutates_args=(),
     schema=f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    tensors, optional = args[:6], args[6:]
-    check_attention(tensors, optional, options)
-    q, k, v = tensors[:3]
-    if k.shape[2] == 0:
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        return out, q.new_full(q.shape[:3], -torch.inf, dtype=_accumulator(q))
-    return attention_forward(*_attention_call(tensors, optional, options))
+    check_attention(args[:6], args[6:], options)
+    return attend(args[:3], args[3:6], Masks(*args[6:]), options)
 
 
 @_attention.register_fake
@@ -167,11 +138,7 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(
     dout: Tensor, out: Tensor, lse: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, ...]:
-    tensors, optional = args[:6], args[6:]
-    if tensors[1].shape[2] == 0:
-        return tuple(x.new_zeros(x.shape) for x in tensors)
-    call = _attention_call(tensors, optional, options)
-    return tuple(attention_backward(dout, out, lse, *call))
+    return attend_backward(dout, (out, lse), args[:3], args[3:6], Masks(*args[6:]), options)
 
 
 @_attention_backward.register_fake
@@ -194,6 +161,79 @@ def _attention_gradient(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...
 
 
 _attention.register_autograd(_attention_gradient, setup_context=_attention_context)
+
+
+# --- flasheva::eva_attention ----------------------------------------------------------------------
+
+
+_POOLED = "Tensor rfa_k, Tensor rfa_v, Tensor rfa_bias, Tensor mass_k, Tensor mass_v"
+_EVA_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, {_OPTIONAL}"
+
+
+@torch.library.custom_op(
+    "flasheva::eva_attention",
+    mutates_args=(),
+    schema=f"({_EVA_INPUTS}, *, str rule, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _eva_attention(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """Pool and attend: one op, so that the backward pass adds both ways into ``dk``, ``dv`` once."""
+    check_eva_attention(args[:3], args[3], args[4:], options)
+    out, lse, pooled = pool_and_attend(args[:3], args[3], Masks(*args[4:]), options)
+    return out, lse, *pooled
+
+
+@_eva_attention.register_fake
+def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    check_eva_attention(args[:3], args[3], args[4:], options)
+    q, k, v = args[:3]
+    slots = (k.shape[2] + options["chunk_size"] - 1) // options["chunk_size"]
+    head = (k.shape[0], k.shape[1], slots)
+    lse = q.new_empty(q.shape[:3], dtype=_accumulator(q))
+    tokens = (k.new_empty(*head, k.shape[3]), v.new_empty(*head, v.shape[3]))
+    sizes = mass_sizes(k, v, args[3], options)
+    masses = (lse.new_empty(head if kept else (0,)) for kept in sizes)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse, *tokens, lse.new_empty(head), *masses
+
+
+@torch.library.custom_op(
+    "flasheva::eva_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {_POOLED}, {_EVA_INPUTS}, *, str rule, "
+    f"{_OPTIONS}) -> Tensor[]",
+)
+def _eva_attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, *args: Any, **options: Any
+) -> list[Tensor]:
+    pooled, qkv, parameters, masks = Pooled(*args[:5]), args[5:8], args[8], Masks(*args[9:])
+    result = (out, lse)
+    return pool_and_attend_backward(dout, result, pooled, qkv, parameters, masks, options)
+
+
+@_eva_attention_backward.register_fake
+def _(dout: Tensor, out: Tensor, lse: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (*args[5:8], *args[8])]
+
+
+def _eva_attention_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    q, k, v, parameters, *masks = inputs
+    slopes, message = masks[2], "alibi_slopes has no gradient"
+    constant = slopes is None or not slopes.requires_grad
+    require(constant, message, "flasheva::eva_attention", "detach them")
+    ctx.options = keyword_only_inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output, q, k, v, *masks, *parameters)
+
+
+def _eva_attention_gradient(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    output, qkv, masks, parameters = saved[:7], saved[7:10], saved[10:14], list(saved[14:])
+    inputs = (*qkv, parameters, *masks)
+    dq, dk, dv, *dp = _eva_attention_backward(dout, *output, *inputs, **ctx.options)
+    return dq, dk, dv, dp, None, None, None, None
+
+
+_eva_attention.register_autograd(_eva_attention_gradient, setup_context=_eva_attention_context)
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -288,8 +328,8 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
         parameters = _eva_features(q, k, tokens, parameters, noise)
     if o["dropout_p"] > 0 and dropout_seed is None:
         dropout_seed = torch.randint(2**62, (1,), device=q.device)
-    optional = (key_mask, segment_ids, alibi_slopes, dropout_seed)
-    return torch.ops.flasheva.attention(q, k, v, *tokens(rule, v, parameters), *optional, **o)
+    masks = (key_mask, segment_ids, alibi_slopes, dropout_seed)
+    return torch.ops.flasheva.eva_attention(q, k, v, list(parameters), *masks, rule=rule, **o)[:2]
 
 
 def _tokens(

@@ -98,11 +98,12 @@ class _Editor:
             if isinstance(masks, NotEmitted):
                 return f"mask cannot be rebuilt: {masks.reason}"
             query, key, value = (self._operand(o) for o in (site.query, site.key, site.value))
-            chunk_tokens = self._chunk_tokens(query, key, value, masks)
+            parameters = self._parameters(query, key, masks)
             seed = self._seed(query) if op.dropout_p else None
-            pair = self._call(
-                torch.ops.flasheva.attention.default,
-                (query, key, value, *chunk_tokens, *masks, None, seed),
+            results = self._call(
+                torch.ops.flasheva.eva_attention.default,
+                (query, key, value, parameters, *masks, None, seed),
+                rule=op.chunk_rule,
                 window_size=op.window_size,
                 chunk_size=op.chunk_size,
                 sink_tokens=op.sink_size,
@@ -114,7 +115,7 @@ class _Editor:
                 dropout_p=op.dropout_p,
                 version=ops.OP_VERSION,
             )
-            result = self._call(operator.getitem, (pair, 0))
+            result = self._call(operator.getitem, (results, 0))
             result.meta = dict(self.output.meta)
         self.output.replace_all_uses_with(result)
         _erase_dead(self.graph, self.output)
@@ -150,23 +151,17 @@ class _Editor:
         device = self._call(getattr, (query, "device"))
         return self._call(torch.randint, (0, 2**62, (1,)), dtype=torch.int64, device=device)
 
-    def _chunk_tokens(
-        self,
-        query: fx.Node,
-        key: fx.Node,
-        value: fx.Node,
-        masks: _Masks,
-    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+    def _parameters(self, query: fx.Node, key: fx.Node, masks: _Masks) -> list[fx.Node]:
+        """Return what the chunk rule takes besides keys and values."""
         op = self.decision.op
         if op.chunk_rule != "eva":
-            return self._pool(key, value, [], masks, op.chunk_rule)
+            return []
         # Without parameters the feature maps of EVA are the identity: rfa_k is the mean key and
         # omega the mean query of the chunk and group plus the mean key.
         grouped = self._call(torch.unflatten, (query, 1, (op.kv_heads, -1)))
         mean_query = self._call(torch.mean, (grouped, 2))
         mean_k, mean_q, _ = self._pool(key, mean_query, [], masks, "mean")
-        omega = self._call(torch.add, (mean_k, mean_q))
-        return self._pool(key, value, [mean_k, omega], masks, "eva")
+        return [mean_k, self._call(torch.add, (mean_k, mean_q))]
 
     def _pool(
         self,

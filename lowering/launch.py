@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose
-from flasheva_compile.lowering.spec import KernelSpec
+from flasheva_compile.lowering.spec import KernelSpec, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LOG2E = math.log2(math.e)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PooledChunks:
     """How the chunk tokens of a call were made, for the gradient of pooling.
 
@@ -48,13 +49,23 @@ def kernel_rule(rule: str, parameters: tuple[Tensor, ...] | list[Tensor]) -> str
     return "mean" if rule == "tangent" and not parameters else rule
 
 
+def kept_masses(rule: str) -> tuple[bool, bool]:
+    """Return which log-masses pooling keeps: of the keys' weights, of the values' own."""
+    kept = {"mean": (False, False), "tangent": (True, False), "evabyte": (True, True)}
+    return kept.get(rule, (False, True))
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """Return a tensor whose last dimension is contiguous, as kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def attention_spec(t: Operands, s: AttentionSettings, rows: Rows) -> KernelSpec:
+def attention_spec(
+    t: Operands, s: AttentionSettings, rows: Rows, pooled: PooledChunks | None
+) -> KernelSpec:
     """Return the spec of the ``forward`` kernel of a call."""
+    inside = s.q_offset >= 0 and s.q_offset + t.q.shape[2] <= t.k.shape[2]
+    mean = pooled is not None and pooled.rule == "mean"
     return KernelSpec(
         kind="forward",
         dtype=DTYPES[t.q.dtype],
@@ -73,25 +84,77 @@ def attention_spec(t: Operands, s: AttentionSettings, rows: Rows) -> KernelSpec:
         dropout=s.dropout_p > 0,
         negative_scale=s.scale <= 0,
         tf32=t.q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
+        whole_chunks=mean and inside and s.causal and rows.documents == "dense",
     )
 
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
     """Launch the kernel of a spec with the values that it reads."""
     schedule = choose(spec)
+    if schedule.tma and not all(describable(values[name]) for name in TILES[spec.kind]):
+        schedule = dataclasses.replace(schedule, tma=False)
     kernel = load(spec, schedule)
     count = programs(schedule)
     if count:
+        described = descriptors(kernel.generated.arguments, spec, schedule, values)
+        values = values | described
         kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
 
 
-def attention_forward(t: Operands, rows: Rows, s: AttentionSettings) -> tuple[Tensor, Tensor]:
-    """Attend; see :func:`flasheva_compile.kernels.blocked.attention.attention_forward`."""
+TILES = {
+    "forward": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
+    "dq": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
+    **dict.fromkeys(("dchunk", "dsink", "dkv"), ("q_ptr", "do_ptr")),
+}
+"""Tensors that a kernel's loops read in tiles."""
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe ``[B, H, rows, D]``: 16-byte strides, no expansion."""
+    strides = [n for size, n in zip(x.shape, x.stride(), strict=True) if size > 1][:-1]
+    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
+    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and 0 not in x.shape
+
+
+def descriptors(
+    arguments: tuple[str, ...], spec: KernelSpec, schedule: Schedule, values: dict[str, Any]
+) -> dict[str, Any]:
+    """Describe the tensors whose tiles the kernel fetches."""
+    names = [name for name in arguments if "_desc" in name]
+    if not names:
+        return {}
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
+    result = {}
+    for name in names:
+        tensor, part = name.split("_desc")
+        x = values[f"{tensor}_ptr"]
+        _, size = parts(x.shape[3])[int(part)]
+        result[name] = TensorDescriptor(x, list(x.shape), _full_strides(x), [1, 1, rows, size])
+    return result
+
+
+def _full_strides(x: Tensor) -> list[int]:
+    """Return the strides, with harmless ones for dimensions of size 1."""
+    contiguous = [math.prod(x.shape[n + 1 :]) for n in range(4)]
+    plain = math.prod(x.shape) * 8  # a multiple of 16 bytes for every dtype and head dimension
+    strides = zip(x.shape, x.stride(), contiguous, strict=True)
+    return [stride if size > 1 else (plain if n else 1) for size, stride, n in strides][:3] + [1]
+
+
+def attention_forward(
+    t: Operands, rows: Rows, s: AttentionSettings, pooled: PooledChunks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend; see :func:`flasheva_compile.kernels.blocked.attention.attention_forward`.
+
+    ``pooled`` says how the chunk tokens were made, if that is known: it saves reading biases.
+    """
     batch, heads, length, _ = t.q.shape
     out = t.q.new_empty(batch, heads, length, t.v.shape[3])
     lse = t.q.new_empty((batch, heads, length), dtype=torch.float32)
     values = {**_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
-    run(attention_spec(t, s, rows), _query_programs(t), values)
+    run(attention_spec(t, s, rows, pooled), _query_programs(t), values)
     return out, lse
 
 
@@ -154,7 +217,7 @@ def row_values(rows: Rows) -> dict[str, Any]:
 
 # --- backward -------------------------------------------------------------------------------------
 
-_TILES_IN_FLIGHT = 16  # resident tiles a head below which their queries are shared out
+_TILES_IN_FLIGHT = 32  # resident tiles a head below which their queries are shared out
 _QUERIES_PER_SINK_PROGRAM = 1024
 _MOST_SPLITS = 64
 
@@ -186,7 +249,7 @@ def attention_backward(
         ``dq, dk, dv``, then fp32 ``drfa_k, drfa_v, drfa_bias``, then with ``pooled`` the gradients
         of its head vectors (fp32); ``dk`` and ``dv`` then include the way through the chunk tokens.
     """
-    spec = attention_spec(t, s, rows)
+    spec = attention_spec(t, s, rows, pooled)
     batch, heads, length, size = t.q.shape
     kv_rows = batch * t.k.shape[1]
     do = unit_stride(dout)
@@ -225,24 +288,24 @@ def _chunk_gradients(
     tiles = -(-chunks // schedule.block_n)
     splits = _splits(_TILES_IN_FLIGHT // tiles)
     dims = (spec.head_dim, spec.value_dim)
-    parts = [like.new_empty(splits, kv_rows, chunks, dim) for dim in dims]
-    parts.append(like.new_empty(splits, kv_rows, chunks))
+    sums = [like.new_empty(splits, kv_rows, chunks, dim) for dim in dims]
+    sums.append((like.new_zeros if spec.whole_chunks else like.new_empty)(splits, kv_rows, chunks))
     names = ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr")
-    outputs = dict(zip(names, parts, strict=True)) | {"splits": splits}
+    outputs = dict(zip(names, sums, strict=True)) | {"splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    return _partial_sums(tuple(parts))  # pyright: ignore[reportReturnType]
+    return _partial_sums(tuple(sums))  # pyright: ignore[reportReturnType]
 
 
 def _sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> dict[str, Tensor]:
     like, sinks = values["lse_ptr"], spec.sink_size
     tiles = -(-sinks // choose(spec).block_n)
     splits = _splits(values["queries"] * spec.group // _QUERIES_PER_SINK_PROGRAM)
-    parts = tuple(
+    sums = tuple(
         like.new_empty(splits, kv_rows, sinks, dim) for dim in (spec.head_dim, spec.value_dim)
     )
-    outputs = {"dk_sink_ptr": parts[0], "dv_sink_ptr": parts[1], "splits": splits}
+    outputs = {"dk_sink_ptr": sums[0], "dv_sink_ptr": sums[1], "splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    dk, dv = _partial_sums(parts)
+    dk, dv = _partial_sums(sums)
     return {"dk_sink_ptr": dk, "dv_sink_ptr": dv}
 
 
@@ -255,6 +318,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     dk, dv = (x.new_empty(x.shape) for x in (t.k, t.v))
     if pooled is not None:
+        pooled = _with_vectors(pooled, t.k)
         spec = pooling_spec(spec, pooled)
     tiles = -(-values["columns"] // choose(spec).block_n)
     outputs = values | {"dk_ptr": dk, "dv_ptr": dv}
@@ -271,8 +335,6 @@ def _key_gradients(
 
 def pooling_spec(spec: KernelSpec, pooled: PooledChunks) -> KernelSpec:
     """Return a spec with the gradient of pooling added."""
-    import dataclasses
-
     return dataclasses.replace(
         spec, chunk_rule=pooled.rule, parameters=0 if pooled.rule == "eva" else len(pooled.parameters)
     )
@@ -286,6 +348,14 @@ def _pool_values(
     values: dict[str, Any] = {"mass_k_ptr": pooled.mass_k, "mass_v_ptr": pooled.mass_v}
     values |= dict(zip(("dphi_ptr", "dp_ptr"), vectors, strict=False))
     return values | rule_values(pooled.rule, pooled.parameters), vectors
+
+
+def _with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
+    """Give ``evabyte`` without parameters vectors of zeros, which mean the same."""
+    if pooled.rule != "evabyte" or pooled.parameters:
+        return pooled
+    zeros = k.new_zeros(k.shape[1], k.shape[3])
+    return dataclasses.replace(pooled, parameters=(zeros, zeros))
 
 
 def rule_values(rule: str, parameters: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -344,19 +414,10 @@ def chunk_tokens_forward(
 def _complete(
     rule: str, parameters: tuple[Tensor, ...], like: Tensor, k: Tensor
 ) -> PooledChunks:
-    """Allocate log-masses; ``evabyte`` without parameters runs with vectors of zeros."""
+    """Allocate the log-masses of a rule."""
     rule = kernel_rule(rule, parameters)
-    if rule == "evabyte" and not parameters:
-        zeros = k.new_zeros(k.shape[1], k.shape[3])
-        parameters = (zeros, zeros)
-    needs = {"mean": (False, False), "tangent": (True, False), "evabyte": (True, True)}
-    of_k, of_v = needs.get(rule, (False, True))
-    return PooledChunks(
-        rule=rule,
-        parameters=parameters,
-        mass_k=torch.empty_like(like) if of_k else None,
-        mass_v=torch.empty_like(like) if of_v else None,
-    )
+    masses = (torch.empty_like(like) if kept else None for kept in kept_masses(rule))
+    return _with_vectors(PooledChunks(rule, parameters, *masses), k)
 
 
 def _pool_spec(

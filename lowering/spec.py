@@ -19,7 +19,7 @@ Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
 
 _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
-_SCORE_FIELDS = ("dropout", "negative_scale", "tf32")
+_SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters")
 _NEUTRAL = {
     "window_size": 0,
@@ -32,6 +32,7 @@ _NEUTRAL = {
     "dropout": False,
     "negative_scale": False,
     "tf32": False,
+    "whole_chunks": False,
     "chunk_rule": None,
     "parameters": 0,
 }
@@ -61,6 +62,8 @@ class KernelSpec:
         chunk_rule: Rule of the pooling that this kernel does; None = none.
         parameters: How many parameters the rule has.
         tf32: Products of fp32 run in TF32.
+        whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
+            bias ``ln c``: no bias is read, and none gets a gradient.
     """
 
     kind: KernelKind
@@ -82,6 +85,7 @@ class KernelSpec:
     chunk_rule: str | None = None
     parameters: int = 0
     tf32: bool = False
+    whole_chunks: bool = False
 
     def of_kind(self, kind: KernelKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""
@@ -103,6 +107,7 @@ class Schedule:
         block_n: Keys, chunk tokens or (``chunk_tokens``) chunks per tile.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
+        tma: Tiles of the loops come through tensor descriptors (sm_90 and later).
         split_window: Separate loops for the parts of the window that need no mask.
     """
 
@@ -110,6 +115,7 @@ class Schedule:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
     split_window: bool = False
 
 

@@ -14,6 +14,11 @@ POINTERS = (
     *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
 )
 
+DESCRIPTORS = tuple(
+    f"{tensor}_desc{n}" for tensor in ("q", "k", "v", "rfa_k", "rfa_v", "do") for n in range(4)
+)
+"""Tensor descriptors ``[B, H, rows, D]``, one for each part of the head dimension."""
+
 STRIDES = (
     *("stride_qb", "stride_qh", "stride_qm", "stride_gb", "stride_gh", "stride_gm"),
     *("stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_mean"),
@@ -28,4 +33,4 @@ NUMBERS = ("score_scale", "scale", "softcap", "drop_below", "keep_scale")
 def arguments(body: str) -> tuple[str, ...]:
     """Return the arguments that a kernel's body reads, in a fixed order."""
     words = set(re.findall(r"\w+", body))
-    return tuple(n for n in (*POINTERS, *STRIDES, *LENGTHS, *NUMBERS) if n in words)
+    return tuple(n for n in (*DESCRIPTORS, *POINTERS, *STRIDES, *LENGTHS, *NUMBERS) if n in words)

@@ -11,10 +11,10 @@ from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.loops import QueryLoop
-    from flasheva_compile.lowering.spec import KernelSpec
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 
-def emit_key_kernel(spec: KernelSpec) -> str:
+def emit_key_kernel(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the body of ``dchunk``, ``dsink`` or ``dkv``."""
     out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
     program(out, spec)
@@ -24,27 +24,39 @@ def emit_key_kernel(spec: KernelSpec) -> str:
     origin = "start - q_offset" if spec.documents == "padded" else "-q_offset"
     out.lines(f"shift = {origin}", *bounds)
     out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
-    if spec.kind == "dchunk":
+    if _has_bias(spec):
         out.line("dbias = tl.zeros([BLOCK_N], tl.float32)")
     if spec.group > 1:
         with out.block(f"for g in range({spec.group}):"):
-            _walk(out, spec, walks, d, e)
+            _walk(out, spec, schedule, walks, d, e)
     else:
-        _walk(out, spec, walks, d, e)
+        _walk(out, spec, schedule, walks, d, e)
     out.lines(*_results(spec, d, e))
     return out.text()
+
+
+def _has_bias(spec: KernelSpec) -> bool:
+    return spec.kind == "dchunk" and not spec.whole_chunks
 
 
 def program(out: Source, spec: KernelSpec) -> None:
     """Find row, head and block of a program; one program for each ``split``."""
     counts = {"dchunk": "chunks", "chunk_tokens": "chunks", "dsink": str(spec.sink_size)}
     out.line("pid = tl.program_id(0)")
+    tiles = f"tiles_n = tl.cdiv({counts.get(spec.kind, 'columns')}, BLOCK_N)"
     if spec.kind in ("dchunk", "dsink"):
-        out.lines("split = pid % splits", "pid = pid // splits")
+        out.lines(
+            "# Earlier chunk tokens are seen by more queries: start those of all heads first.",
+            "split = pid % splits",
+            "pid = pid // splits",
+            tiles,
+            "kv_rows = tl.num_programs(0) // (splits * tiles_n)",
+            "bhk = pid % kv_rows",
+            "tile_n = pid // kv_rows",
+        )
+    else:
+        out.lines(tiles, "bhk = pid // tiles_n", "tile_n = pid % tiles_n")
     out.lines(
-        f"tiles_n = tl.cdiv({counts.get(spec.kind, 'columns')}, BLOCK_N)",
-        "bhk = pid // tiles_n",
-        "tile_n = pid % tiles_n",
         "kv_heads = " + (f"heads // {spec.group}" if spec.group > 1 else "heads"),
         "b = bhk // kv_heads",
         "hk = bhk % kv_heads",
@@ -108,9 +120,10 @@ def _resident_chunks(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "chunk_row = bhk64 * chunks + slot",
         *d.load("k", f"rfa_k_ptr + chunk_row * {d.size}", "offs_t", str(d.size), "exists"),
         *e.load("v", f"rfa_v_ptr + chunk_row * {e.size}", "offs_t", str(e.size), "exists"),
-        "bias = tl.load(rfa_bias_ptr + chunk_row + offs_t, mask=exists, "
-        f'other=float("-inf")) * {scores.LOG2E}',
     ]
+    if _has_bias(spec):
+        load = 'tl.load(rfa_bias_ptr + chunk_row + offs_t, mask=exists, other=float("-inf"))'
+        lines.append(f"bias = {load} * {scores.LOG2E}")
     if spec.documents == "packed":
         lines += [
             "offs_n = slot + offs_t",
@@ -132,7 +145,7 @@ def _resident_chunks(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
 
 
 def _walk(
-    out: Source, spec: KernelSpec, walks: list[QueryLoop], d: Dim, e: Dim
+    out: Source, spec: KernelSpec, schedule: Schedule, walks: list[QueryLoop], d: Dim, e: Dim
 ) -> None:
     group = spec.group
     head = f"hk * {group} + g" if group > 1 else "hk"
@@ -152,27 +165,40 @@ def _walk(
             skip = f"(split - {loop.begin} % splits + splits) % splits"
             begin = "split" if loop.begin == "0" else f"{loop.begin} + {skip}"
             tiles = f"{begin}, {loop.end}, splits"
-        with out.block(f"for tile in range({tiles}):"):
-            out.lines(*_tile(spec, loop, d, e))
+        with out.block(f"for tile in tl.range({tiles}, num_stages=STAGES):"):
+            out.lines(*_tile(spec, schedule, loop, d, e))
 
 
-def _tile(spec: KernelSpec, loop: QueryLoop, d: Dim, e: Dim) -> list[str]:
+def _tile(
+    spec: KernelSpec, schedule: Schedule, loop: QueryLoop, d: Dim, e: Dim
+) -> list[str]:
     dot = scores.precision(spec)
     source: scores.KeySource = "chunk" if spec.kind == "dchunk" else "key"
+    if schedule.tma:
+        load_q = d.fetch("q", "q", "b, h, row", "BLOCK_M")
+        load_do = e.fetch("do", "do", "b, h, row", "BLOCK_M")
+    else:
+        load_q = [
+            "q_rows = q_head + row * tl.cast(stride_qm, tl.int64)",
+            *d.load("q", "q_rows", "offs_m", "stride_qm", "rows < queries"),
+        ]
+        load_do = [
+            "do_rows = do_head + row * tl.cast(stride_gm, tl.int64)",
+            *e.load("do", "do_rows", "offs_m", "stride_gm", "rows < queries"),
+        ]
     lines = [
-        "row = row_begin + tile * BLOCK_M",
+        f"row = {loops.tile_row(spec)}",
         "offs_m = tl.arange(0, BLOCK_M)",
         "rows = row + offs_m",
-        "q_rows = q_head + row * tl.cast(stride_qm, tl.int64)",
-        *d.load("q", "q_rows", "offs_m", "stride_qm", "rows < queries"),
+        *load_q,
         *_query_side(spec, needs_window=bool(loop.mask)),
         'lse = tl.load(lse2_ptr + state_head + rows, mask=rows < queries, other=float("inf"))',
+        "delta = tl.load(delta_ptr + state_head + rows, mask=rows < queries, other=0.0)",
         *d.contract("s", "k", "q", dot),
         *scores.scores(spec, source, keys_first=True),
         *scores.masked(scores.mask_text(loop.mask, None, keys_first=True)),
-        "p = tl.exp2(s - lse[None, :])",
-        "do_rows = do_head + row * tl.cast(stride_gm, tl.int64)",
-        *e.load("do", "do_rows", "offs_m", "stride_gm", "rows < queries"),
+        f"p = tl.exp2(s - (lse{scores.constant_bias(spec, source)})[None, :])",
+        *load_do,
         *scores.keep(spec, source, keys_first=True),
     ]
     weights = "tl.where(keep, p, 0.0)" if spec.dropout else "p"
@@ -182,11 +208,8 @@ def _tile(spec: KernelSpec, loop: QueryLoop, d: Dim, e: Dim) -> list[str]:
         *e.contract("dp", "v", "do", dot),
     ]
     lines += ["dp = tl.where(keep, dp * keep_scale, 0.0)"] if spec.dropout else []
-    lines += [
-        "delta = tl.load(delta_ptr + state_head + rows, mask=rows < queries, other=0.0)",
-        "ds = p * (dp - delta[None, :])",
-    ]
-    lines += ["dbias += tl.sum(ds, 1)"] if spec.kind == "dchunk" else []
+    lines.append("ds = p * (dp - delta[None, :])")
+    lines += ["dbias += tl.sum(ds, 1)"] if _has_bias(spec) else []
     factor = " * (1.0 - tanh * tanh)" if spec.softcap else ""
     return [
         *lines,
@@ -226,28 +249,28 @@ def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         lines += _select("dv", e, f"exists & {flags}" if flags else "exists")
         return [
             *lines,
-            "kv_rows = tl.num_programs(0) // (splits * tiles_n)",
             f"part = (split * kv_rows + bhk64) * {rows} + offset",
             *d.store("dk", f"dk_sink_ptr + part * {d.size}", "offs_t", str(d.size), bound),
             *e.store("dv", f"dv_sink_ptr + part * {e.size}", "offs_t", str(e.size), bound),
         ]
     lines += [
-        "kv_rows = tl.num_programs(0) // (splits * tiles_n)",
         "part = split * kv_rows * tl.cast(chunks, tl.int64) + chunk_row",
     ]
     if spec.documents == "packed":
         seen = "exists & (chunk_first >= 0)"
     else:
         seen = f"exists & (offs_n >= {spec.sink_size // spec.chunk_size})"
-    return [
-        *lines,
+    lines += [
         f"seen = {seen}",
         *_select("dk", d, "seen"),
         *_select("dv", e, "seen"),
         *d.store("dk", f"drfa_k_ptr + part * {d.size}", "offs_t", str(d.size), "exists"),
         *e.store("dv", f"drfa_v_ptr + part * {e.size}", "offs_t", str(e.size), "exists"),
-        "tl.store(drfa_bias_ptr + part + offs_t, tl.where(seen, dbias, 0.0), mask=exists)",
     ]
+    if _has_bias(spec):
+        store = "tl.store(drfa_bias_ptr + part + offs_t, tl.where(seen, dbias, 0.0), mask=exists)"
+        lines.append(store)
+    return lines
 
 
 def _select(tile: str, dim: Dim, rows: str) -> list[str]:

@@ -128,7 +128,10 @@ def query_loops(spec: KernelSpec, schedule: Schedule) -> list[tuple[list[str], L
     loops = _left_chunks(spec)
     if spec.sink_size:
         loops.append(_sinks(spec))
-    loops += _split_window(spec) if schedule.split_window else [([], _window(spec))]
+    if schedule.split_window:
+        loops += _split_window(spec, wide=_is_wide(spec, schedule))
+    else:
+        loops.append(([], _window(spec)))
     return loops if spec.causal else loops + _right_chunks(spec)
 
 
@@ -185,7 +188,13 @@ def _window(spec: KernelSpec) -> Loop:
     )
 
 
-def _split_window(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
+def _is_wide(spec: KernelSpec, schedule: Schedule) -> bool:
+    """Whether the tiles at the window's left edge hold only keys before the block's queries."""
+    inside = spec.causal and spec.whole_chunks and spec.window == "sliding"
+    return inside and spec.window_size >= schedule.block_m + schedule.block_n
+
+
+def _split_window(spec: KernelSpec, *, wide: bool) -> list[tuple[list[str], Loop]]:
     edge = "lo_first + tl.cdiv(lo_last - lo_first, BLOCK_N) * BLOCK_N"
     both = (Compare("offs_n", ">=", "lo"), Compare("offs_n", "<", "hi"))
     first, whole, last = "lo_first", "left", "middle"
@@ -197,7 +206,7 @@ def _split_window(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
                 source="key",
                 begin=first,
                 end="tl.minimum(left, hi_last)",
-                mask=both,
+                mask=both[:1] if wide else both,
             ),
         ),
         (
@@ -345,7 +354,11 @@ def resident_loops(spec: KernelSpec) -> tuple[list[str], list[QueryLoop]]:
         purpose="Queries that all see all rows of the block.", begin="tiles_masked", end="tiles"
     )
     if spec.causal:
-        return _later_queries(spec), [masked, whole]
+        seen_by_all = QueryLoop(purpose=whole.purpose, begin="0", end="tiles_whole")
+        edge = QueryLoop(
+            purpose=masked.purpose, begin="tiles_whole", end="tiles", mask=masked.mask
+        )
+        return _later_queries(spec), [seen_by_all, edge]
     left = QueryLoop(
         purpose="Queries in front that all see all rows of the block.", begin="0", end="tiles_left"
     )
@@ -370,10 +383,17 @@ def _later_queries(spec: KernelSpec) -> list[str]:
         begin = positions.seen_from(spec, f"tl.maximum(j, {spec.sink_size // spec.chunk_size})")
         whole = positions.seen_from(spec, "(j + BLOCK_N - 1)")
     return [
-        f"row_begin = {_row(begin)}",
-        f"tiles_masked = tl.cdiv(tl.maximum({_row(whole)} - row_begin, 0), BLOCK_M)",
-        "tiles = tl.cdiv(queries - row_begin, BLOCK_M)",
+        "# From the last queries backwards, so that the programs of a head read the same tiles.",
+        "tiles_m = tl.cdiv(queries, BLOCK_M)",
+        f"tiles = tiles_m - {_row(begin)} // BLOCK_M",
+        f"tiles_whole = tl.minimum(tiles_m - tl.cdiv({_row(whole)}, BLOCK_M), tiles)",
     ]
+
+
+def tile_row(spec: KernelSpec) -> str:
+    """Return the first row of a tile of queries."""
+    backwards = spec.causal and spec.documents != "packed" and spec.kind != "dkv"
+    return "(tiles_m - 1 - tile) * BLOCK_M" if backwards else "row_begin + tile * BLOCK_M"
 
 
 def _both_sides(spec: KernelSpec) -> list[str]:

@@ -49,7 +49,7 @@ def _body(spec: KernelSpec, schedule: Schedule) -> str:
         return emit_pool_gradient(spec)
     if spec.kind in ("forward", "dq"):
         return emit_query_kernel(spec, schedule)
-    return emit_key_kernel(spec)
+    return emit_key_kernel(spec, schedule)
 
 
 def _fields(value: object) -> list[str]:
@@ -79,6 +79,7 @@ def _constants(body: str, spec: KernelSpec, schedule: Schedule) -> str:
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_S": sink_block,
+        "STAGES": schedule.num_stages,
     }
     used = set(re.findall(r"\w+", body))
     lines = [f"{name} = tl.constexpr({value})" for name, value in values.items() if name in used]

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 def pool_gradient(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     """Add to ``dk``, ``dv`` of the keys at ``offs_n`` and store partial sums of parameters."""
     lines = ["# Pooling: each key adds to the gradient of its chunk token.", *_chunk_of_key(spec)]
-    lines += [
-        "chunk_at = bhk64 * chunks + chunk",
-        *gather(d, "gk", "drfa_k_ptr"),
-        *gather(e, "gv", "drfa_v_ptr"),
-    ]
     return lines + {"mean": _mean, "tangent": _tangent, "evabyte": _evabyte, "eva": _eva}[
         spec.chunk_rule or "mean"
     ](d, e)
@@ -49,15 +44,20 @@ def _chunk_of_key(spec: KernelSpec) -> list[str]:
 def gather(dim: Dim, tile: str, pointer: str) -> list[str]:
     """Load the row of each key's chunk, in fp32."""
     return [
-        f"{tile}{n} = tl.load({pointer} + chunk_at[:, None] * {dim.size} "
-        f"+ offs_{dim.letter}{n}[None, :], mask={dim.mask(n, 'member')}, other=0.0).to(tl.float32)"
+        f"{tile}{n} = tl.load({pointer} + bhk64 * chunks * {dim.size} + (chunk[:, None] * {dim.size} "
+        f"+ offs_{dim.letter}{n}[None, :]), mask={dim.mask(n, 'member')}, other=0.0).to(tl.float32)"
         for n in dim.indices
     ]
 
 
+def _per_chunk(name: str, pointer: str) -> str:
+    """Load a number of each key's chunk."""
+    return f"{name} = tl.load({pointer} + bhk64 * chunks + chunk, mask=member, other=0.0)"
+
+
 def _weights(name: str, logits: str, mass: str) -> list[str]:
     return [
-        f"mass = tl.load({mass} + chunk_at, mask=member, other=0.0)",
+        _per_chunk("mass", mass),
         f"{name} = tl.where(member, tl.exp2(({logits} - mass) * {LOG2E}), 0.0)",
     ]
 
@@ -101,9 +101,11 @@ def _partial(pointer: str, terms: str, dim: Dim) -> list[str]:
 
 def _mean(d: Dim, e: Dim) -> list[str]:
     return [
-        "log_count = tl.load(rfa_bias_ptr + chunk_at, mask=member, other=0.0)",
+        _per_chunk("log_count", "rfa_bias_ptr"),
         f"w = tl.where(member, tl.exp2(-log_count * {LOG2E}), 0.0)",
+        *gather(d, "gk", "drfa_k_ptr"),
         *_spread("dk", "w", "gk", d),
+        *gather(e, "gv", "drfa_v_ptr"),
         *_spread("dv", "w", "gv", e),
     ]
 
@@ -112,7 +114,9 @@ def _tangent(d: Dim, e: Dim) -> list[str]:
     lines = [*_vector("phi", "phi_ptr", d), *_upcast("kf", "k", d), *_upcast("vf", "v", e)]
     lines += [f"logits = scale * ({_dot('kf', 'phi', d)})", *_weights("w", "logits", "mass_k_ptr")]
     lines += [
-        "gb = tl.load(drfa_bias_ptr + chunk_at, mask=member, other=0.0)",
+        _per_chunk("gb", "drfa_bias_ptr"),
+        *gather(d, "gk", "drfa_k_ptr"),
+        *gather(e, "gv", "drfa_v_ptr"),
         # bias = log-mass - s phi.rfa_k: the second term adds to the gradient of rfa_k.
         *(f"gk{n} -= scale * gb[:, None] * phi{n}[None, :]" for n in d.indices),
         *gather(d, "mk", "rfa_k_ptr"),
@@ -130,6 +134,7 @@ def _tangent(d: Dim, e: Dim) -> list[str]:
 def _value_logits(d: Dim, e: Dim, dot: str) -> list[str]:
     """Weights of values around a centre, and the gradient of their logits."""
     return [
+        *gather(e, "gv", "drfa_v_ptr"),
         f"square = {d.row_sum('kf', 'kf')}",
         *_weights("wv", f"scale * ({dot} - 0.5 * square)", "mass_v_ptr"),
         *gather(e, "mv", "rfa_v_ptr"),
@@ -146,6 +151,7 @@ def _evabyte(d: Dim, e: Dim) -> list[str]:
         *_upcast("vf", "v", e),
         *_weights("w", f"({_dot('kf', 'phi', d)})", "mass_k_ptr"),
         *_value_logits(d, e, f"({_dot('kf', 'pv', d)})"),
+        *gather(d, "gk", "drfa_k_ptr"),
         *gather(d, "mk", "rfa_k_ptr"),
         f"dkey = w * ({d.row_sum('kf', 'gk')} - ({d.row_sum('mk', 'gk')}))",
         *_spread("dk", "w", "gk", d),

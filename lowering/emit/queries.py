@@ -26,7 +26,7 @@ def emit_query_kernel(spec: KernelSpec, schedule: Schedule) -> str:
         out.lines(*bounds)
         out.line(f"stop = {loop.end}")
         with out.block(f"for offset in range({loop.begin}, stop, {loop.step}):"):
-            out.lines(*_tile(spec, loop, d, e))
+            out.lines(*_tile(spec, schedule, loop, d, e))
     out.line()
     out.lines(*_results(spec, d, e))
     return out.text()
@@ -137,7 +137,7 @@ def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     ]
 
 
-def _tile(spec: KernelSpec, loop: Loop, d: Dim, e: Dim) -> list[str]:
+def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> list[str]:
     """Return the body of one loop."""
     dot = scores.precision(spec)
     bound = "offs_n < stop" if loop.bounded else None
@@ -146,19 +146,23 @@ def _tile(spec: KernelSpec, loop: Loop, d: Dim, e: Dim) -> list[str]:
         if loop.source == "chunk"
         else ("k_ptr", "v_ptr", "stride_kn", "stride_vn")
     )
-    lines = [
-        f"offs_t = tl.arange(0, {loop.step})",
-        "offs_n = offset + offs_t",
-        f"k_tile = {k_ptr} + offset * tl.cast({k_stride}, tl.int64)",
-        *d.load("k", "k_tile", "offs_t", k_stride, bound),
-    ]
+    lines = [f"offs_t = tl.arange(0, {loop.step})", "offs_n = offset + offs_t"]
+    if schedule.tma and loop.step == "BLOCK_N":
+        prefix = "rfa_" if loop.source == "chunk" else ""
+        origin = "first_slot" if loop.source == "chunk" else "start"
+        at = f"b, hk, offset{f' + {origin}' if spec.documents == 'padded' else ''}"
+        lines += d.fetch("k", f"{prefix}k", at, loop.step)
+        value_load = e.fetch("v", f"{prefix}v", at, loop.step)
+    else:
+        lines.append(f"k_tile = {k_ptr} + offset * tl.cast({k_stride}, tl.int64)")
+        lines += d.load("k", "k_tile", "offs_t", k_stride, bound)
+        value_load = [
+            f"v_tile = {v_ptr} + offset * tl.cast({v_stride}, tl.int64)",
+            *e.load("v", "v_tile", "offs_t", v_stride, bound),
+        ]
     lines += key_side(spec, loop.source, bound)
     lines += d.contract("s", "q", "k", dot)
     text = scores.mask_text(loop.mask, valid_flags(spec, loop.source), keys_first=False)
-    value_load = [
-        f"v_tile = {v_ptr} + offset * tl.cast({v_stride}, tl.int64)",
-        *e.load("v", "v_tile", "offs_t", v_stride, bound),
-    ]
     if spec.kind == "forward":
         return lines + _softmax_step(spec, loop, text) + value_load + e.accumulate(
             "acc", "p", "v", dot
@@ -170,16 +174,16 @@ def key_side(spec: KernelSpec, source: scores.KeySource, bound: str | None) -> l
     """Load what scores and masks need of a tile of keys or chunk tokens at ``offs_n``."""
     guard = f", mask={bound}, other=" if bound else ""
     lines = []
-    if source == "chunk":
+    if source == "chunk" and not spec.whole_chunks:
         other = f'{guard}float("-inf")' if guard else ""
         lines.append(f"bias = tl.load(rfa_bias_ptr + offs_n{other}) * {scores.LOG2E}")
-        if spec.documents == "packed":
-            other = f"{guard}-1" if guard else ""
-            lines += [
-                f"chunk_first = tl.load(chunk_first_ptr + offs_n{other})",
-                f"chunk_last = chunk_first + {spec.chunk_size - 1}",
-            ]
-    elif spec.key_mask:
+    if source == "chunk" and spec.documents == "packed":
+        other = f"{guard}-1" if guard else ""
+        lines += [
+            f"chunk_first = tl.load(chunk_first_ptr + offs_n{other})",
+            f"chunk_last = chunk_first + {spec.chunk_size - 1}",
+        ]
+    if source == "key" and spec.key_mask:
         lines.append(f"valid = tl.load(valid_ptr + offs_n{f'{guard}0' if guard else ''}) != 0")
     zero = f"{guard}0.0" if guard else ""
     return lines + scores.key_position(spec, source, f"tl.load(chunk_mean_ptr + offs_n{zero})")
@@ -191,18 +195,20 @@ def valid_flags(spec: KernelSpec, source: scores.KeySource) -> str | None:
 
 
 def _softmax_step(spec: KernelSpec, loop: Loop, mask: str | None) -> list[str]:
+    shift = scores.constant_bias(spec, loop.source)
     if scores.is_plain(spec, loop.source):
+        peak = f"tl.max(s, 1) * score_scale{shift.replace('-', '+')}"
         lines = [
             *scores.masked(mask),
-            "m_new = tl.maximum(m_i, tl.max(s, 1) * score_scale)",
-            "p = tl.exp2(s * score_scale - m_new[:, None])",
+            f"m_new = tl.maximum(m_i, {peak})",
+            f"p = tl.exp2(s * score_scale - (m_new{shift})[:, None])",
         ]
     else:
         lines = [
             *scores.scores(spec, loop.source, keys_first=False),
             *scores.masked(mask),
-            "m_new = tl.maximum(m_i, tl.max(s, 1))",
-            "p = tl.exp2(s - m_new[:, None])",
+            f"m_new = tl.maximum(m_i, tl.max(s, 1){shift.replace('-', '+')})",
+            f"p = tl.exp2(s - (m_new{shift})[:, None])",
         ]
     e = Dim("e", spec.value_dim)
     lines += ["alpha = tl.exp2(m_i - m_new)", "l_i = l_i * alpha + tl.sum(p, 1)", "m_i = m_new"]
@@ -217,7 +223,7 @@ def _dq_step(spec: KernelSpec, loop: Loop, mask: str | None, d: Dim, e: Dim) -> 
     lines = [
         *scores.scores(spec, loop.source, keys_first=False),
         *scores.masked(mask),
-        "p = tl.exp2(s - lse[:, None])",
+        f"p = tl.exp2(s - (lse{scores.constant_bias(spec, loop.source)})[:, None])",
         *e.contract("dp", "do", "v", dot),
         *scores.keep(spec, loop.source, keys_first=False),
     ]

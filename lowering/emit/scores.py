@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -41,7 +42,14 @@ def precision(spec: KernelSpec) -> str:
 
 def is_plain(spec: KernelSpec, source: KeySource) -> bool:
     """Whether a score is a positive multiple of the product, so that maxima commute with it."""
-    return source == "key" and not (spec.softcap or spec.alibi or spec.negative_scale)
+    unbiased = source == "key" or spec.whole_chunks
+    return unbiased and not (spec.softcap or spec.alibi or spec.negative_scale)
+
+
+def constant_bias(spec: KernelSpec, source: KeySource) -> str:
+    """Return the bias that all chunk tokens share, times ``log2(e)``, as text to subtract."""
+    shared = source == "chunk" and spec.whole_chunks
+    return f" - {math.log2(spec.chunk_size)!r}" if shared else ""
 
 
 def mask_text(mask: Mask, flags: str | None, *, keys_first: bool) -> str | None:
@@ -61,7 +69,7 @@ def scores(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str
         value = "tanh * softcap"
     else:
         value = "s * score_scale"
-    if source == "chunk":
+    if source == "chunk" and not spec.whole_chunks:
         value += f" + bias{key}"
     if spec.alibi:
         value += f" + slope * (key_position{key} - query_position{query})"

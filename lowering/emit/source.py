@@ -98,6 +98,13 @@ class Dim:
             lines.append(f"{tile}{n} = tl.load({address}{guard}){cast}")
         return lines
 
+    def fetch(self, tile: str, tensor: str, at: str, rows: str) -> list[str]:
+        """Load the parts of a tile of ``rows`` rows through tensor descriptors."""
+        return [
+            f"{tile}{n} = {tensor}_desc{n}.load([{at}, {lo}]).reshape({rows}, {size})"
+            for n, (lo, size) in enumerate(self.parts)
+        ]
+
     def store(
         self, tile: str, pointer: str, rows: str, stride: str, row_bound: str | None
     ) -> list[str]:

@@ -1,0 +1,262 @@
+"""What runs behind the ops: generated kernels on a GPU, blocked PyTorch code everywhere else.
+
+Both compute what ``kernels/reference`` defines. The blocked code also serves the corners that no
+kernel covers: fp64, head dimensions above 256, dropout of everything, no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from flasheva_compile.kernels.blocked.attention import attention_forward
+from flasheva_compile.kernels.blocked.attention_backward import attention_backward
+from flasheva_compile.kernels.blocked.block import Operands
+from flasheva_compile.kernels.blocked.chunk_tokens import ChunkSettings, chunk_tokens_forward
+from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
+    TokenGradients,
+    chunk_tokens_backward,
+)
+from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
+from flasheva_compile.lowering import launch
+from flasheva_compile.lowering.rows import rows_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_LARGEST_HEAD_DIM = 256
+_SMALLEST_CAPABILITY = (8, 0)  # bf16 products
+
+
+class Masks(NamedTuple):
+    """The optional tensors of a call, as in the ops' schemas."""
+
+    key_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+
+class Pooled(NamedTuple):
+    """Chunk tokens and the log-masses that their gradient needs (empty where it needs none)."""
+
+    rfa_k: Tensor
+    rfa_v: Tensor
+    rfa_bias: Tensor
+    mass_k: Tensor
+    mass_v: Tensor
+
+
+@lru_cache(maxsize=None)
+def _device_runs_kernels(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or (
+        torch.cuda.get_device_capability(device) >= _SMALLEST_CAPABILITY
+    )
+
+
+def runs_kernels(k: Tensor, v: Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether a call runs generated kernels; the blocked code computes the same."""
+    covered = k.dtype in launch.DTYPES and max(k.shape[3], v.shape[3]) <= _LARGEST_HEAD_DIM
+    sized = 0 not in k.shape and v.shape[3] > 0
+    return k.is_cuda and covered and sized and dropout_p < 1 and _device_runs_kernels(k.device)
+
+
+def mass_sizes(
+    k: Tensor, v: Tensor, parameters: Sequence[Tensor], o: dict[str, Any]
+) -> tuple[bool, bool]:
+    """Return which log-masses :func:`pool` keeps: of the keys' weights, of the values'."""
+    if not runs_kernels(k, v):
+        return False, False
+    return launch.kept_masses(launch.kernel_rule(o["rule"], list(parameters)))
+
+
+def attention_settings(o: dict[str, Any]) -> AttentionSettings:
+    """Return the numbers of a call; sinks are rounded up to whole chunks."""
+    c = o["chunk_size"]
+    names = ("window_size", "chunk_size", "window", "causal", "q_offset", "scale", "softcap")
+    return AttentionSettings(
+        sink_tokens=-(-o["sink_tokens"] // c) * c,
+        dropout_p=o["dropout_p"],
+        **{name: o[name] for name in names},
+    )
+
+
+def _operands(qkv: Sequence[Tensor], tokens: Sequence[Tensor], masks: Masks) -> Operands:
+    q, k, v = qkv
+    rfa_k, rfa_v, rfa_bias = tokens
+    return Operands(
+        q=q,
+        k=k,
+        v=v,
+        rfa_k=rfa_k,
+        rfa_v=rfa_v,
+        rfa_bias=rfa_bias,
+        alibi_slopes=masks.alibi_slopes,
+        dropout_seed=masks.dropout_seed,
+    )
+
+
+def _rows(k: Tensor, masks: Masks, chunk_size: int) -> Any:  # noqa: ANN401 - Rows
+    alibi = masks.alibi_slopes is not None
+    return rows_of(k, masks.key_mask, masks.segment_ids, chunk_size=chunk_size, alibi=alibi)
+
+
+# --- pooling --------------------------------------------------------------------------------------
+
+
+def pool(
+    k: Tensor, v: Tensor, parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
+) -> Pooled:
+    """Pool keys and values into chunk tokens."""
+    rule, c, scale = o["rule"], o["chunk_size"], o["scale"]
+    if runs_kernels(k, v):
+        tokens, pooled = launch.chunk_tokens_forward(
+            k, v, tuple(parameters), _rows(k, masks, c), rule=rule, chunk_size=c, scale=scale
+        )
+        empty = k.new_empty(0, dtype=torch.float32)
+        masses = (empty if x is None else x for x in (pooled.mass_k, pooled.mass_v))
+        return Pooled(*tokens, *masses)
+    settings = ChunkSettings(rule=rule, chunk_size=c, scale=scale)
+    tokens = chunk_tokens_forward(k, v, parameters, masks.key_mask, masks.segment_ids, settings)
+    empty = tokens[2].new_empty(0)
+    return Pooled(*tokens, empty, empty.clone())
+
+
+def pool_backward(
+    grads: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    parameters: Sequence[Tensor],
+    masks: Masks,
+    o: dict[str, Any],
+) -> list[Tensor]:
+    """Differentiate :func:`pool`: gradients of ``k``, ``v`` and the parameters."""
+    rule, c, scale = o["rule"], o["chunk_size"], o["scale"]
+    if rule != "eva" and runs_kernels(k, v):
+        dk, dv, *vectors = launch.chunk_tokens_backward(
+            tuple(grads),  # pyright: ignore[reportArgumentType]
+            k,
+            v,
+            tuple(parameters),
+            _rows(k, masks, c),
+            rule=rule,
+            chunk_size=c,
+            scale=scale,
+        )
+        return [dk, dv, *_parameter_gradients(vectors, parameters, grads[2], k)]
+    settings = ChunkSettings(rule=rule, chunk_size=c, scale=scale)
+    masked = (parameters, masks.key_mask, masks.segment_ids, settings)
+    dk, dv, dp = chunk_tokens_backward(TokenGradients(*grads), k, v, *masked)
+    return [x.contiguous() for x in (dk, dv, *dp)]
+
+
+def _parameter_gradients(
+    vectors: Sequence[Tensor], parameters: Sequence[Tensor], drfa_bias: Tensor, k: Tensor
+) -> list[Tensor]:
+    """Cast gradients of head vectors; the bias of ``evabyte`` adds up what arrives at chunks."""
+    if not parameters:
+        return []
+    grads = list(vectors[: len(parameters)])
+    if len(parameters) > len(grads):
+        grads.append(drfa_bias.sum((0, 2)))
+    return [g.to(p.dtype).view_as(p) for g, p in zip(grads, parameters, strict=True)]
+
+
+# --- attention over given chunk tokens ------------------------------------------------------------
+
+
+def attend(
+    qkv: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    masks: Masks,
+    o: dict[str, Any],
+    pooled: launch.PooledChunks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to chunk tokens, sinks and window: ``out`` and ``lse``."""
+    q, k, v = qkv
+    settings, t = attention_settings(o), _operands(qkv, tokens, masks)
+    if k.shape[2] == 0:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return out, q.new_full(q.shape[:3], -torch.inf, dtype=t.compute_dtype)
+    if runs_kernels(k, v, settings.dropout_p):
+        rows = _rows(k, masks, settings.chunk_size)
+        return launch.attention_forward(t, rows, settings, pooled)
+    geometry = attention_geometry(
+        q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
+    )
+    return attention_forward(t, geometry, settings)
+
+
+def attend_backward(
+    dout: Tensor,
+    result: tuple[Tensor, Tensor],
+    qkv: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    masks: Masks,
+    o: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """Differentiate :func:`attend` with respect to its six tensors."""
+    q, k, v = qkv
+    if k.shape[2] == 0:
+        return tuple(x.new_zeros(x.shape) for x in (*qkv, *tokens))
+    settings, t = attention_settings(o), _operands(qkv, tokens, masks)
+    if runs_kernels(k, v, settings.dropout_p):
+        rows = _rows(k, masks, settings.chunk_size)
+        grads = launch.attention_backward(dout, *result, t, rows, settings)
+        return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
+    geometry = attention_geometry(
+        q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
+    )
+    return tuple(attention_backward(dout, *result, t, geometry, settings))
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def pool_and_attend(
+    qkv: Sequence[Tensor], parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
+) -> tuple[Tensor, Tensor, Pooled]:
+    """Pool, then attend."""
+    pooled = pool(*qkv[1:], parameters, masks, o)
+    known = _known(pooled, parameters, o)
+    return *attend(qkv, pooled[:3], masks, o, known), pooled
+
+
+def _known(
+    pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]
+) -> launch.PooledChunks:
+    masses = (x if x.numel() else None for x in (pooled.mass_k, pooled.mass_v))
+    return launch.PooledChunks(
+        launch.kernel_rule(o["rule"], list(parameters)), tuple(parameters), *masses
+    )
+
+
+def pool_and_attend_backward(
+    dout: Tensor,
+    result: tuple[Tensor, Tensor],
+    pooled: Pooled,
+    qkv: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    masks: Masks,
+    o: dict[str, Any],
+) -> list[Tensor]:
+    """Differentiate :func:`pool_and_attend`: ``dq, dk, dv`` and the parameters' gradients."""
+    q, k, v = qkv
+    if o["rule"] != "eva" and runs_kernels(k, v, o["dropout_p"]):
+        settings, t = attention_settings(o), _operands(qkv, pooled[:3], masks)
+        rows = _rows(k, masks, settings.chunk_size)
+        grads = launch.attention_backward(
+            dout, *result, t, rows, settings, _known(pooled, parameters, o)
+        )
+        vectors = _parameter_gradients(grads[6:], parameters, grads[5], k)
+        return [*grads[:3], *vectors]
+    dq, dk, dv, *dtokens = attend_backward(dout, result, qkv, pooled[:3], masks, o)
+    pool_dk, pool_dv, *dparameters = pool_backward(dtokens, k, v, parameters, masks, o)
+    return [dq, dk + pool_dk, dv + pool_dv, *dparameters]

@@ -7,7 +7,7 @@ kernel covers: fp64, head dimensions above 256, dropout of everything, no Triton
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,13 +21,16 @@ from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
     chunk_tokens_backward,
 )
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
-from flasheva_compile.lowering import launch
+from flasheva_compile.lowering import launch, launch_pooling
+from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from flasheva_compile.lowering.rows import Rows
 
 _LARGEST_HEAD_DIM = 256
 _SMALLEST_CAPABILITY = (8, 0)  # bf16 products
@@ -52,7 +55,7 @@ class Pooled(NamedTuple):
     mass_v: Tensor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_runs_kernels(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
@@ -63,7 +66,7 @@ def _device_runs_kernels(device: torch.device) -> bool:
 
 def runs_kernels(k: Tensor, v: Tensor, dropout_p: float = 0.0) -> bool:
     """Whether a call runs generated kernels; the blocked code computes the same."""
-    covered = k.dtype in launch.DTYPES and max(k.shape[3], v.shape[3]) <= _LARGEST_HEAD_DIM
+    covered = k.dtype in DTYPES and max(k.shape[3], v.shape[3]) <= _LARGEST_HEAD_DIM
     sized = 0 not in k.shape and v.shape[3] > 0
     return k.is_cuda and covered and sized and dropout_p < 1 and _device_runs_kernels(k.device)
 
@@ -103,7 +106,7 @@ def _operands(qkv: Sequence[Tensor], tokens: Sequence[Tensor], masks: Masks) -> 
     )
 
 
-def _rows(k: Tensor, masks: Masks, chunk_size: int) -> Any:  # noqa: ANN401 - Rows
+def _rows(k: Tensor, masks: Masks, chunk_size: int) -> Rows:
     alibi = masks.alibi_slopes is not None
     return rows_of(k, masks.key_mask, masks.segment_ids, chunk_size=chunk_size, alibi=alibi)
 
@@ -117,16 +120,15 @@ def pool(
     """Pool keys and values into chunk tokens."""
     rule, c, scale = o["rule"], o["chunk_size"], o["scale"]
     if runs_kernels(k, v):
-        tokens, pooled = launch.chunk_tokens_forward(
+        tokens, pooled = launch_pooling.chunk_tokens_forward(
             k, v, tuple(parameters), _rows(k, masks, c), rule=rule, chunk_size=c, scale=scale
         )
-        empty = k.new_empty(0, dtype=torch.float32)
-        masses = (empty if x is None else x for x in (pooled.mass_k, pooled.mass_v))
+        like = tokens[2]  # outputs of an op may not share storage: one empty tensor each
+        masses = (like.new_empty(0) if x is None else x for x in (pooled.mass_k, pooled.mass_v))
         return Pooled(*tokens, *masses)
     settings = ChunkSettings(rule=rule, chunk_size=c, scale=scale)
     tokens = chunk_tokens_forward(k, v, parameters, masks.key_mask, masks.segment_ids, settings)
-    empty = tokens[2].new_empty(0)
-    return Pooled(*tokens, empty, empty.clone())
+    return Pooled(*tokens, tokens[2].new_empty(0), tokens[2].new_empty(0))
 
 
 def pool_backward(
@@ -140,7 +142,7 @@ def pool_backward(
     """Differentiate :func:`pool`: gradients of ``k``, ``v`` and the parameters."""
     rule, c, scale = o["rule"], o["chunk_size"], o["scale"]
     if rule != "eva" and runs_kernels(k, v):
-        dk, dv, *vectors = launch.chunk_tokens_backward(
+        dk, dv, *vectors = launch_pooling.chunk_tokens_backward(
             tuple(grads),  # pyright: ignore[reportArgumentType]
             k,
             v,
@@ -229,9 +231,7 @@ def pool_and_attend(
     return *attend(qkv, pooled[:3], masks, o, known), pooled
 
 
-def _known(
-    pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]
-) -> launch.PooledChunks:
+def _known(pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]) -> launch.PooledChunks:
     masses = (x if x.numel() else None for x in (pooled.mass_k, pooled.mass_v))
     return launch.PooledChunks(
         launch.kernel_rule(o["rule"], list(parameters)), tuple(parameters), *masses
@@ -248,7 +248,7 @@ def pool_and_attend_backward(
     o: dict[str, Any],
 ) -> list[Tensor]:
     """Differentiate :func:`pool_and_attend`: ``dq, dk, dv`` and the parameters' gradients."""
-    q, k, v = qkv
+    _, k, v = qkv
     if o["rule"] != "eva" and runs_kernels(k, v, o["dropout_p"]):
         settings, t = attention_settings(o), _operands(qkv, pooled[:3], masks)
         rows = _rows(k, masks, settings.chunk_size)

@@ -1,4 +1,4 @@
-"""The ops ``flasheva::chunk_tokens``, ``attention`` and ``eva_attention``: schemas, fakes, autograd.
+"""The ops ``flasheva::chunk_tokens``, ``attention``, ``eva_attention``: schemas, fakes, autograd.
 
 ``eva_attention`` is the first two in one; :func:`flasheva_attention` calls it. Results are defined
 by ``kernels/reference``, whatever implementation runs.
@@ -177,7 +177,7 @@ _EVA_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, {_OPTIONAL}"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _eva_attention(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    """Pool and attend: one op, so that the backward pass adds both ways into ``dk``, ``dv`` once."""
+    """Pool and attend in one op: the backward pass adds both ways into ``dk``, ``dv`` once."""
     check_eva_attention(args[:3], args[3], args[4:], options)
     out, lse, pooled = pool_and_attend(args[:3], args[3], Masks(*args[4:]), options)
     return out, lse, *pooled

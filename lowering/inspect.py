@@ -63,7 +63,7 @@ def summary(used: Resources) -> str:
     return f"# {used.target}: " + ", ".join(parts)
 
 
-def _add_fields(parser: argparse.ArgumentParser, owner: type, defaults: dict[str, Any]) -> None:
+def _add_fields(parser: argparse._ActionsContainer, owner: type, defaults: dict[str, Any]) -> None:
     hints = get_type_hints(owner)
     for field in dataclasses.fields(owner):
         flag, default = f"--{field.name.replace('_', '-')}", defaults.get(field.name, field.default)

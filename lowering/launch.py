@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flasheva_compile.lowering.kernel_arguments import (
+    DTYPES,
+    TILES,
+    describable,
+    descriptors,
+    key_values,
+    row_values,
+    rule_values,
+    strides,
+    unit_stride,
+)
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose
-from flasheva_compile.lowering.spec import KernelSpec, parts
+from flasheva_compile.lowering.spec import STATE_BLOCK, KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +31,6 @@ if TYPE_CHECKING:
     from flasheva_compile.lowering.rows import Rows
     from flasheva_compile.lowering.spec import Schedule
     from torch import Tensor
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""Dtypes that kernels compute in."""
 
 _LOG2E = math.log2(math.e)
 
@@ -53,11 +61,6 @@ def kept_masses(rule: str) -> tuple[bool, bool]:
     """Return which log-masses pooling keeps: of the keys' weights, of the values' own."""
     kept = {"mean": (False, False), "tangent": (True, False), "evabyte": (True, True)}
     return kept.get(rule, (False, True))
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """Return a tensor whose last dimension is contiguous, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def attention_spec(
@@ -101,48 +104,6 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
         kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
 
 
-TILES = {
-    "forward": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
-    "dq": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
-    **dict.fromkeys(("dchunk", "dsink", "dkv"), ("q_ptr", "do_ptr")),
-}
-"""Tensors that a kernel's loops read in tiles."""
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe ``[B, H, rows, D]``: 16-byte strides, no expansion."""
-    strides = [n for size, n in zip(x.shape, x.stride(), strict=True) if size > 1][:-1]
-    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
-    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and 0 not in x.shape
-
-
-def descriptors(
-    arguments: tuple[str, ...], spec: KernelSpec, schedule: Schedule, values: dict[str, Any]
-) -> dict[str, Any]:
-    """Describe the tensors whose tiles the kernel fetches."""
-    names = [name for name in arguments if "_desc" in name]
-    if not names:
-        return {}
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
-    result = {}
-    for name in names:
-        tensor, part = name.split("_desc")
-        x = values[f"{tensor}_ptr"]
-        _, size = parts(x.shape[3])[int(part)]
-        result[name] = TensorDescriptor(x, list(x.shape), _full_strides(x), [1, 1, rows, size])
-    return result
-
-
-def _full_strides(x: Tensor) -> list[int]:
-    """Return the strides, with harmless ones for dimensions of size 1."""
-    contiguous = [math.prod(x.shape[n + 1 :]) for n in range(4)]
-    plain = math.prod(x.shape) * 8  # a multiple of 16 bytes for every dtype and head dimension
-    strides = zip(x.shape, x.stride(), contiguous, strict=True)
-    return [stride if size > 1 else (plain if n else 1) for size, stride, n in strides][:3] + [1]
-
-
 def attention_forward(
     t: Operands, rows: Rows, s: AttentionSettings, pooled: PooledChunks | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -165,11 +126,12 @@ def _query_programs(t: Operands) -> Callable[[Schedule], int]:
 
 def _values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]:
     """Return what kernels of this call may read, by argument name."""
+    assert s.dropout_p < 1  # 2 ** 32 is no 32-bit threshold: the caller runs the blocked code
     q, k, v = (unit_stride(x) for x in (t.q, t.k, t.v))
     scale = s.scale * _LOG2E
     return {
         "q_ptr": q,
-        **_strides("q", q, "bhm"),
+        **strides("q", q, "bhm"),
         **key_values(k, v),
         "rfa_k_ptr": t.rfa_k.contiguous(),
         "rfa_v_ptr": t.rfa_v.contiguous(),
@@ -186,32 +148,7 @@ def _values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]:
         "scale": s.scale,
         "softcap": s.softcap * _LOG2E,
         "drop_below": int(s.dropout_p * 2**32),
-        "keep_scale": 1 / (1 - s.dropout_p) if s.dropout_p < 1 else 1.0,
-    }
-
-
-def _strides(letter: str, x: Tensor, dims: str) -> dict[str, int]:
-    return {f"stride_{letter}{dim}": x.stride(n) for n, dim in enumerate(dims)}
-
-
-def key_values(k: Tensor, v: Tensor) -> dict[str, Any]:
-    """Return keys and values with their strides."""
-    values = {"k_ptr": k, "v_ptr": v, "columns": k.shape[2]}
-    return values | _strides("k", k, "bhn") | _strides("v", v, "bhn")
-
-
-def row_values(rows: Rows) -> dict[str, Any]:
-    """Return the layout of the rows."""
-    mean = rows.chunk_mean
-    return {
-        "valid_ptr": None if rows.valid is None else rows.valid.view(torch.uint8),
-        "start_ptr": rows.start,
-        "stop_ptr": rows.stop,
-        "begin_ptr": rows.begin,
-        "end_ptr": rows.end,
-        "chunk_first_ptr": rows.chunk_first,
-        "chunk_mean_ptr": mean,
-        "stride_mean": mean.stride(0) if mean is not None and mean.shape[0] > 1 else 0,
+        "keep_scale": 1 / (1 - s.dropout_p),
     }
 
 
@@ -254,10 +191,12 @@ def attention_backward(
     kv_rows = batch * t.k.shape[1]
     do = unit_stride(dout)
     values = _values(t, rows, s) | {"do_ptr": do, "out_ptr": out, "lse_ptr": lse}
-    values |= _strides("g", do, "bhm")
+    values |= strides("g", do, "bhm")
     dq = t.q.new_empty(batch, heads, length, size)
-    states = {"lse2_ptr": torch.empty_like(lse), "delta_ptr": torch.empty_like(lse)}
-    values |= states | {"dq_ptr": dq}
+    blocks = -(-length // STATE_BLOCK) + 1
+    states = lse.new_empty(2, batch * heads, blocks * STATE_BLOCK)
+    values |= {"lse2_ptr": states[0], "delta_ptr": states[1], "state_blocks": blocks}
+    values["dq_ptr"] = dq
     run(spec.of_kind("dq"), _query_programs(t), values)
     grads = _chunk_gradients(spec.of_kind("dchunk"), values, kv_rows)
     values |= {"drfa_k_ptr": grads[0], "drfa_v_ptr": grads[1], "drfa_bias_ptr": grads[2]}
@@ -317,17 +256,42 @@ def _key_gradients(
     pooled: PooledChunks | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     dk, dv = (x.new_empty(x.shape) for x in (t.k, t.v))
-    if pooled is not None:
-        pooled = _with_vectors(pooled, t.k)
-        spec = pooling_spec(spec, pooled)
+    values = values | {"dk_ptr": dk, "dv_ptr": dv}
+    if pooled is None:
+        run_over_keys(spec, values, kv_rows)
+        return dk, dv, ()
+    pooled = with_vectors(pooled, t.k)
+    whole = pooling_spec(spec, pooled)
+    if not _fuses_pooling(whole):
+        run_over_keys(spec, values, kv_rows)
+        whole = dataclasses.replace(whole.of_kind("dpool"), accumulate=True)
+        values = values | {"heads": t.k.shape[1]}  # pooling knows only heads of keys
+    vectors = run_over_keys(whole, values, kv_rows, pooled)
+    return dk, dv, vector_sums(vectors, t.k.shape[0])
+
+
+def _fuses_pooling(spec: KernelSpec) -> bool:
+    """Whether ``dkv`` also does the gradient of pooling, or ``dpool`` adds it.
+
+    Weights that depend on keys take four more tiles of registers, which wide heads do not have.
+    """
+    return spec.chunk_rule == "mean" or max(spec.head_dim, spec.value_dim) <= 64
+
+
+def run_over_keys(
+    spec: KernelSpec,
+    values: dict[str, Any],
+    kv_rows: int,
+    pooled: PooledChunks | None = None,
+) -> tuple[Tensor, ...]:
+    """Run ``dkv`` or ``dpool``; return the parts of the gradients of head vectors."""
     tiles = -(-values["columns"] // choose(spec).block_n)
-    outputs = values | {"dk_ptr": dk, "dv_ptr": dv}
     vectors: tuple[Tensor, ...] = ()
     if pooled is not None:
-        pool_values, vectors = _pool_values(pooled, kv_rows, tiles, values["lse_ptr"], spec)
-        outputs |= pool_values
-    run(spec, lambda _: kv_rows * tiles, outputs)
-    return dk, dv, _vector_sums(vectors, t.k.shape[0])
+        pool_values, vectors = _pool_values(pooled, kv_rows, tiles, values["rfa_bias_ptr"], spec)
+        values = values | pool_values
+    run(spec, lambda _: kv_rows * tiles, values)
+    return vectors
 
 
 # --- pooling --------------------------------------------------------------------------------------
@@ -336,7 +300,9 @@ def _key_gradients(
 def pooling_spec(spec: KernelSpec, pooled: PooledChunks) -> KernelSpec:
     """Return a spec with the gradient of pooling added."""
     return dataclasses.replace(
-        spec, chunk_rule=pooled.rule, parameters=0 if pooled.rule == "eva" else len(pooled.parameters)
+        spec,
+        chunk_rule=pooled.rule,
+        parameters=0 if pooled.rule == "eva" else len(pooled.parameters),
     )
 
 
@@ -350,7 +316,7 @@ def _pool_values(
     return values | rule_values(pooled.rule, pooled.parameters), vectors
 
 
-def _with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
+def with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
     """Give ``evabyte`` without parameters vectors of zeros, which mean the same."""
     if pooled.rule != "evabyte" or pooled.parameters:
         return pooled
@@ -358,119 +324,6 @@ def _with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
     return dataclasses.replace(pooled, parameters=(zeros, zeros))
 
 
-def rule_values(rule: str, parameters: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return a rule's parameters by argument name."""
-    if rule == "eva":
-        return {"omega_ptr": parameters[1].contiguous()}
-    contiguous = (x.contiguous() for x in parameters)
-    return dict(zip(("phi_ptr", "p_ptr", "b_ptr"), contiguous, strict=False))
-
-
-def _vector_sums(vectors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+def vector_sums(vectors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
     """Add the parts of head vectors, ``[B * Hkv, tiles, D]``, to ``[Hkv, D]``."""
     return tuple(x.view(batch, -1, *x.shape[1:]).sum((0, 2)) for x in vectors)
-
-
-def chunk_tokens_forward(
-    k: Tensor,
-    v: Tensor,
-    parameters: tuple[Tensor, ...],
-    rows: Rows,
-    *,
-    rule: str,
-    chunk_size: int,
-    scale: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor], PooledChunks]:
-    """Pool; see :func:`flasheva_compile.kernels.blocked.chunk_tokens.chunk_tokens_forward`.
-
-    Returns:
-        ``(rfa_k, rfa_v, rfa_bias)`` and what their gradient needs.
-    """
-    k, v = unit_stride(k), unit_stride(v)
-    head = (k.shape[0], k.shape[1], -(-k.shape[2] // chunk_size))
-    rfa_k, rfa_v = k.new_empty(*head, k.shape[3]), v.new_empty(*head, v.shape[3])
-    like = k.new_empty(head, dtype=torch.float32)
-    pooled = _complete(rule, parameters, like, k)
-    spec = pooling_spec(_pool_spec("chunk_tokens", k, v, rows, chunk_size), pooled)
-    values = {
-        **key_values(k, v),
-        **row_values(rows),
-        **rule_values(pooled.rule, pooled.parameters),
-        "rfa_k_ptr": rfa_k,
-        "rfa_v_ptr": rfa_v,
-        "rfa_bias_ptr": like,
-        "mass_k_ptr": pooled.mass_k,
-        "mass_v_ptr": pooled.mass_v,
-        "heads": k.shape[1],
-        "chunks": head[2],
-        "scale": scale,
-    }
-    run(spec, lambda schedule: head[0] * head[1] * -(-head[2] // schedule.block_n), values)
-    if rule == "eva":
-        rfa_k = torch.where(like[..., None] > -torch.inf, parameters[0], 0)
-    return (rfa_k, rfa_v, like), pooled
-
-
-def _complete(
-    rule: str, parameters: tuple[Tensor, ...], like: Tensor, k: Tensor
-) -> PooledChunks:
-    """Allocate the log-masses of a rule."""
-    rule = kernel_rule(rule, parameters)
-    masses = (torch.empty_like(like) if kept else None for kept in kept_masses(rule))
-    return _with_vectors(PooledChunks(rule, parameters, *masses), k)
-
-
-def _pool_spec(
-    kind: str, k: Tensor, v: Tensor, rows: Rows, chunk_size: int
-) -> KernelSpec:
-    return KernelSpec(
-        kind=kind,  # pyright: ignore[reportArgumentType]
-        dtype=DTYPES[k.dtype],
-        head_dim=k.shape[3],
-        value_dim=v.shape[3],
-        chunk_size=chunk_size,
-        documents=rows.documents,
-        key_mask=rows.valid is not None,
-    )
-
-
-def chunk_tokens_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    k: Tensor,
-    v: Tensor,
-    parameters: tuple[Tensor, ...],
-    rows: Rows,
-    *,
-    rule: str,
-    chunk_size: int,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """Differentiate pooling alone: ``dk``, ``dv`` and fp32 gradients of head vectors."""
-    k, v = unit_stride(k), unit_stride(v)
-    tokens, pooled = chunk_tokens_forward(
-        k, v, parameters, rows, rule=rule, chunk_size=chunk_size, scale=scale
-    )
-    spec = pooling_spec(_pool_spec("dpool", k, v, rows, chunk_size), pooled)
-    kv_rows, tiles = k.shape[0] * k.shape[1], -(-k.shape[2] // choose(spec).block_n)
-    pool_values, vectors = _pool_values(pooled, kv_rows, tiles, tokens[2], spec)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    values = {
-        **key_values(k, v),
-        **row_values(rows),
-        **pool_values,
-        **dict(zip(("rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"), tokens, strict=True)),
-        **dict(
-            zip(
-                ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr"),
-                (g.contiguous() for g in grads),
-                strict=True,
-            )
-        ),
-        "dk_ptr": dk,
-        "dv_ptr": dv,
-        "heads": k.shape[1],
-        "chunks": tokens[2].shape[2],
-        "scale": scale,
-    }
-    run(spec, lambda _: kv_rows * tiles, values)
-    return dk, dv, *_vector_sums(vectors, k.shape[0])

@@ -7,15 +7,16 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.lowering.emit.module import emit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flasheva_compile.lowering.spec import GeneratedKernel, KernelSpec, Schedule
 
 
@@ -43,7 +44,7 @@ def cache_directory() -> Path:
     return base / f"triton-{importlib.metadata.version('triton')}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(spec: KernelSpec, schedule: Schedule) -> LoadedKernel:
     """Generate, write and import a kernel; once per process."""
     generated = emit(spec, schedule)

@@ -1,30 +1,201 @@
-"""Choice of a schedule for a spec."""
+"""Choice of a schedule for a spec: what the user has tuned, the shipped table, static rules."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import json
+import warnings
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+from flasheva_compile.lowering import schedule_cost
+from flasheva_compile.lowering.load import cache_directory
+from flasheva_compile.lowering.schedule_cost import SHARED_LIMITS, Target
 from flasheva_compile.lowering.spec import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from flasheva_compile.lowering.spec import KernelSpec
 
+_TABLE = Path(__file__).with_name("schedules.json")
+_HEAD_SIZES = (64, 128, 256)
+_FEW_SINKS = 16
+_SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
-def choose(spec: KernelSpec) -> Schedule:
-    """Return the schedule of a spec."""
+_forced: dict[KernelSpec, Schedule] = {}
+
+
+def choose(spec: KernelSpec, target: Target | None = None) -> Schedule:
+    """Return the schedule of a spec; measures nothing and never fails.
+
+    Args:
+        spec: What the kernel computes.
+        target: The device; None = the current one.
+
+    Returns:
+        The tuned choice for this device and spec, else the entry of the shipped table, else the
+        best candidate of the cost model. A choice that breaks a static rule is passed over.
+    """
+    if _forced and spec in _forced:
+        return _forced[spec]
+    return _choose(spec, target or current_target())
+
+
+@cache
+def _choose(spec: KernelSpec, target: Target) -> Schedule:
+    for schedule in (tuned(spec, target), shipped(spec, target)):
+        if schedule and schedule_cost.rejection(spec, schedule, target) is None:
+            return schedule
+    ranked = schedule_cost.candidates(spec, target)
+    return ranked[0] if ranked else _SMALLEST
+
+
+_SMALLEST = Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1)
+
+
+@contextmanager
+def forced(schedules: Mapping[KernelSpec, Schedule]) -> Iterator[None]:
+    """Make :func:`choose` return given schedules, for tuning and tests; not thread-safe."""
+    before = dict(_forced)
+    _forced.update(schedules)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def known_target(arch: str, device: str = "") -> Target:
+    """Return the target of an architecture whose limits are known, such as ``"sm_80"``."""
+    return Target(arch=arch, shared_limit=SHARED_LIMITS[arch], device=device)
+
+
+def current_target() -> Target:
+    """Return the current CUDA or ROCm device; without one, an H100 without a name."""
+    return _device_target(torch.cuda.current_device()) if _has_device() else _NO_DEVICE
+
+
+_NO_DEVICE = known_target("sm_90")
+
+
+@cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
+
+
+@cache
+def _device_target(index: int) -> Target:
+    properties: Any = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    plain = properties.shared_memory_per_block
+    limit = getattr(properties, "shared_memory_per_block_optin", 0) or plain
+    return Target(arch=arch, shared_limit=SHARED_LIMITS.get(arch, limit), device=properties.name)
+
+
+# --- the shipped table ----------------------------------------------------------------------------
+
+
+def shipped(spec: KernelSpec, target: Target) -> Schedule | None:
+    """Return the entry of the shipped table for the target's family, fitted to the spec."""
+    section = shipped_table().get(_family(target), {}).get(spec.kind, {})
     size = max(spec.head_dim, spec.value_dim)
-    if spec.kind in ("chunk_tokens", "dpool"):
-        return Schedule(block_m=16, block_n=32 if size <= 128 else 16, num_warps=4, num_stages=1)
-    if spec.dtype == "fp32":
-        return Schedule(block_m=32, block_n=32, num_warps=4, num_stages=1)
-    if spec.kind == "forward":
-        if size <= 64:
-            return Schedule(block_m=128, block_n=64, num_warps=4, num_stages=3)
-        return Schedule(block_m=128, block_n=64, num_warps=8, num_stages=3 if size <= 128 else 2)
-    if spec.kind == "dq":
-        if size <= 128:
-            return Schedule(block_m=64, block_n=64, num_warps=4, num_stages=2)
-        return Schedule(block_m=64, block_n=32, num_warps=8, num_stages=1)
-    if size <= 128:
-        return Schedule(block_m=64, block_n=64, num_warps=4, num_stages=2)
-    return Schedule(block_m=32, block_n=64, num_warps=8, num_stages=1)
+    bucket = next((str(most) for most in _HEAD_SIZES if size <= most), "")
+    schedule = section.get(dtype_class(spec), {}).get(bucket)
+    return schedule and _fit(spec, schedule, target)
+
+
+@cache
+def shipped_table() -> dict[str, dict[str, dict[str, dict[str, Schedule]]]]:
+    """Return the shipped table: family, kernel, dtype class and largest head size to schedule."""
+    return {
+        family: {
+            kind: {
+                dtype: {size: Schedule(**fields) for size, fields in sizes.items()}
+                for dtype, sizes in dtypes.items()
+            }
+            for kind, dtypes in kinds.items()
+        }
+        for family, kinds in json.loads(_TABLE.read_text()).items()
+    }
+
+
+def dtype_class(spec: KernelSpec) -> str:
+    """Return ``"16-bit"``, ``"tf32"`` or ``"fp32"``: dtypes that share schedules."""
+    return "16-bit" if spec.dtype != "fp32" else "tf32" if spec.tf32 else "fp32"
+
+
+def _family(target: Target) -> str:
+    """Return the section of the table for a target: its own, or that of the generation before."""
+    if target.is_amd:
+        return target.arch
+    return "sm_90" if target.capability >= 90 else "sm_80"
+
+
+def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
+    """Drop what this spec cannot use from an entry that many specs share."""
+    if spec.kind == "dsink" and spec.sink_size <= _FEW_SINKS:
+        schedule = dataclasses.replace(schedule, block_n=16)
+    if spec.kind == "chunk_tokens" and spec.chunk_rule in _SOFTMAX_RULES:
+        schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
+    if schedule.tma and schedule_cost.tma_rejection(spec, target):
+        schedule = dataclasses.replace(schedule, tma=False)
+    return schedule
+
+
+# --- what the user has tuned ----------------------------------------------------------------------
+
+
+def spec_key(spec: KernelSpec) -> str:
+    """Return the text that identifies a spec among tuned choices."""
+    return ", ".join(
+        f"{field.name}={getattr(spec, field.name)!r}"
+        for field in dataclasses.fields(spec)
+        if getattr(spec, field.name) != field.default
+    )
+
+
+def tuned_path() -> Path:
+    """Return the file that the tune command writes."""
+    return cache_directory() / "tuned.json"
+
+
+def tuned(spec: KernelSpec, target: Target) -> Schedule | None:
+    """Return what was tuned for exactly this spec on exactly this kind of device."""
+    fields = _tuned_entries(tuned_path()).get(target.device, {}).get(spec_key(spec))
+    try:
+        return Schedule(**fields) if fields else None
+    except TypeError:  # written by another version
+        return None
+
+
+def read_tuned(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the tuned choices of a file: device, spec key, fields; {} where there are none."""
+    try:
+        entries = json.loads(path.read_text())
+        assert isinstance(entries, dict)
+        assert all(isinstance(of_device, dict) for of_device in entries.values())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AssertionError):
+        warnings.warn(f"no tuned schedules: {path} cannot be read", stacklevel=2)
+        return {}
+    return entries
+
+
+_tuned_entries = lru_cache(maxsize=None)(read_tuned)
+
+
+def forget() -> None:
+    """Read tuned choices again: the file has changed."""
+    _tuned_entries.cache_clear()
+    _choose.cache_clear()

@@ -18,9 +18,12 @@ over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gr
 Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
 
+STATE_BLOCK = 128
+"""Largest tile of queries; the states of queries are padded to a multiple and one block more."""
+
 _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
 _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
-_POOLING_FIELDS = ("chunk_rule", "parameters")
+_POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _NEUTRAL = {
     "window_size": 0,
     "sink_size": 0,
@@ -35,6 +38,7 @@ _NEUTRAL = {
     "whole_chunks": False,
     "chunk_rule": None,
     "parameters": 0,
+    "accumulate": False,
 }
 
 
@@ -61,6 +65,7 @@ class KernelSpec:
         negative_scale: The score scale is not positive (costs one multiplication a score).
         chunk_rule: Rule of the pooling that this kernel does; None = none.
         parameters: How many parameters the rule has.
+        accumulate: ``dpool`` adds to gradients that are there, instead of writing them.
         tf32: Products of fp32 run in TF32.
         whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
             bias ``ln c``: no bias is read, and none gets a gradient.
@@ -84,6 +89,7 @@ class KernelSpec:
     negative_scale: bool = False
     chunk_rule: str | None = None
     parameters: int = 0
+    accumulate: bool = False
     tf32: bool = False
     whole_chunks: bool = False
 
@@ -109,6 +115,7 @@ class Schedule:
         num_stages: Depth of the software pipeline.
         tma: Tiles of the loops come through tensor descriptors (sm_90 and later).
         split_window: Separate loops for the parts of the window that need no mask.
+        max_registers: Registers a thread may use, so that more programs fit; 0 = no limit.
     """
 
     block_m: int
@@ -117,6 +124,7 @@ class Schedule:
     num_stages: int
     tma: bool = False
     split_window: bool = False
+    max_registers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ STRIDES = (
     *("stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_mean"),
 )
 
-LENGTHS = ("heads", "queries", "columns", "chunks", "q_offset", "splits")
+LENGTHS = ("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks")
 """Integers that are not specialised: a new length is no new kernel."""
 
 NUMBERS = ("score_scale", "scale", "softcap", "drop_below", "keep_scale")

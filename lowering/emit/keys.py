@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flasheva_compile.lowering.emit import loops, positions, scores
+from flasheva_compile.lowering.emit import positions, resident_loops, scores
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
 from flasheva_compile.lowering.emit.queries import key_side, row_pointers, valid_flags
 from flasheva_compile.lowering.emit.source import Dim, Source
+from flasheva_compile.lowering.spec import STATE_BLOCK
 
 if TYPE_CHECKING:
-    from flasheva_compile.lowering.emit.loops import QueryLoop
+    from flasheva_compile.lowering.emit.resident_loops import QueryLoop
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 
@@ -19,8 +20,8 @@ def emit_key_kernel(spec: KernelSpec, schedule: Schedule) -> str:
     out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
     program(out, spec)
     out.lines(*d.offsets(), *e.offsets(), "")
-    out.lines(*_resident(spec, d, e), "")
-    bounds, walks = loops.resident_loops(spec)
+    out.lines(*_resident(spec, d, e), *resident_loops.resident_bounds(spec), "")
+    bounds, walks = resident_loops.resident_loops(spec)
     origin = "start - q_offset" if spec.documents == "padded" else "-q_offset"
     out.lines(f"shift = {origin}", *bounds)
     out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
@@ -154,24 +155,22 @@ def _walk(
         f"h = {head}",
         "q_head = q_ptr + b64 * stride_qb + h * tl.cast(stride_qh, tl.int64)",
         "do_head = do_ptr + b64 * stride_gb + h * tl.cast(stride_gh, tl.int64)",
-        f"state_head = ({row}) * queries",
+        f"state_head = ({row}) * state_blocks * {STATE_BLOCK}",
     )
     if spec.alibi:
         out.line(f"slope = tl.load(slopes_ptr + h).to(tl.float32) * {scores.LOG2E}")
     for loop in walks:
         out.line(f"# {loop.purpose}")
-        tiles = f"{loop.begin}, {loop.end}"
+        tiles = loop.end if loop.begin == "0" else f"{loop.begin}, {loop.end}"
         if spec.kind in ("dchunk", "dsink"):
             skip = f"(split - {loop.begin} % splits + splits) % splits"
             begin = "split" if loop.begin == "0" else f"{loop.begin} + {skip}"
             tiles = f"{begin}, {loop.end}, splits"
-        with out.block(f"for tile in tl.range({tiles}, num_stages=STAGES):"):
+        with out.block(f"for tile in range({tiles}):"):
             out.lines(*_tile(spec, schedule, loop, d, e))
 
 
-def _tile(
-    spec: KernelSpec, schedule: Schedule, loop: QueryLoop, d: Dim, e: Dim
-) -> list[str]:
+def _tile(spec: KernelSpec, schedule: Schedule, loop: QueryLoop, d: Dim, e: Dim) -> list[str]:
     dot = scores.precision(spec)
     source: scores.KeySource = "chunk" if spec.kind == "dchunk" else "key"
     if schedule.tma:
@@ -186,18 +185,19 @@ def _tile(
             "do_rows = do_head + row * tl.cast(stride_gm, tl.int64)",
             *e.load("do", "do_rows", "offs_m", "stride_gm", "rows < queries"),
         ]
+    by_window = bool(loop.mask) and not resident_loops.resident_bounds(spec)
     lines = [
-        f"row = {loops.tile_row(spec)}",
+        f"row = {resident_loops.tile_row(spec)}",
         "offs_m = tl.arange(0, BLOCK_M)",
         "rows = row + offs_m",
         *load_q,
-        *_query_side(spec, needs_window=bool(loop.mask)),
-        'lse = tl.load(lse2_ptr + state_head + rows, mask=rows < queries, other=float("inf"))',
-        "delta = tl.load(delta_ptr + state_head + rows, mask=rows < queries, other=0.0)",
+        *_query_side(spec, needs_window=by_window),
+        "lse = tl.load(lse2_ptr + state_head + rows)",
+        "delta = tl.load(delta_ptr + state_head + rows)",
         *d.contract("s", "k", "q", dot),
         *scores.scores(spec, source, keys_first=True),
-        *scores.masked(scores.mask_text(loop.mask, None, keys_first=True)),
         f"p = tl.exp2(s - (lse{scores.constant_bias(spec, source)})[None, :])",
+        *scores.masked_weights(scores.mask_text(loop.mask, None, keys_first=True)),
         *load_do,
         *scores.keep(spec, source, keys_first=True),
     ]
@@ -293,14 +293,24 @@ def _key_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         lines += _select("dk", d, flags) + _select("dv", e, flags)
     elif spec.documents == "padded":
         lines += _select("dk", d, "exists") + _select("dv", e, "exists")
-    return lines + store_keys(d, e)
+    return lines + key_rows() + store_keys(d, e)
+
+
+def key_rows() -> list[str]:
+    """Define where the gradients of a block of keys lie: contiguous over columns."""
+    return ["column = tile_n * BLOCK_N", "key_row = bhk64 * columns + column"]
+
+
+def load_gradient(tile: str, pointer: str, dim: Dim, bound: str) -> list[str]:
+    """Load gradients that another kernel has written."""
+    rows = f"{pointer} + key_row * {dim.size}"
+    return dim.load(tile, rows, "offs_t", str(dim.size), bound, cast=".to(tl.float32)")
 
 
 def store_keys(d: Dim, e: Dim) -> list[str]:
-    """Store the gradients of a block of keys and values, contiguous over columns."""
+    """Store the gradients of a block of keys and values."""
+    bound = "column + offs_t < columns"
     return [
-        "column = tile_n * BLOCK_N",
-        "key_row = bhk64 * columns + column",
-        *d.store("dk", f"dk_ptr + key_row * {d.size}", "offs_t", str(d.size), "column + offs_t < columns"),
-        *e.store("dv", f"dv_ptr + key_row * {e.size}", "offs_t", str(e.size), "column + offs_t < columns"),
+        *d.store("dk", f"dk_ptr + key_row * {d.size}", "offs_t", str(d.size), bound),
+        *e.store("dv", f"dv_ptr + key_row * {e.size}", "offs_t", str(e.size), bound),
     ]

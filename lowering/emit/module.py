@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
+from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
 from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
@@ -31,11 +32,11 @@ _PURPOSE = {
 
 def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     """Generate one kernel; pure: the same spec and schedule give the same bytes."""
-    body = _body(spec, schedule)
+    body = without_unread(_body(spec, schedule))
     names = arguments(body)
     source = _header(spec, schedule) + _constants(body, spec, schedule)
     if spec.dropout:
-        source += DROPOUT_FUNCTIONS + "\n\n"
+        source += "\n\n" + DROPOUT_FUNCTIONS + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)
     return GeneratedKernel(
         spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
@@ -66,9 +67,9 @@ def _header(spec: KernelSpec, schedule: Schedule) -> str:
     spec_text = textwrap.fill(", ".join(_fields(spec)), **width)
     schedule_text = textwrap.fill(", ".join(_fields(schedule)), **width)
     return (
-        f'"""FlashEVA {spec.kind}: {_PURPOSE[spec.kind]}. Generated; do not edit.\n\n'
+        f'"""{spec.kind}: {_PURPOSE[spec.kind]}. Generated; do not edit.\n\n'
         f"KernelSpec:\n{spec_text}\nSchedule:\n{schedule_text}\n\n"
-        "Reproduce with flasheva_compile.lowering.emit.module.emit(KernelSpec(...), Schedule(...)).\n"
+        "Reproduce: flasheva_compile.lowering.emit.module.emit(KernelSpec(...), Schedule(...)).\n"
         '"""\n\nimport triton\nimport triton.language as tl\n\n'
     )
 
@@ -79,31 +80,33 @@ def _constants(body: str, spec: KernelSpec, schedule: Schedule) -> str:
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_S": sink_block,
-        "STAGES": schedule.num_stages,
     }
     used = set(re.findall(r"\w+", body))
     lines = [f"{name} = tl.constexpr({value})" for name, value in values.items() if name in used]
-    return "\n".join(lines) + "\n\n\n"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _function(spec: KernelSpec, names: tuple[str, ...], body: str) -> str:
-    lengths = ", ".join(f'"{n}"' for n in names if n in LENGTHS)
+    lengths = wrapped(
+        "LENGTHS = (" + ", ".join(f'"{n}"' for n in names if n in LENGTHS) + ")"
+    ).strip()
     signature = textwrap.fill(
         ", ".join(names), width=96, initial_indent="    ", subsequent_indent="    "
     )
     return (
-        f"@triton.jit(do_not_specialize=[{lengths}])\n"
-        f"def {spec.kind}(\n{signature},\n):\n" + textwrap.indent(body, "    ")
+        f"# A new length is no new kernel.\n{lengths}\n\n\n"
+        "@triton.jit(do_not_specialize=LENGTHS)\n"
+        f"def {spec.kind}(\n{signature},\n):\n" + wrapped(textwrap.indent(body, "    "))
     )
 
 
 def _launcher(spec: KernelSpec, schedule: Schedule, names: tuple[str, ...]) -> str:
+    options = f"num_warps={schedule.num_warps}, num_stages={schedule.num_stages}"
+    options += f", maxnreg={schedule.max_registers}" if schedule.max_registers else ""
     return (
         f"\n\ndef launch(programs, *arguments):\n"
         f'    """Launch {spec.kind} over ``programs`` programs."""\n'
-        f"    {spec.kind}[(programs,)](\n"
-        f"        *arguments, num_warps={schedule.num_warps}, num_stages={schedule.num_stages}\n"
-        f"    )\n"
+        f"    {spec.kind}[(programs,)](*arguments, {options})\n"
     )
 
 

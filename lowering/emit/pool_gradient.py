@@ -44,8 +44,9 @@ def _chunk_of_key(spec: KernelSpec) -> list[str]:
 def gather(dim: Dim, tile: str, pointer: str) -> list[str]:
     """Load the row of each key's chunk, in fp32."""
     return [
-        f"{tile}{n} = tl.load({pointer} + bhk64 * chunks * {dim.size} + (chunk[:, None] * {dim.size} "
-        f"+ offs_{dim.letter}{n}[None, :]), mask={dim.mask(n, 'member')}, other=0.0).to(tl.float32)"
+        f"{tile}{n} = tl.load({pointer} + bhk64 * chunks * {dim.size} + ("
+        f"chunk[:, None] * {dim.size} + offs_{dim.letter}{n}[None, :]), "
+        f"mask={dim.mask(n, 'member')}, other=0.0).to(tl.float32)"
         for n in dim.indices
     ]
 
@@ -58,16 +59,13 @@ def _per_chunk(name: str, pointer: str) -> str:
 def _weights(name: str, logits: str, mass: str) -> list[str]:
     return [
         _per_chunk("mass", mass),
-        f"{name} = tl.where(member, tl.exp2(({logits} - mass) * {LOG2E}), 0.0)",
+        f"logits = {logits}",
+        f"{name} = tl.where(member, tl.exp2((logits - mass) * {LOG2E}), 0.0)",
     ]
 
 
 def _spread(tile: str, weights: str, gradient: str, dim: Dim) -> list[str]:
     return [f"{tile}{n} += {weights}[:, None] * {gradient}{n}" for n in dim.indices]
-
-
-def _upcast(tile: str, source: str, dim: Dim) -> list[str]:
-    return [f"{tile}{n} = {source}{n}.to(tl.float32)" for n in dim.indices]
 
 
 def _vector(name: str, pointer: str, dim: Dim) -> list[str]:
@@ -110,68 +108,77 @@ def _mean(d: Dim, e: Dim) -> list[str]:
     ]
 
 
+def _inner(name: str, tile: str, pooled: str, gradient: str, dim: Dim) -> list[str]:
+    """Define ``name``: how much more a key moves its chunk's loss than the chunk's mean does.
+
+    ``sum_x (tile - pooled) * gradient`` is ``dw - sum_m w_m dw_m`` of a softmax's backward.
+    """
+    terms = (
+        f"tl.sum(({tile}{n}.to(tl.float32) - {pooled}{n}) * {gradient}{n}, 1)" for n in dim.indices
+    )
+    return [f"{name} = {' + '.join(terms)}"]
+
+
 def _tangent(d: Dim, e: Dim) -> list[str]:
-    lines = [*_vector("phi", "phi_ptr", d), *_upcast("kf", "k", d), *_upcast("vf", "v", e)]
-    lines += [f"logits = scale * ({_dot('kf', 'phi', d)})", *_weights("w", "logits", "mass_k_ptr")]
-    lines += [
+    # One pair of tiles at a time: more of them at once would spill.
+    return [
+        *_vector("phi", "phi_ptr", d),
+        *_weights("w", f"scale * ({_dot('k', 'phi', d)})", "mass_k_ptr"),
         _per_chunk("gb", "drfa_bias_ptr"),
         *gather(d, "gk", "drfa_k_ptr"),
-        *gather(e, "gv", "drfa_v_ptr"),
         # bias = log-mass - s phi.rfa_k: the second term adds to the gradient of rfa_k.
         *(f"gk{n} -= scale * gb[:, None] * phi{n}[None, :]" for n in d.indices),
         *gather(d, "mk", "rfa_k_ptr"),
-        *gather(e, "mv", "rfa_v_ptr"),
-        f"dw = {d.row_sum('kf', 'gk')} + {e.row_sum('vf', 'gv')}",
-        f"mean = {d.row_sum('mk', 'gk')} + {e.row_sum('mv', 'gv')}",
-        "dlogit = scale * w * (dw - mean + gb)",
+        *_inner("inner_k", "k", "mk", "gk", d),
         *_spread("dk", "w", "gk", d),
+        *gather(e, "gv", "drfa_v_ptr"),
+        *gather(e, "mv", "rfa_v_ptr"),
+        *_inner("inner_v", "v", "mv", "gv", e),
         *_spread("dv", "w", "gv", e),
+        "dlogit = scale * w * (inner_k + inner_v + gb)",
         *(f"dk{n} += dlogit[:, None] * phi{n}[None, :]" for n in d.indices),
+        "dcentre = dlogit - scale * gb * w",
+        *_partial("dphi_ptr", "dcentre[:, None] * k#.to(tl.float32)", d),
     ]
-    return lines + _partial("dphi_ptr", "(dlogit - scale * gb * w)[:, None] * kf#", d)
 
 
 def _value_logits(d: Dim, e: Dim, dot: str) -> list[str]:
-    """Weights of values around a centre, and the gradient of their logits."""
+    """Weigh values around a centre, add their gradients, and define that of their logits."""
+    square = " + ".join(f"tl.sum(k{n}.to(tl.float32) * k{n}, 1)" for n in d.indices)
     return [
+        f"square = {square}",
+        f"centre_dot = {dot}",
+        *_weights("wv", "scale * (centre_dot - 0.5 * square)", "mass_v_ptr"),
         *gather(e, "gv", "drfa_v_ptr"),
-        f"square = {d.row_sum('kf', 'kf')}",
-        *_weights("wv", f"scale * ({dot} - 0.5 * square)", "mass_v_ptr"),
         *gather(e, "mv", "rfa_v_ptr"),
-        f"dvalue = {e.row_sum('vf', 'gv')} - ({e.row_sum('mv', 'gv')})",
-        "dvalue = scale * wv * dvalue",
+        *_inner("inner_v", "v", "mv", "gv", e),
+        *_spread("dv", "wv", "gv", e),
+        "dvalue = scale * wv * inner_v",
     ]
 
 
 def _evabyte(d: Dim, e: Dim) -> list[str]:
     return [
         *_vector("phi", "phi_ptr", d),
-        *_vector("pv", "p_ptr", d),
-        *_upcast("kf", "k", d),
-        *_upcast("vf", "v", e),
-        *_weights("w", f"({_dot('kf', 'phi', d)})", "mass_k_ptr"),
-        *_value_logits(d, e, f"({_dot('kf', 'pv', d)})"),
+        *_weights("w", _dot("k", "phi", d), "mass_k_ptr"),
         *gather(d, "gk", "drfa_k_ptr"),
         *gather(d, "mk", "rfa_k_ptr"),
-        f"dkey = w * ({d.row_sum('kf', 'gk')} - ({d.row_sum('mk', 'gk')}))",
+        *_inner("inner_k", "k", "mk", "gk", d),
         *_spread("dk", "w", "gk", d),
-        *_spread("dv", "wv", "gv", e),
-        *(
-            f"dk{n} += dkey[:, None] * phi{n}[None, :] + dvalue[:, None] * (pv{n}[None, :] - kf{n})"
-            for n in d.indices
-        ),
-        *_partial("dphi_ptr", "dkey[:, None] * kf#", d),
-        *_partial("dp_ptr", "dvalue[:, None] * kf#", d),
+        "dkey = w * inner_k",
+        *(f"dk{n} += dkey[:, None] * phi{n}[None, :]" for n in d.indices),
+        *_partial("dphi_ptr", "dkey[:, None] * k#.to(tl.float32)", d),
+        *_vector("pv", "p_ptr", d),
+        *_value_logits(d, e, _dot("k", "pv", d)),
+        *(f"dk{n} += dvalue[:, None] * (pv{n}[None, :] - k{n})" for n in d.indices),
+        *_partial("dp_ptr", "dvalue[:, None] * k#.to(tl.float32)", d),
     ]
 
 
 def _eva(d: Dim, e: Dim) -> list[str]:
-    centre = " + ".join(f"tl.sum(kf{n} * centre{n}, 1)" for n in d.indices)
+    centre = " + ".join(f"tl.sum(k{n} * centre{n}, 1)" for n in d.indices)
     return [
-        *_upcast("kf", "k", d),
-        *_upcast("vf", "v", e),
         *gather(d, "centre", "omega_ptr"),
-        *_value_logits(d, e, f"({centre})"),
-        *_spread("dv", "wv", "gv", e),
-        *(f"dk{n} += dvalue[:, None] * (centre{n} - kf{n})" for n in d.indices),
+        *_value_logits(d, e, centre),
+        *(f"dk{n} += dvalue[:, None] * (centre{n} - k{n})" for n in d.indices),
     ]

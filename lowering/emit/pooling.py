@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions
-from flasheva_compile.lowering.emit.keys import program, store_keys
+from flasheva_compile.lowering.emit.keys import key_rows, load_gradient, program, store_keys
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
 from flasheva_compile.lowering.emit.queries import row_pointers
 from flasheva_compile.lowering.emit.scores import LOG2E
@@ -41,7 +41,14 @@ def emit_pool_gradient(spec: KernelSpec) -> str:
             *d.load("k", "k_tile", "offs_t", "stride_kn", "exists"),
             *e.load("v", "v_tile", "offs_t", "stride_vn", "exists"),
         )
-    out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
+    out.lines(*key_rows())
+    if spec.accumulate:
+        bound = "column + offs_t < columns"
+        out.lines(
+            *load_gradient("dk", "dk_ptr", d, bound), *load_gradient("dv", "dv_ptr", e, bound)
+        )
+    else:
+        out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
     out.lines(*pool_gradient(spec, d, e), *store_keys(d, e))
     return out.text()
 
@@ -79,7 +86,8 @@ def _chunks(spec: KernelSpec) -> list[str]:
         ]
     if spec.documents == "packed":
         lines += [
-            "first = tl.load(chunk_first_ptr + b64 * chunks + slot + offs_t, mask=exists, other=-1)",
+            "chunk_slots = b64 * chunks + slot + offs_t",
+            "first = tl.load(chunk_first_ptr + chunk_slots, mask=exists, other=-1)",
             "in_chunk = first >= 0",
             "relative = first - origin",
         ]
@@ -138,6 +146,7 @@ def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     if spec.chunk_rule == "mean":
         lines += [f"sk{n} += k{n}" for n in d.indices]
         return lines + [f"sv{n} += v{n}" for n in e.indices]
+    lines.append(f"square = {d.row_sum('k', 'k')}")
     for name in _softmaxes(spec):
         lines += _softmax_step(name, _logit(spec, name, d))
     weight = {"tangent": ("w_k", "a_k"), "evabyte": ("w_v", "a_v"), "eva": ("w_v", "a_v")}
@@ -153,12 +162,13 @@ def _logit(spec: KernelSpec, name: str, d: Dim) -> str:
     if name == "k":
         return d.row_sum("k", "phi")
     centre = "omega" if spec.chunk_rule == "eva" else "p"
-    return f"scale * ({d.row_sum('k', centre)} - 0.5 * ({d.row_sum('k', 'k')}))"
+    return f"scale * ({d.row_sum('k', centre)} - 0.5 * square)"
 
 
 def _softmax_step(name: str, logit: str) -> list[str]:
     return [
-        f'x = tl.where(seen, {logit}, float("-inf"))',
+        f"x = {logit}",
+        'x = tl.where(seen, x, float("-inf"))',
         f"m_new = tl.maximum(m_{name}, x)",
         f"a_{name} = tl.exp2((m_{name} - m_new) * {LOG2E})",
         f"w_{name} = tl.exp2((x - m_new) * {LOG2E})",

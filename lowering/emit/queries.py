@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import loops, positions, scores
 from flasheva_compile.lowering.emit.source import Dim, Source
+from flasheva_compile.lowering.spec import STATE_BLOCK
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.loops import Loop
@@ -33,18 +34,21 @@ def emit_query_kernel(spec: KernelSpec, schedule: Schedule) -> str:
 
 
 def _program(out: Source, spec: KernelSpec) -> None:
+    # Pooling has just read the last heads: their keys and values may still be in the cache.
+    last_heads_first = ["bh = tl.num_programs(0) // blocks - 1 - bh"] * (spec.kind == "forward")
     out.lines(
         "# Later blocks of queries see more: start them first.",
         "blocks = tl.cdiv(queries, BLOCK_M)",
         "pid = tl.program_id(0)",
         "bh = pid // blocks",
+        *last_heads_first,
         "block = blocks - 1 - pid % blocks",
         "b = bh // heads",
         "h = bh % heads",
         f"hk = h // {spec.group}" if spec.group > 1 else "hk = h",
         "b64 = b.to(tl.int64)",
         "bh64 = bh.to(tl.int64)",
-        "bhk64 = b64 * (heads // %d) + hk" % spec.group if spec.group > 1 else "bhk64 = bh64",
+        f"bhk64 = b64 * (heads // {spec.group}) + hk" if spec.group > 1 else "bhk64 = bh64",
     )
     out.lines(*row_pointers(spec, chunks=True))
 
@@ -58,8 +62,9 @@ def row_pointers(spec: KernelSpec, *, chunks: bool) -> list[str]:
         lines.append("b_row = b64 * columns")
     shift_k, shift_v, first = "", "", ""
     if spec.documents == "padded":
-        shift_k, shift_v = " + tl.cast(start, tl.int64) * stride_kn", (
-            " + tl.cast(start, tl.int64) * stride_vn"
+        shift_k, shift_v = (
+            " + tl.cast(start, tl.int64) * stride_kn",
+            (" + tl.cast(start, tl.int64) * stride_vn"),
         )
         first = " + first_slot"
     lines += [
@@ -117,11 +122,17 @@ def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     if spec.kind == "forward":
         return [
             "# The lowest finite maximum: a row that has seen nothing yet makes no NaN.",
-            'm_i = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)',
+            "m_i = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)",
             "l_i = tl.zeros([BLOCK_M], tl.float32)",
             *e.zeros("acc", "BLOCK_M"),
         ]
-    loads = e.load("o", f"out_ptr + state_row * {spec.value_dim}", "offs_m", str(spec.value_dim), "rows < queries")
+    loads = e.load(
+        "o",
+        f"out_ptr + state_row * {spec.value_dim}",
+        "offs_m",
+        str(spec.value_dim),
+        "rows < queries",
+    )
     products = " + ".join(
         f"tl.sum(o{n}.to(tl.float32) * do{n}.to(tl.float32), 1)" for n in e.indices
     )
@@ -129,10 +140,16 @@ def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *loads,
         f"delta = {products}",
         "# +inf for rows that see nothing: their weights are exp2(x - inf) = 0.",
-        "lse = tl.load(lse_ptr + state_row + offs_m, mask=rows < queries, other=float(\"-inf\"))",
+        'lse = tl.load(lse_ptr + state_row + offs_m, mask=rows < queries, other=float("-inf"))',
         f'lse = tl.where(lse == float("-inf"), float("inf"), lse * {scores.LOG2E})',
-        "tl.store(lse2_ptr + state_row + offs_m, lse, mask=rows < queries)",
-        "tl.store(delta_ptr + state_row + offs_m, delta, mask=rows < queries)",
+        f"state_rows = state_blocks * {STATE_BLOCK}",
+        "tl.store(lse2_ptr + bh64 * state_rows + rows, lse)",
+        "tl.store(delta_ptr + bh64 * state_rows + rows, delta)",
+        "# Rows behind the last query weigh nothing, so that no kernel has to ask.",
+        f"rest = blocks * BLOCK_M + tl.arange(0, {2 * STATE_BLOCK})",
+        "is_rest = (block == blocks - 1) & (rest < state_rows)",
+        'tl.store(lse2_ptr + bh64 * state_rows + rest, float("inf"), mask=is_rest)',
+        "tl.store(delta_ptr + bh64 * state_rows + rest, 0.0, mask=is_rest)",
         *d.zeros("dq", "BLOCK_M"),
     ]
 
@@ -164,8 +181,11 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> l
     lines += d.contract("s", "q", "k", dot)
     text = scores.mask_text(loop.mask, valid_flags(spec, loop.source), keys_first=False)
     if spec.kind == "forward":
-        return lines + _softmax_step(spec, loop, text) + value_load + e.accumulate(
-            "acc", "p", "v", dot
+        return (
+            lines
+            + _softmax_step(spec, loop, text)
+            + value_load
+            + e.accumulate("acc", "p", "v", dot)
         )
     return lines + value_load + _dq_step(spec, loop, text, d, e)
 
@@ -222,8 +242,8 @@ def _dq_step(spec: KernelSpec, loop: Loop, mask: str | None, d: Dim, e: Dim) -> 
     dot = scores.precision(spec)
     lines = [
         *scores.scores(spec, loop.source, keys_first=False),
-        *scores.masked(mask),
         f"p = tl.exp2(s - (lse{scores.constant_bias(spec, loop.source)})[:, None])",
+        *scores.masked_weights(mask),
         *e.contract("dp", "do", "v", dot),
         *scores.keep(spec, loop.source, keys_first=False),
     ]
@@ -240,14 +260,26 @@ def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     if spec.kind == "dq":
         return [
             *d.scale("dq", "scale"),
-            *d.store("dq", f"dq_ptr + state_row * {spec.head_dim}", "offs_m", str(spec.head_dim), "rows < queries"),
+            *d.store(
+                "dq",
+                f"dq_ptr + state_row * {spec.head_dim}",
+                "offs_m",
+                str(spec.head_dim),
+                "rows < queries",
+            ),
         ]
     inverse = "keep_scale / l_safe" if spec.dropout else "1.0 / l_safe"
     return [
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         f"inverse = {inverse}",
         *e.scale("acc", "inverse[:, None]"),
-        *e.store("acc", f"out_ptr + state_row * {spec.value_dim}", "offs_m", str(spec.value_dim), "rows < queries"),
+        *e.store(
+            "acc",
+            f"out_ptr + state_row * {spec.value_dim}",
+            "offs_m",
+            str(spec.value_dim),
+            "rows < queries",
+        ),
         f'lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) / {scores.LOG2E})',
         "tl.store(lse_ptr + state_row + offs_m, lse, mask=rows < queries)",
     ]

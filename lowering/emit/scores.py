@@ -1,4 +1,4 @@
-"""From a product of queries and keys to scores in base 2: scale, softcap, bias, ALiBi, mask, dropout."""
+"""From products to scores in base 2: scale, softcap, bias, ALiBi, mask, dropout."""
 
 from __future__ import annotations
 
@@ -78,7 +78,12 @@ def scores(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str
 
 def masked(text: str | None) -> list[str]:
     """Put ``-inf`` where nothing may be attended."""
-    return [f's = tl.where({text}, s, float("-inf"))'] if text else []
+    return [f"visible = {text}", 's = tl.where(visible, s, float("-inf"))'] if text else []
+
+
+def masked_weights(text: str | None) -> list[str]:
+    """Zero the weights of what may not be attended; cheaper than masking scores before."""
+    return [f"visible = {text}", "p = tl.where(visible, p, 0.0)"] if text else []
 
 
 def keep(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
@@ -91,8 +96,10 @@ def keep(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
     else:
         number = "((offs_n + start) * 2)" if padded else "(offs_n * 2)"
     key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
-    word = f"mix(state{query} + ({number}.to(tl.uint32) * 0x9E3779B9){key})"
-    return [f"keep = {word} >= drop_below.to(tl.uint32)"]
+    return [
+        f"word = {number}.to(tl.uint32) * 0x9E3779B9",
+        f"keep = mix(state{query} + word{key}) >= drop_below.to(tl.uint32)",
+    ]
 
 
 def key_position(spec: KernelSpec, source: KeySource, load: str) -> list[str]:

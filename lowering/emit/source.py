@@ -87,7 +87,14 @@ class Dim:
         return " & ".join(bounds) or None
 
     def load(
-        self, tile: str, pointer: str, rows: str, stride: str, row_bound: str | None, *, cast: str = ""
+        self,
+        tile: str,
+        pointer: str,
+        rows: str,
+        stride: str,
+        row_bound: str | None,
+        *,
+        cast: str = "",
     ) -> list[str]:
         """Load ``{tile}0``, ``{tile}1``, ... from rows ``rows`` of ``pointer``."""
         lines = []

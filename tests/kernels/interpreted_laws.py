@@ -1,0 +1,215 @@
+"""Laws of the generated kernels, in Triton's interpreter; see ``test_interpreted.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from tests import triton_interpreter  # isort: skip - before anything that imports Triton
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from flasheva_compile.lowering import launch_pooling
+from flasheva_compile.lowering.rows import rows_of
+from hypothesis import HealthCheck, Phase, given, settings
+from triton.runtime.errors import InterpreterError
+
+from tests.kernels import cases
+from tests.kernels.cases import KernelCase, kernel_cases, run_formula, run_kernels
+from tests.property.test_attention_laws import full_mask, softmax_attention
+from tests.tolerance import assert_as_accurate_as_pytorch
+
+triton_interpreter.install()
+np.seterr(over="ignore")  # unsigned products of the dropout hash wrap on purpose
+
+FUZZ = int(os.environ.get("FLASHEVA_FUZZ", "1"))
+"""How many times the examples of CI; more than one = random ones. 0 = a few, not shrunk."""
+
+
+def examples(count: int):
+    phases = list(Phase) if FUZZ else [Phase.explicit, Phase.generate]
+    return settings(
+        deadline=None,
+        database=None,
+        derandomize=FUZZ <= 1,
+        max_examples=count * max(1, FUZZ),
+        phases=phases,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def assert_right(case: KernelCase, got: dict[str, torch.Tensor], names: list[str]) -> None:
+    def formula(dtype):
+        truth = run_formula(case, dtype)
+        return [truth[name] for name in names]
+
+    try:
+        assert_as_accurate_as_pytorch([got[name] for name in names], formula, case.dtype)
+    except AssertionError as error:
+        error.add_note(f"tensors: {list(enumerate(names))}")
+        raise
+
+
+def check(case: KernelCase) -> None:
+    with triton_interpreter.poisoned_buffers():
+        got = run_kernels(case)
+    assert_right(case, got, cases.compared(case))
+
+
+@given(kernel_cases())
+@examples(70)
+def test_attention_and_its_gradients_are_the_reference(case):
+    check(case)
+
+
+@given(kernel_cases(max_keys=60))
+@examples(30)
+def test_pooling_and_its_gradients_are_the_reference(case):
+    """The gradients also reach chunks without a key, where they must be dropped."""
+    _, k, v = case.qkv
+    sizes = ((case.head_dim,), (case.value_dim,), ())
+    douts = [case._normal(30 + i, *k.shape[:2], case.slots, *n) for i, n in enumerate(sizes)]
+    vectors = {"tangent": 1, "evabyte": 2}.get(case.rule, 0) if case.parameters else 0
+
+    def formula(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (k, v, *case.parameters)]
+        tokens = cases.reference_tokens(case, *leaves[:2], leaves[2:])
+        # Under some rules biases are constants.
+        pairs = [(x, d.to(dtype)) for x, d in zip(tokens, douts, strict=True) if x.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        wanted = leaves[: 2 + vectors]
+        grads = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+        pairs = zip(grads, wanted, strict=True)
+        zeros = [torch.zeros_like(x) if g is None else g for g, x in pairs]
+        return [x.detach() for x in (*tokens, *zeros)]
+
+    _, low_k, low_v, _ = case.inputs()
+    parameters = tuple(p.to(case.dtype) for p in case.parameters)
+    rows = rows_of(low_k, *case.masks.values(), chunk_size=case.chunk_size)
+    call = (low_k, low_v, parameters, rows)
+    with triton_interpreter.poisoned_buffers(), cases.as_scheduled(case):
+        tokens, _ = launch_pooling.chunk_tokens_forward(*call, **case.pooling)
+        low_douts = tuple(x.float() for x in douts)
+        grads = launch_pooling.chunk_tokens_backward(low_douts, *call, **case.pooling)
+    assert_as_accurate_as_pytorch([*tokens, *grads[: 2 + vectors]], formula, case.dtype)
+
+
+@given(kernel_cases(max_keys=60))
+@examples(4)
+def test_a_schedule_never_changes_a_result_beyond_rounding(case):
+    found = []
+    for block_m, block_n, splits in ((16, 64, (1, 16)), (64, 16, (4, 64)), (32, 32, (2, 1024))):
+        blocks = {"block_m": block_m, "block_n": block_n}
+        for switches in ({}, *({name: True} for name in cases.SWITCHES)):
+            schedule = dataclasses.replace(case.schedule, **blocks, **switches)
+            tried = dataclasses.replace(case, schedule=schedule, splits=splits)
+            with triton_interpreter.poisoned_buffers():
+                found.append(run_kernels(tried))
+    for got in found:
+        assert_right(case, got, cases.compared(case))
+
+
+@given(kernel_cases(batch=3, kv_heads=1, group=2, dropout_p=0.0, max_keys=50))
+@examples(12)
+def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(case):
+    """Without dropout, whose hash knows the row."""
+    per_row = [*cases.TOKENS, "out", "lse", "dq", "dk", "dv", "drfa_k", "drfa_v"]
+    batch = run_kernels(case)
+    for b in range(case.batch):
+        alone = run_kernels(cases.one_row(case, b))
+        for name in per_row:
+            assert torch.equal(alone[name], batch[name][b : b + 1]), f"{name} of row {b}"
+
+
+@given(kernel_cases(max_keys=40, rules=("mean",), dropout_p=0.0, scale=None, with_parameters=False))
+@examples(12)
+def test_a_window_over_everything_is_softmax(case):
+    widest = 40 + 2 * case.chunk_size
+    case = dataclasses.replace(case, window_size=widest // case.chunk_size * case.chunk_size)
+    attend = softmax_attention(case, full_mask(case))
+    with triton_interpreter.poisoned_buffers():
+        got = run_kernels(case)
+    actual = [got[name] for name in ("out", "lse", "dq", "dk", "dv")]
+    assert_as_accurate_as_pytorch(actual, lambda dtype: case.run(attend, dtype), case.dtype)
+
+
+@pytest.mark.parametrize("block_n", [16, 64])
+@pytest.mark.parametrize("kwargs", [{"mask": "none"}, {"mask": "holes"}], ids=str)
+def test_every_weight_dropped(block_n, kwargs):
+    schedule = dataclasses.replace(KernelCase().schedule, block_n=block_n)
+    check(KernelCase(head_dim=16, value_dim=16, dropout_p=1.0, schedule=schedule, **kwargs))
+
+
+# --- the interpreter itself -----------------------------------------------------------------------
+
+
+@triton.jit
+def product(a_ptr, b_ptr, out_ptr, n, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    at = offs[:, None] * SIZE + offs[None, :]
+    total = tl.zeros([SIZE, SIZE], tl.float32)
+    for _ in range(n):  # a run-time bound
+        total = tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), total)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def copy(x_ptr, out_ptr, n, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=offs < n, other=0.0))
+
+
+@triton.jit
+def double(x_ptr, out_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + offs)
+    tl.store(out_ptr + offs, x + x)
+
+
+@triton.jit
+def add_up(x_ptr, out_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + offs), 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_interpreter_multiplies_and_rounds_exactly(dtype):
+    a, b = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.empty(32, 32, dtype=dtype)
+    product[(1,)](a, b, out, 1, SIZE=32)
+    np.testing.assert_array_equal(out.float(), (a.float() @ b.float()).to(dtype).float())
+    product[(1,)](a, b, out, 3, SIZE=32)
+    assert_as_accurate_as_pytorch([out], lambda t: [3 * (a.to(t) @ b.to(t))], dtype)
+
+
+@pytest.mark.parametrize("kernel", [double, add_up])
+def test_interpreter_refuses_bfloat16_arithmetic(kernel):
+    with pytest.raises((TypeError, InterpreterError), match="widen to fp32 first"):
+        kernel[(1,)](torch.ones(16).bfloat16(), torch.empty(16).bfloat16(), SIZE=16)
+
+
+def test_interpreter_refuses_what_is_out_of_bounds():
+    x, out = torch.ones(10), torch.empty(16)
+    copy[(1,)](x, out, 10, SIZE=16)
+    with pytest.raises(AssertionError, match="read outside"):
+        copy[(1,)](x, out, 11, SIZE=16)
+    with pytest.raises(AssertionError, match="store outside"):
+        copy[(1,)](x, out[:15], 10, SIZE=16)
+
+
+def test_interpreter_refuses_races():
+    with pytest.raises(AssertionError, match="two stores"):
+        copy[(2,)](torch.ones(16), torch.empty(16), 16, SIZE=16)
+
+
+def test_new_buffers_are_poisoned():
+    with triton_interpreter.poisoned_buffers():
+        x = torch.ones(3)
+        fresh = (x.new_empty(3), torch.empty_like(x), torch.empty(3))
+        assert all(y.isnan().all() for y in fresh)
+        assert (x.new_empty(2, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()

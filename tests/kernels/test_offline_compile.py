@@ -1,0 +1,84 @@
+"""Kernels with default schedules compile for every target, within its limits; no GPU needed.
+
+``FLASHEVA_COMPILE=full`` compiles many more specs for all targets: half an hour on a core.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from flasheva_compile.lowering.emit.module import emit
+from flasheva_compile.lowering.offline import TARGETS, Resources, launch_options, resources
+from flasheva_compile.lowering.schedule import choose
+
+from tests.kernels import families
+from tests.kernels.compile_exceptions import SPILLS
+
+FULL = os.environ.get("FLASHEVA_COMPILE") == "full"
+SPECS = {**families.specs(), **(families.all_specs() if FULL else {})}
+EVERYWHERE = families.specs(families.EVERYWHERE)
+MATRIX = {
+    "sm_90": list(SPECS),
+    **{target: list(SPECS if FULL else EVERYWHERE) for target in ("sm_80", "sm_100", "gfx942")},
+}
+"""Target to the kernels that are compiled for it."""
+
+POOLING = ("chunk_tokens", "dpool")
+FASTEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.fail("TRITON_INTERPRET=1: kernels would be interpreted, not compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FLASHEVA_CACHE_DIR", "TRITON_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def used_by(name: str, target: str) -> Resources:
+    return resources(emit(SPECS[name], choose(SPECS[name])), target)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [(target, name) for target, names in MATRIX.items() for name in names]
+)
+def test_compiles_within_the_limits_of_the_target(target, name):
+    spec, used = SPECS[name], used_by(name, target)
+    assert used.shared <= TARGETS[target].shared_limit
+    allowed, reason = SPILLS.get(target, {}).get(name, (0, ""))
+    line = f'"{name}": ({used.stack}, "why"),  # {target}'
+    assert used.stack <= allowed, f"spills; tune it or list in compile_exceptions.py: {line}"
+    assert bool(used.stack) == bool(allowed), f"remove from compile_exceptions.py: {name}"
+    assert not allowed or reason
+    if spec.kind not in POOLING and spec.dtype != "fp32":
+        assert (used.matrix, used.matrix_count > 0) == (FASTEST[target], True)
+
+
+def test_every_exception_is_compiled():
+    """An entry for a kernel that nothing compiles would never be found to be stale."""
+    everything = {**families.specs(), **families.all_specs()}
+    for target, spills in SPILLS.items():
+        assert set(spills) <= set(MATRIX[target]) | set(everything), target
+        assert "" not in [reason for _, reason in spills.values()]
+
+
+def test_options_are_those_of_the_launcher():
+    spec = EVERYWHERE["causal-bf16-d64-forward"]
+    schedule = choose(spec)
+    options = launch_options(emit(spec, schedule))
+    assert options["num_warps"] == schedule.num_warps
+    assert options["num_stages"] == schedule.num_stages
+
+
+def test_problems_are_named():
+    fits = Resources(
+        target="gfx942", registers=100, shared=65536, stack=0, matrix="mfma", matrix_count=1
+    )
+    assert fits.problems() == ()
+    too_much = Resources(
+        target="gfx942", registers=100, shared=65537, stack=8, matrix="mfma", matrix_count=1
+    )
+    assert too_much.problems() == ("stack", "shared")

@@ -123,7 +123,8 @@ def _tangent(d: Dim, e: Dim) -> list[str]:
     # One pair of tiles at a time: more of them at once would spill.
     return [
         *_vector("phi", "phi_ptr", d),
-        *_weights("w", f"scale * ({_dot('k', 'phi', d)})", "mass_k_ptr"),
+        f"key_dot = {_dot('k', 'phi', d)}",
+        *_weights("w", "scale * key_dot", "mass_k_ptr"),
         _per_chunk("gb", "drfa_bias_ptr"),
         *gather(d, "gk", "drfa_k_ptr"),
         # bias = log-mass - s phi.rfa_k: the second term adds to the gradient of rfa_k.
@@ -160,7 +161,8 @@ def _value_logits(d: Dim, e: Dim, dot: str) -> list[str]:
 def _evabyte(d: Dim, e: Dim) -> list[str]:
     return [
         *_vector("phi", "phi_ptr", d),
-        *_weights("w", _dot("k", "phi", d), "mass_k_ptr"),
+        f"key_dot = {_dot('k', 'phi', d)}",
+        *_weights("w", "key_dot", "mass_k_ptr"),
         *gather(d, "gk", "drfa_k_ptr"),
         *gather(d, "mk", "rfa_k_ptr"),
         *_inner("inner_k", "k", "mk", "gk", d),

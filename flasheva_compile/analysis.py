@@ -13,10 +13,11 @@ from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
-from flasheva_compile.plan import plan
+from flasheva_compile.plan import expect_rewritten, plan
 from flasheva_compile.report import CompileReport, LayerReport
 from flasheva_compile.scope import choose_scope, name_places
 from flasheva_compile.site import AttentionSite, MissedSite, Replace, RewritePlan
+from flasheva_compile.translation import validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class Analysis:
         places: Where each attention stands, in graph order.
         plan: The decisions, in graph order.
         seconds: Time of each stage.
+        warnings: What could not be looked into or checked.
     """
 
     captured: CapturedGraph
@@ -49,6 +51,7 @@ class Analysis:
     places: tuple[Place, ...]
     plan: RewritePlan
     seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
 
 
 def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Analysis:
@@ -77,6 +80,13 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         masks = _prove(sites, buffers)
     with _timed(seconds, "plan"):
         decided = plan(sites, layers, masks, settings)
+    warnings = captured.warnings
+    if settings.validate:
+        with _timed(seconds, "validate"):
+            decided, unchecked = validate(captured, decided, buffers)
+        warnings += unchecked
+    if settings.strict:
+        expect_rewritten(decided)
     return Analysis(
         captured=captured,
         buffers=buffers,
@@ -84,6 +94,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         places=places,
         plan=decided,
         seconds=seconds,
+        warnings=warnings,
     )
 
 

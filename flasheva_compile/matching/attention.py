@@ -185,6 +185,8 @@ def _site(
     return AttentionSite(
         place=place,
         output=origin,
+        result=output,
+        result_layout=(),
         query=operands[0],
         key=operands[1],
         value=operands[2],
@@ -225,9 +227,9 @@ def _operands(
     if peeled:
         key, value = bare_key, bare_value
     resolved = (
-        to_operand(query, captured, graph, transposed=False),
-        to_operand(key, captured, graph, transposed=transposed_key),
-        to_operand(value, captured, graph, transposed=False),
+        to_operand(query, captured, graph, ()),
+        to_operand(key, captured, graph, (("transpose", (-2, -1)),) if transposed_key else ()),
+        to_operand(value, captured, graph, ()),
     )
     for operand in resolved:
         if isinstance(operand, str):

@@ -21,7 +21,7 @@ from flasheva_compile.site import Operand
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from flasheva_compile.site import CapturedGraph
+    from flasheva_compile.site import CapturedGraph, Layout
 
 _PROJECTIONS = frozenset(["linear", "addmm", "mm"])
 # Ops whose result is no function of the tokens' values: sources end there.
@@ -91,9 +91,7 @@ def _is_repetition(base: fx.Node, expanded: fx.Node, merged: fx.Node) -> bool:
     return rest and same_size(shape_of(merged)[1], heads * outer[2])
 
 
-def to_operand(
-    node: fx.Node, captured: CapturedGraph, graph: str, *, transposed: bool
-) -> Operand | str:
+def to_operand(node: fx.Node, captured: CapturedGraph, graph: str, layout: Layout) -> Operand | str:
     """Turn a shadow node into an operand of Dynamo's graph, or say why that fails."""
     shape = shape_of(node)
     if len(shape) != 4:
@@ -101,12 +99,13 @@ def to_operand(
     origin = captured.origin(node, graph)
     if origin is None:
         return f"operand {node.name} exists only inside a composite op"
-    heads, length, dim = shape[1], *(shape[2:][::-1] if transposed else shape[2:])
+    _, heads, length, dim = shape[:2] + (shape[2:][::-1] if layout else shape[2:])
     if isinstance(heads, torch.SymInt) or isinstance(dim, torch.SymInt):
         return "number of heads or head dimension is dynamic"
     return Operand(
         origin=origin,
-        transposed=transposed,
+        node=node,
+        layout=layout,
         heads=heads,
         dim=dim,
         length=length if isinstance(length, int) else None,

@@ -53,10 +53,12 @@ def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> t
     """Trace ``function`` to pre-dispatch ATen under the fake mode of the running compilation.
 
     Inputs that are real tensors are replaced by the fakes that Dynamo already made for them, so
-    symbolic sizes stay the ones that the rest of the compilation reasons about.
+    symbolic sizes stay the ones that the rest of the compilation reasons about. Fakes are traced
+    under the mode that made them: Dynamo's own values are older than the backend's mode.
     """
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), mode)
     if mode is None:
         message = "no running compilation: call this from a torch.compile backend"
         raise RuntimeError(message)

@@ -11,6 +11,7 @@ import torch
 
 from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
+from flasheva_compile.composites import take_apart
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
 from flasheva_compile.plan import expect_rewritten, plan
@@ -58,7 +59,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
     """Run every stage that only reads.
 
     Args:
-        graph: Dynamo's graph.
+        graph: Dynamo's graph; composites in it are taken apart.
         inputs: Its example inputs.
         settings: Validated options.
 
@@ -69,6 +70,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "capture"):
+        take_apart(graph)
         captured = capture(graph, inputs)
     with _timed(seconds, "match"):
         sites = match(captured)

@@ -84,10 +84,13 @@ class MaskTerm:
         node: Broadcasts to ``[B, H, L, S]``.
         kind: "bool": True = may attend; "masked_out": True = may not (as in
             ``masked_fill(scores, node, -inf)``); "additive": added to the scaled scores.
+        axes: What the axes of the scores are that it acts on: "b", "h", "q", "k", or "n" for
+            ``b * H + h``. It aligns with their last ones.
     """
 
     node: fx.Node
     kind: MaskKind
+    axes: tuple[str, ...] = ("b", "h", "q", "k")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

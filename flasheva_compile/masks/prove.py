@@ -101,7 +101,7 @@ class MaskProver:
     def _prove(
         self, terms: Sequence[MaskTerm], dtype: torch.dtype, shape: Shape | None
     ) -> MaskPredicate:
-        if any(not _is_mask(term.node) for term in terms):
+        if any(not _is_mask(term) for term in terms):
             return MaskPredicate(unknown=(sp.Symbol("not_a_mask_of_4_dimensions_or_less"),))
         domain = _score_domain(terms, shape)
         interpreter = self._interpreter(domain)
@@ -126,9 +126,9 @@ class MaskProver:
         return self._interpreters[key]
 
 
-def _is_mask(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.ndim <= len(SCORE_INDEX)
+def _is_mask(term: MaskTerm) -> bool:
+    value = term.node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim <= len(term.axes)
 
 
 def _read(
@@ -136,7 +136,7 @@ def _read(
 ) -> tuple[Boolean, sp.Expr]:
     """Where the term lets scores through, and what it adds there."""
     tensor = interpreter.tensor(term.node)
-    index = _score_index(tensor, shape)
+    index = _score_index(tensor, shape, term.axes)
     value = tensor.at(index)
     if term.kind == "additive":
         return _split_additive(branches(value), interpreter.domain, score_dtype)
@@ -209,14 +209,19 @@ def _score_domain(terms: Sequence[MaskTerm], shape: Shape | None) -> dict[sp.Sym
     return sizes
 
 
-def _score_index(tensor: SymbolicTensor, shape: tuple[sp.Expr, ...] | None) -> tuple[sp.Expr, ...]:
+def _score_index(
+    tensor: SymbolicTensor, shape: Shape | None, axes: Sequence[str]
+) -> tuple[sp.Expr, ...]:
     """The mask's index for score (b, h, q, k); a size of 1 that scores share keeps its symbol."""
-    ndim = tensor.ndim
-    aligned = SCORE_INDEX[len(SCORE_INDEX) - ndim :]
-    sizes = (None,) * ndim if shape is None else shape[len(shape) - ndim :]
+    symbols: dict[str, sp.Expr] = dict(zip("bhqk", SCORE_INDEX, strict=True))
+    scores: dict[str, sp.Expr | None] = dict.fromkeys("bhqkn")
+    if shape is not None:
+        scores |= dict(zip("bhqk", shape, strict=True))
+        symbols["n"], scores["n"] = BATCH * shape[1] + HEAD, shape[0] * shape[1]
+    aligned = axes[len(axes) - tensor.ndim :]
     return tuple(
-        ZERO if size == 1 and score != 1 else symbol
-        for symbol, size, score in zip(aligned, tensor.shape, sizes, strict=True)
+        ZERO if size == 1 and scores[axis] != 1 else symbols[axis]
+        for axis, size in zip(aligned, tensor.shape, strict=True)
     )
 
 

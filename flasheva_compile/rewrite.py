@@ -243,11 +243,39 @@ class _Editor:
         mask, found = self.decision.mask, {}
         shadows = {} if mask is None else {name: mask.nodes[name] for name in opaque_names(formula)}
         for name, shadow in sorted(shadows.items()):
-            origin = self.captured.origin(shadow, self.path)
-            if origin is None:
+            node = _brought_in(self.captured, shadow, self.path)
+            if node is None:
                 return NotEmitted(f"this graph does not hold {shadow.name}, on which it depends")
-            found[name] = self.nodes[origin.node]
+            found[name] = node
         return found
+
+
+def _brought_in(captured: CapturedGraph, shadow: fx.Node, path: str) -> fx.Node | None:
+    """Return the node of a graph that holds a value, handing it to checkpointed bodies.
+
+    transformers builds its masks outside of the checkpointed layers, and passes the finished mask:
+    what it was made from has to come in as one more operand.
+    """
+    graphs = _graphs(captured)
+    origin = captured.origin(shadow, path)
+    if origin is not None:
+        return next((n for n in graphs[path].graph.nodes if n.name == origin.node), None)
+    outer, _, name = path.rpartition(".")
+    if not path or (source := _brought_in(captured, shadow, outer)) is None:
+        return None
+    bodies = [n for n in graphs[outer].graph.find_nodes(op="get_attr") if n.target == name]
+    calls = [user for body in bodies for user in body.users]
+    inside = graphs[path].graph.find_nodes(op="placeholder")
+    if len(calls) != 1 or not source < calls[0] or len(inside) != len(calls[0].args) - 1:
+        return None
+    (call,) = calls
+    if source in call.args:
+        return inside[call.args.index(source) - 1]
+    call.args = (*call.args, source)
+    with graphs[path].graph.inserting_after(inside[-1]):
+        operand = graphs[path].graph.placeholder(f"{source.name}_of_mask")
+    operand.meta["example_value"] = source.meta.get("example_value")
+    return operand
 
 
 def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:

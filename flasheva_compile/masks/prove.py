@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import sympy as sp
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from flasheva_compile.masks import (  # noqa: F401 - the interpret_* modules fill the table
@@ -139,7 +140,8 @@ def _read(
     index = _score_index(tensor, shape, term.axes)
     value = tensor.at(index)
     if term.kind == "additive":
-        return _split_additive(branches(value), interpreter.domain, score_dtype)
+        pairs = _with_switches(branches(value), interpreter, score_dtype)
+        return _split_additive(pairs, interpreter.domain, score_dtype)
     try:
         truth = as_boolean(value)
     except NotInterpretedError:
@@ -225,13 +227,57 @@ def _score_index(
     )
 
 
+def _with_switches(
+    pairs: Sequence[tuple[sp.Expr, Boolean]], interpreter: Interpreter, score_dtype: torch.dtype
+) -> list[tuple[sp.Expr, Boolean]]:
+    """Read ``(1 - m) * min`` as two cases, for an integer mask ``m`` of zeros and ones.
+
+    Of no other number is that a mask: for a 2 it would add the largest number there is.
+    """
+    found: list[tuple[sp.Expr, Boolean]] = []
+    limit = _mask_limit(score_dtype)
+    for value, condition in pairs:
+        elements = value.atoms(AppliedUndef)
+        switch = next(iter(elements)) if len(elements) == 1 else None
+        if switch is None or not _is_integral(interpreter.nodes.get(switch.func.__name__)):
+            found.append((value, condition))
+            continue
+        off, on = (value.xreplace({switch: sp.Integer(n)}) for n in (0, 1))
+        if sp.expand(value - off - (on - off) * switch) != 0 or not _is_mask_of(off, on, limit):
+            found.append((value, condition))
+            continue
+        found += [
+            (off, sp.And(condition, sp.Eq(switch, 0))),
+            (on, sp.And(condition, sp.Ne(switch, 0))),
+        ]
+    return found
+
+
+def _is_mask_of(off: sp.Expr, on: sp.Expr, limit: sp.Expr) -> bool:
+    """Whether one of two numbers is 0 and the other one hides a key."""
+    if not (off.is_number and on.is_number):
+        return False
+    return (off == 0 and on <= limit) or (on == 0 and off <= limit)
+
+
+def _is_integral(node: fx.Node | None) -> bool:
+    value = node.meta.get("val") if node is not None else None
+    return isinstance(value, torch.Tensor) and not (
+        value.dtype.is_floating_point or value.dtype.is_complex
+    )
+
+
+def _mask_limit(score_dtype: torch.dtype) -> sp.Expr:
+    return max(sp.Integer(MASK_VALUE), sp.Rational(torch.finfo(score_dtype).min))
+
+
 def _split_additive(
     pairs: Sequence[tuple[sp.Expr, Boolean]],
     domain: Mapping[sp.Symbol, sp.Expr],
     score_dtype: torch.dtype,
 ) -> tuple[Boolean, sp.Expr]:
     """Split an additive mask into "may attend" and the bias of what may be attended."""
-    limit = max(sp.Integer(MASK_VALUE), sp.Rational(torch.finfo(score_dtype).min))
+    limit = _mask_limit(score_dtype)
     kept = [(v, simplify(c, domain)) for v, c in pairs if not (v.is_number and v <= limit)]
     kept = [(value, condition) for value, condition in kept if condition != sp.false]
     keep = sp.Or(*(condition for _, condition in kept))

@@ -102,7 +102,7 @@ def scalar_of(operand: object, owner: torch.fx.GraphModule) -> float | None:
 
 def _constant_tensor(node: torch.fx.Node, owner: torch.fx.GraphModule) -> float | None:
     name = op_name(node)
-    if name in CASTS:
+    if name in CASTS or name in {"detach", "detach_"}:  # a constant has no gradient to stop
         source = node.args[0]
         return scalar_of(source, owner)
     if name == "full":

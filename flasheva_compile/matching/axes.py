@@ -6,6 +6,8 @@ channels or over heads has it from the features, and is something else, whatever
 
 from __future__ import annotations
 
+import itertools
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -106,6 +108,11 @@ class _Search:
             return AxisOrigin(frozenset({"features" if last else "tokens"}))
         if name in _CONVOLUTIONS:
             return AxisOrigin(frozenset({"features" if axis == 1 else "tokens"}))
+        if name == "cat" and axis == argument(node, 1, "dim", 0) % len(shape_of(node)):
+            given: Any = node.args[0]
+            # A cache that holds nothing yet is joined too.
+            pieces = [p for p in given if 0 not in shape_of(p)]
+            return _joined([self.follow(piece, axis, chosen) for piece in pieces], node, axis)
         move, chosen = _moved(node, axis, chosen)
         found = AxisOrigin()
         for source, of_source in _sources(node, axis):
@@ -119,6 +126,35 @@ class _Search:
             else:
                 found = found if found.moves else origin
         return replace(found, moves=(*move, *found.moves))
+
+
+def _joined(pieces: Sequence[AxisOrigin], node: fx.Node, axis: int) -> AxisOrigin:
+    """Join pieces of an axis; all pieces of one tensor in their order are that tensor again.
+
+    Rotary positions for some tokens only are applied like that.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    kinds = frozenset[Kind]().union(*(piece.kinds for piece in pieces))
+    first = [piece.moves[0] if piece.moves else None for piece in pieces]
+    rest = {piece.moves[1:] for piece in pieces}
+    if len(rest) == 1 and _are_consecutive(first, shape_of(node)[axis]):
+        return AxisOrigin(kinds, rest.pop())
+    return AxisOrigin(kinds, (("cat", tuple(piece.moves for piece in pieces)),))
+
+
+def _are_consecutive(moves: Sequence[Any], size: int | torch.SymInt) -> bool:
+    """Return whether slices, or results of one split, follow each other and leave nothing out."""
+    if any(move is None for move in moves):
+        return False
+    if all(move[0] == "slice" for move in moves):
+        bounds = [(move[2], move[3]) for move in moves]
+        reach = bounds[-1][1] in {str(sys.maxsize), str(size)}
+        follow = all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+        return bounds[0][0] == "0" and follow and reach and all(move[4] == "1" for move in moves)
+    same = {(move[0], move[1], *move[3:]) for move in moves}
+    split = len(same) == 1 and moves[0][0] in {"split", "split_with_sizes", "chunk"}
+    return split and [move[2] for move in moves] == list(range(moves[0][4]))
 
 
 def _multiplies_weight(node: fx.Node) -> bool:
@@ -146,7 +182,6 @@ def _moved(
         "flip",
         "roll",
         "getitem",
-        "cat",
         "repeat",
         "index",
     }:
@@ -158,14 +193,16 @@ def _moved(
         dim = _split_axis(source, rank_in)
         inserted = op_name(source) == "unbind"
         touched = dim == axis and not inserted
-        entry = (op_name(source), dim, node.args[1], str(source.args[1:]))
+        pieces = len(source.meta["val"])
+        entry = (op_name(source), dim, node.args[1], str(source.args[1:]), pieces)
         return ((entry,), chosen) if touched else ((), (*chosen, entry))
     if name == "select":
         return (), (*chosen, ("select", *node.args[1:]))
     if name in {"slice", "narrow"}:
         dim = argument(node, 1, "dim", 0) % rank
         whole = same_size(shape_of(node)[dim], shape_of(source)[dim])
-        entry = (name, *map(str, node.args[1:]))
+        bounds = (str(argument(node, n, "", default)) for n, default in ((2, 0), (3, 0), (4, 1)))
+        entry = (name, dim, *bounds)
         if whole:
             return (), chosen
         return ((entry,), chosen) if dim == axis else ((), (*chosen, entry))
@@ -174,9 +211,6 @@ def _moved(
             d % rank for d in argument(node, 1 if name == "flip" else 2, "dims", []) or range(rank)
         ]
         return (((name, str(node.args[1:])),), chosen) if axis in dims else ((), chosen)
-    if name == "cat":
-        dim = argument(node, 1, "dim", 0) % rank
-        return ((("cat", len(node.args[0])),), chosen) if dim == axis else ((), chosen)
     same = name != "index" and same_size(shape_of(node)[axis], shape_of(source)[axis - rank])
     return ((), chosen) if same else (((name, str(node.args[1:])),), chosen)
 

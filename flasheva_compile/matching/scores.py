@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from flasheva_compile.mutation import Mutations
     from flasheva_compile.site import MaskKind
 
-_SEARCH_LIMIT = 64
+_SEARCH_LIMIT = 400
+_SHAPE_ONLY = frozenset(["expand_as", "type_as", "view_as", "zeros_like", "ones_like", "full_like"])
 # A mask of -1e4 that is scaled by less might leave weight: exp(-1e4 / 8) is 0 in every dtype.
 _LEAST_FACTOR = 0.125
 _SEARCH_ENDS = frozenset(
@@ -79,18 +81,16 @@ def comes_from_product(node: object) -> bool:
 
 
 def _finds(node: object, wanted: Collection[str], goes_on: Callable[[str], bool]) -> bool:
-    """Search backwards for an op, through ops that ``goes_on`` accepts."""
-    stack, seen = [node], 0
-    while stack and seen < _SEARCH_LIMIT:
-        current = stack.pop()
-        seen += 1
-        if not hasattr(current, "op"):
-            continue
+    """Search backwards for an op, nearest first, through ops that ``goes_on`` accepts."""
+    queue, seen = deque([node] if hasattr(node, "op") else []), {node}
+    while queue and len(seen) < _SEARCH_LIMIT:
+        current = queue.popleft()
         name = op_name(current)
         if name in wanted:
             return True
-        if goes_on(name):
-            stack.extend(current.all_input_nodes)
+        new = [n for n in current.all_input_nodes if n not in seen] if goes_on(name) else []
+        seen.update(new)
+        queue.extend(new)
     return False
 
 
@@ -114,13 +114,24 @@ def walk_scores(softmax: Softmax, owner: fx.GraphModule, written: Mutations) -> 
         step = _STEPS.get(name)
         if step is None:
             return f"{name} between the product and the softmax"
-        if name.endswith("_") and len(walk.node.args[0].users) > 1:
+        if name.endswith("_") and _is_read_elsewhere(walk.node.args[0], walk.node):
             return f"in-place {name} on scores that are also read elsewhere"
         after = step(walk)
         if isinstance(after, str):
             return after
         walk = after
     return _ended(walk, tuple(shapes))
+
+
+def _is_read_elsewhere(scores: fx.Node, write: fx.Node) -> bool:
+    """Return whether more than the shape of what an in-place op overwrites is used elsewhere."""
+    return any(
+        user is not write
+        and not (
+            op_name(user) in _SHAPE_ONLY and scores not in user.args[: "like" not in op_name(user)]
+        )
+        for user in scores.users
+    )
 
 
 def _ended(walk: _Walk, shapes: tuple[fx.Node, ...]) -> ScorePath | str:

@@ -200,6 +200,18 @@ DISPLACED = {
 }
 
 
+DISPLACED["pieces joined in another order"] = lambda q, k, v: (
+    q,
+    torch.cat([k[:, :, 3:], k[:, :, :3]], 2),
+    torch.cat([v[:, :, 3:], v[:, :, :3]], 2),
+)
+DISPLACED["pieces that overlap"] = lambda q, k, v: (
+    q,
+    torch.cat([k[:, :, :3], k[:, :, 2:23]], 2),
+    v,
+)
+
+
 @pytest.mark.parametrize("name", DISPLACED)
 def test_other_tokens_of_one_projection_are_another_sequence(name):
     model = OfOneProjection(DISPLACED[name])
@@ -208,6 +220,25 @@ def test_other_tokens_of_one_projection_are_another_sequence(name):
     assert "cross-attention" in row.reason
 
 
-def test_the_same_tokens_of_one_projection_are_one_sequence():
-    model = OfOneProjection(lambda q, k, v: (q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]))
-    assert_exact(model, tokens(2, 24, 16), rewritten=1)
+def partly_scaled(x):
+    return torch.cat([x[:, :, :3], x[:, :, 3:] * 1.5], 2)
+
+
+def partly_scaled_after_a_split(x):
+    first, rest = x.split((3, 21), 2)
+    return torch.cat([first, rest * 1.5], dim=-2)
+
+
+IN_PLACE = {
+    "all but the first": lambda q, k, v: (q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]),
+    "after an empty cache": lambda q, k, v: (
+        q,
+        *(torch.cat([x.new_empty(*x.shape[:2], 0, x.shape[3]), x], 2) for x in (k, v)),
+    ),
+    "some changed": lambda q, k, v: (partly_scaled(q), partly_scaled_after_a_split(k), v),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_same_tokens_of_one_projection_are_one_sequence(name):
+    assert_exact(OfOneProjection(IN_PLACE[name]), tokens(2, 24, 16), rewritten=1)

@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test check bench quickstart clean
+.PHONY: help setup fmt lint types arch test check bench gallery quickstart clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ check:  ## Install, lint, types, arch, test: all that CI runs
 bench:  ## Measure time and memory; writes benchmarks/results/
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
+
+gallery:  ## Survey every architecture of the installed transformers; writes docs/gallery.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.gallery
 
 quickstart:  ## Install and run the example on a real pretrained model
 	scripts/quickstart.sh

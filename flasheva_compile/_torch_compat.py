@@ -17,8 +17,9 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,10 @@ __all__ = [
     "is_module_state",
     "is_real_tensor",
     "modules_on_stack",
+    "plain_execution",
+    "real_attribute",
     "register_backend",
+    "symbol_hints",
     "through_dynamo",
     "trace_pre_dispatch",
     "traced_node",
@@ -49,10 +53,12 @@ def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> t
     """Trace ``function`` to pre-dispatch ATen under the fake mode of the running compilation.
 
     Inputs that are real tensors are replaced by the fakes that Dynamo already made for them, so
-    symbolic sizes stay the ones that the rest of the compilation reasons about.
+    symbolic sizes stay the ones that the rest of the compilation reasons about. Fakes are traced
+    under the mode that made them: Dynamo's own values are older than the backend's mode.
     """
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), mode)
     if mode is None:
         message = "no running compilation: call this from a torch.compile backend"
         raise RuntimeError(message)
@@ -98,6 +104,34 @@ def autocast_switch(target: object) -> str:
 def is_real_tensor(value: object) -> bool:
     """Return whether ``value`` is a tensor with data (not a fake)."""
     return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
+def real_attribute(node: torch.fx.Node) -> torch.Tensor | None:
+    """Return the tensor with data that a ``get_attr`` node holds, if it has data."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value.detach() if is_real_tensor(value) else None
+
+
+def symbol_hints(size: torch.SymInt) -> dict[Any, int]:
+    """Return the value that each symbol of a symbolic size had when it was traced."""
+    environment = size.node.shape_env
+    # The first name is that of newer versions.
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return {s: int(known[s]) for s in size.node.expr.free_symbols if s in known}
+
+
+@contextmanager
+def plain_execution() -> Iterator[None]:
+    """Run ops on real tensors as an ordinary program would, whatever compilation is going on."""
+    with (
+        unset_fake_temporarily(),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        _disable_current_modes(),
+    ):
+        yield
 
 
 def is_module_state(placeholder: torch.fx.Node) -> bool:

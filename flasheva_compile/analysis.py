@@ -11,12 +11,14 @@ import torch
 
 from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
+from flasheva_compile.composites import take_apart
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
-from flasheva_compile.plan import plan
+from flasheva_compile.plan import expect_rewritten, plan
 from flasheva_compile.report import CompileReport, LayerReport
 from flasheva_compile.scope import choose_scope, name_places
 from flasheva_compile.site import AttentionSite, MissedSite, Replace, RewritePlan
+from flasheva_compile.translation import validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ class Analysis:
         places: Where each attention stands, in graph order.
         plan: The decisions, in graph order.
         seconds: Time of each stage.
+        warnings: What could not be looked into or checked.
     """
 
     captured: CapturedGraph
@@ -49,13 +52,14 @@ class Analysis:
     places: tuple[Place, ...]
     plan: RewritePlan
     seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
 
 
 def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> Analysis:
     """Run every stage that only reads.
 
     Args:
-        graph: Dynamo's graph.
+        graph: Dynamo's graph; composites in it are taken apart.
         inputs: Its example inputs.
         settings: Validated options.
 
@@ -66,6 +70,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "capture"):
+        take_apart(graph)
         captured = capture(graph, inputs)
     with _timed(seconds, "match"):
         sites = match(captured)
@@ -77,6 +82,13 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         masks = _prove(sites, buffers)
     with _timed(seconds, "plan"):
         decided = plan(sites, layers, masks, settings)
+    warnings = captured.warnings
+    if settings.validate:
+        with _timed(seconds, "validate"):
+            decided, unchecked = validate(captured, decided, buffers)
+        warnings += unchecked
+    if settings.strict:
+        expect_rewritten(decided)
     return Analysis(
         captured=captured,
         buffers=buffers,
@@ -84,6 +96,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         places=places,
         plan=decided,
         seconds=seconds,
+        warnings=warnings,
     )
 
 

@@ -70,7 +70,7 @@ def _dry_run(
         return CompileReport(warnings=(str(error),))
     except FlashEvaError as error:
         raise compat.through_dynamo(error) from error
-    return describe(analysis.plan, analysis.seconds, analysis.captured.warnings)
+    return describe(analysis.plan, analysis.seconds, analysis.warnings)
 
 
 def _compiled_so_far(model: object) -> CompileReport:

@@ -24,6 +24,7 @@ from flasheva_compile.layer_names import (
 )
 from flasheva_compile.validation import (
     VERSION,
+    expect_boolean,
     expect_choice,
     expect_integer,
     expect_mapping,
@@ -244,6 +245,7 @@ class Options:
         strict: Raise instead of leaving an attention full that was to be rewritten.
         assume_mask: What a mask is taken for whose meaning cannot be proved.
         inner_backend: What compiles the rewritten graph.
+        validate: Run each distinct attention on small random tensors against what it was taken for.
         inductor: Options passed on to Inductor.
     """
 
@@ -251,10 +253,11 @@ class Options:
     strict: bool = False
     assume_mask: AssumedMask | None = None
     inner_backend: InnerBackend = "inductor"
+    validate: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OWN_OPTIONS = ("layers", "config", "strict", "assume_mask", "inner_backend")
+_OWN_OPTIONS = ("layers", "config", "strict", "assume_mask", "inner_backend", "validate")
 
 
 def parse_options(
@@ -263,8 +266,9 @@ def parse_options(
     """Validate ``options=`` completely.
 
     Args:
-        options: ``layers`` (or ``config``), ``strict``, ``assume_mask``, ``inner_backend``, the
-            fields of ``EvaConfig`` (they change the default), and any option of Inductor.
+        options: ``layers`` (or ``config``), ``strict``, ``assume_mask``, ``inner_backend``,
+            ``validate``, the fields of ``EvaConfig`` (they change the default), and any option of
+            Inductor.
         inductor_options: Names that Inductor accepts; None accepts none of them.
 
     Raises:
@@ -283,9 +287,9 @@ def parse_options(
             valid = (*_OWN_OPTIONS, *_EVA_FIELDS, *sorted(inductor_options or ()))
             raise unknown(name, valid, what="option", shown=(*_OWN_OPTIONS, *_EVA_FIELDS))
         inductor[spelled] = value
-    strict = own.get("strict", False)
-    if not isinstance(strict, bool):
-        raise ConfigError(f"must be True or False, got {strict!r}", subject="strict")
+    switches = {"strict": own.get("strict", False), "validate": own.get("validate", True)}
+    for name, value in switches.items():
+        expect_boolean(name, value)
     assume_mask = own.get("assume_mask")
     if assume_mask is not None:
         expect_choice("assume_mask", assume_mask, get_args(AssumedMask))
@@ -297,7 +301,7 @@ def parse_options(
         )
     return Options(
         hybrid=_hybrid(own, fields),
-        strict=strict,
+        **switches,
         assume_mask=assume_mask,
         inner_backend=inner,
         inductor=inductor,

@@ -226,16 +226,17 @@ def pool_and_attend(
     qkv: Sequence[Tensor], parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Pooled]:
     """Pool, then attend."""
-    pooled = pool(*qkv[1:], parameters, masks, o)
+    _, k, v = qkv
+    pooled = pool(k, v, parameters, masks, o)
     known = _known(pooled, parameters, o)
-    return *attend(qkv, pooled[:3], masks, o, known), pooled
+    out, lse = attend(qkv, pooled[:3], masks, o, known)
+    return out, lse, pooled
 
 
 def _known(pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]) -> launch.PooledChunks:
-    masses = (x if x.numel() else None for x in (pooled.mass_k, pooled.mass_v))
-    return launch.PooledChunks(
-        launch.kernel_rule(o["rule"], list(parameters)), tuple(parameters), *masses
-    )
+    mass_k, mass_v = (x if x.numel() else None for x in (pooled.mass_k, pooled.mass_v))
+    rule = launch.kernel_rule(o["rule"], list(parameters))
+    return launch.PooledChunks(rule, tuple(parameters), mass_k, mass_v)
 
 
 def pool_and_attend_backward(

@@ -52,23 +52,28 @@ def plan(
         layers: Their names.
         masks: What their masks were proved to be; None where there is none.
         options: What the user asked for.
-
-    Raises:
-        PlanError: ``strict`` and an attention that was to be rewritten cannot be.
     """
     decisions = tuple(
         _decide(site, layer, mask, options)
         for site, layer, mask in zip(sites, layers, masks, strict=True)
     )
-    failures = [d for d in decisions if isinstance(d, Keep) and not d.expected]
-    if options.strict and failures:
+    return RewritePlan(decisions=decisions)
+
+
+def expect_rewritten(plan: RewritePlan) -> None:
+    """Refuse a plan that leaves an attention full without being told to: ``strict``.
+
+    Raises:
+        PlanError: There is one.
+    """
+    failures = [d for d in plan.decisions if isinstance(d, Keep) and not d.expected]
+    if failures:
         rest = f" (and {len(failures) - 1} more)" if failures[1:] else ""
         raise PlanError(
             f"stays full: {failures[0].reason}{rest}",
             subject=failures[0].layer.path or failures[0].site.place.source,
             hint='give the layer "full", or leave strict out',
         )
-    return RewritePlan(decisions=decisions)
 
 
 def _decide(
@@ -96,10 +101,13 @@ def _decide(
             mask_text=text,
             expected=geometry.expected,
         )
-    if mask is not None and (mask.unknown or _is_input(mask)):
+    assumed = mask is not None and bool(mask.unknown or _is_input(mask))
+    if assumed:
         text = f"assumed {options.assume_mask}"
     op = _op(site, geometry, config)
-    return Replace(site=site, layer=layer, config=config, op=op, mask=mask, mask_text=text)
+    return Replace(
+        site=site, layer=layer, config=config, op=op, mask=mask, mask_text=text, assumed=assumed
+    )
 
 
 def _mask_text(site: AttentionSite | MissedSite, mask: MaskPredicate | None) -> str:

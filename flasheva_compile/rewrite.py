@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import sympy
 
-    from flasheva_compile.site import CapturedGraph, Decision, Operand
+    from flasheva_compile.site import CapturedGraph, Decision, Layout, Operand
 
 _Masks: TypeAlias = tuple[fx.Node | None, fx.Node | None]  # key mask, segment ids
 _CARRIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
@@ -94,10 +94,10 @@ class _Editor:
         """Replace the attention; return a reason instead if its mask cannot be rebuilt."""
         site, op = self.decision.site, self.decision.op
         with self.graph.inserting_before(self.output):
-            masks = self._masks()
+            query, key, value = (self._operand(o) for o in (site.query, site.key, site.value))
+            masks = self._masks(key)
             if isinstance(masks, NotEmitted):
                 return f"mask cannot be rebuilt: {masks.reason}"
-            query, key, value = (self._operand(o) for o in (site.query, site.key, site.value))
             parameters = self._parameters(query, key, masks)
             seed = self._seed(query) if op.dropout_p else None
             results = self._call(
@@ -115,7 +115,7 @@ class _Editor:
                 dropout_p=op.dropout_p,
                 version=ops.OP_VERSION,
             )
-            result = self._call(operator.getitem, (results, 0))
+            result = self._laid_out(self._call(operator.getitem, (results, 0)), site.result_layout)
             result.meta = dict(self.output.meta)
         self.output.replace_all_uses_with(result)
         _erase_dead(self.graph, self.output)
@@ -130,11 +130,15 @@ class _Editor:
 
     def _operand(self, operand: Operand) -> fx.Node:
         node = self.nodes[operand.origin.node]
-        if operand.transposed:
-            node = self._call(torch.transpose, (node, -2, -1))
+        node = self._laid_out(node, operand.layout)
         if operand.dtype != self.decision.site.dtype:
             # Under autocast the product casts its operands; the op computes in what it is given.
             node = self._call(torch.Tensor.to, (node, self.decision.site.dtype))
+        return node
+
+    def _laid_out(self, node: fx.Node, layout: Layout) -> fx.Node:
+        for name, arguments in layout:
+            node = self._call(getattr(torch, name), (node, *arguments))
         return node
 
     def _offset(self, query: fx.Node, key: fx.Node) -> fx.Node | int:
@@ -183,7 +187,7 @@ class _Editor:
         k, v, bias = (self._call(operator.getitem, (triple, i)) for i in range(3))
         return k, v, bias
 
-    def _masks(self) -> _Masks | NotEmitted:
+    def _masks(self, key: fx.Node) -> _Masks | NotEmitted:
         """Build key mask and segment ids, each where the op takes one."""
         op, mask = self.decision.op, self.decision.mask
         built: list[fx.Node | None] = []
@@ -191,13 +195,13 @@ class _Editor:
             (op.has_key_mask, mask and mask.key_mask),
             (op.has_segments, mask and mask.segments),
         ):
-            tensor = self._key_tensor(formula) if wanted and formula is not None else None
+            tensor = self._key_tensor(formula, key) if wanted and formula is not None else None
             if isinstance(tensor, NotEmitted):
                 return tensor
             built.append(tensor)
         return built[0], built[1]
 
-    def _key_tensor(self, formula: sympy.Basic) -> fx.Node | NotEmitted:
+    def _key_tensor(self, formula: sympy.Basic, key: fx.Node) -> fx.Node | NotEmitted:
         """Build a ``[B, S]`` tensor once per graph and formula."""
         place = (self.path, formula, *map(str, self.decision.site.score_shape[::3]))
         # Built for a result further down the graph, it does not exist here yet.
@@ -205,31 +209,28 @@ class _Editor:
             sources = self._opaque_nodes(formula)
             if isinstance(sources, NotEmitted):
                 return sources
-            batch, length = self._size(0), self._size(3)
-            built = emit_key_tensor(self.graph, formula, sources | self._symbols(), batch, length)
+            sizes = {axis: self._size(axis, key) for axis in (0, 3)}
+            sources |= self._symbols(sizes)
+            built = emit_key_tensor(self.graph, formula, sources, sizes[0], sizes[3])
             if isinstance(built, NotEmitted):
                 return built
             self.shared[place] = built
         return self.shared[place]
 
-    def _size(self, axis: int) -> fx.Node | int:
+    def _size(self, axis: int, key: fx.Node) -> fx.Node | int:
         """Batch size (axis 0) or key length (axis 3) of the scores."""
-        site = self.decision.site
-        size = site.score_shape[axis]
+        size = self.decision.site.score_shape[axis]
         if isinstance(size, int):
             return size
-        key = self.nodes[site.key.origin.node]
-        of_key = 0 if axis == 0 else (3 if site.key.transposed else 2)
-        return self._call(torch.Tensor.size, (key, of_key))
+        return self._call(torch.Tensor.size, (key, {0: 0, 3: 2}[axis]))
 
-    def _symbols(self) -> dict[str, fx.Node]:
+    def _symbols(self, nodes: Mapping[int, fx.Node | int]) -> dict[str, fx.Node]:
         """Map the symbols of symbolic sizes to nodes that hold them."""
         sizes = self.decision.site.score_shape
         return {
             str(size.node.expr): node
-            for axis in (0, 3)
-            if isinstance(size := sizes[axis], torch.SymInt)
-            and isinstance(node := self._size(axis), fx.Node)
+            for axis, node in nodes.items()
+            if isinstance(size := sizes[axis], torch.SymInt) and isinstance(node, fx.Node)
         }
 
     def _opaque_nodes(self, formula: sympy.Basic) -> dict[str, fx.Node] | NotEmitted:
@@ -237,11 +238,39 @@ class _Editor:
         mask, found = self.decision.mask, {}
         shadows = {} if mask is None else {name: mask.nodes[name] for name in opaque_names(formula)}
         for name, shadow in sorted(shadows.items()):
-            origin = self.captured.origin(shadow, self.path)
-            if origin is None:
+            node = _brought_in(self.captured, shadow, self.path)
+            if node is None:
                 return NotEmitted(f"this graph does not hold {shadow.name}, on which it depends")
-            found[name] = self.nodes[origin.node]
+            found[name] = node
         return found
+
+
+def _brought_in(captured: CapturedGraph, shadow: fx.Node, path: str) -> fx.Node | None:
+    """Return the node of a graph that holds a value, handing it to checkpointed bodies.
+
+    transformers builds its masks outside of the checkpointed layers, and passes the finished mask:
+    what it was made from has to come in as one more operand.
+    """
+    graphs = _graphs(captured)
+    origin = captured.origin(shadow, path)
+    if origin is not None:
+        return next((n for n in graphs[path].graph.nodes if n.name == origin.node), None)
+    outer, _, name = path.rpartition(".")
+    if not path or (source := _brought_in(captured, shadow, outer)) is None:
+        return None
+    bodies = [n for n in graphs[outer].graph.find_nodes(op="get_attr") if n.target == name]
+    calls = [user for body in bodies for user in body.users]
+    inside = graphs[path].graph.find_nodes(op="placeholder")
+    if len(calls) != 1 or not source < calls[0] or len(inside) != len(calls[0].args) - 1:
+        return None
+    (call,) = calls
+    if source in call.args:
+        return inside[call.args.index(source) - 1]
+    call.args = (*call.args, source)
+    with graphs[path].graph.inserting_after(inside[-1]):
+        operand = graphs[path].graph.placeholder(f"{source.name}_of_mask")
+    operand.meta["example_value"] = source.meta.get("example_value")
+    return operand
 
 
 def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 
 MaskKind: TypeAlias = Literal["bool", "masked_out", "additive"]
+# How a tensor is turned into another layout: functions of torch with what follows the tensor, such
+# as ("transpose", (-2, -1)).
+Layout: TypeAlias = tuple[tuple[str, tuple], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,20 @@ class CapturedGraph:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """A tensor ``[B, H, N, D]`` taken from Dynamo's graph.
+    """A tensor ``[B, H, N, D]`` made from one of Dynamo's graph.
 
     Attributes:
         origin: The node.
-        transposed: The node holds ``[B, H, D, N]``.
+        node: The shadow node with the same value.
+        layout: What makes it ``[B, H, N, D]``.
         heads, dim: Its sizes.
         length: Its number of tokens; None if symbolic.
         dtype: Its dtype.
     """
 
     origin: Origin
-    transposed: bool
+    node: fx.Node
+    layout: Layout
     heads: int
     dim: int
     length: int | None
@@ -79,10 +84,13 @@ class MaskTerm:
         node: Broadcasts to ``[B, H, L, S]``.
         kind: "bool": True = may attend; "masked_out": True = may not (as in
             ``masked_fill(scores, node, -inf)``); "additive": added to the scaled scores.
+        axes: What the axes of the scores are that it acts on: "b", "h", "q", "k", or "n" for
+            ``b * H + h``. It aligns with their last ones.
     """
 
     node: fx.Node
     kind: MaskKind
+    axes: tuple[str, ...] = ("b", "h", "q", "k")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +119,9 @@ class AttentionSite:
 
     Attributes:
         place: Where it stands.
-        output: The Dynamo node that holds its result ``[B, Hq, L, Dv]``.
+        output: The Dynamo node that holds its result.
+        result: The shadow node with the same value.
+        result_layout: What makes the result out of ``[B, Hq, L, Dv]``.
         query, key, value: Its operands; key and value with their own number of heads.
         scale, softcap, dropout_p: Score and weight modifications (0.0: none).
         masks: Every mask on the score path.
@@ -125,6 +135,8 @@ class AttentionSite:
 
     place: Place
     output: Origin
+    result: fx.Node
+    result_layout: Layout
     query: Operand
     key: Operand
     value: Operand
@@ -159,6 +171,7 @@ class Replace:
         op: What the rewritten attention computes.
         mask: The proved predicate, None where there was no mask tensor.
         mask_text: The predicate for people.
+        assumed: The mask is taken for what the user declares.
     """
 
     site: AttentionSite
@@ -167,6 +180,7 @@ class Replace:
     op: EvaOp
     mask: MaskPredicate | None
     mask_text: str
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,12 @@ def expect_integer(name: str, value: object, least: int) -> None:
         raise ConfigError(f"must be an integer >= {least}, got {value!r}", subject=name)
 
 
+def expect_boolean(name: str, value: object) -> None:
+    """Refuse what is not True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"must be True or False, got {value!r}", subject=name)
+
+
 def expect_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse what is not one of the choices."""
     if value not in choices:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from flasheva_compile.kernels.blocked.geometry import chunk_layout
+from flasheva_compile.kernels.blocked.geometry import chunk_layout, valid_keys
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import Documents
@@ -51,7 +51,8 @@ def rows_of(
     if key_mask is None and segment_ids is None:
         return Rows(documents="dense", chunk_mean=_dense_mean(k, chunk_size) if alibi else None)
     valid = None if key_mask is None else key_mask.contiguous()
-    known = torch.ones_like(segment_ids, dtype=torch.bool) if valid is None else valid
+    known = valid_keys(valid, segment_ids)
+    assert known is not None  # dense rows have returned
     mean = _mean_columns(known, segment_ids, chunk_size) if alibi else None
     if segment_ids is None:
         column = torch.arange(length, device=device, dtype=torch.int32)

@@ -374,8 +374,8 @@ def minus_five_is_not_a_mask():
     return torch.full((Q, K), -5.0).triu(1)
 
 
-@program("bidirectional+bias", padding())
-def old_bert_from_integers(m):  # a value of 2 would be a bias: only 0 and 1 make it a mask
+@program("bidirectional+key padding", padding())
+def old_bert_from_integers(m):  # of zeros and ones; for a 2 it would add the largest number
     return (1.0 - m[:, None, None, :].float()) * MIN
 
 

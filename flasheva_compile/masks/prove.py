@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import sympy as sp
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from flasheva_compile.masks import (  # noqa: F401 - the interpret_* modules fill the table
@@ -101,7 +102,7 @@ class MaskProver:
     def _prove(
         self, terms: Sequence[MaskTerm], dtype: torch.dtype, shape: Shape | None
     ) -> MaskPredicate:
-        if any(not _is_mask(term.node) for term in terms):
+        if any(not _is_mask(term) for term in terms):
             return MaskPredicate(unknown=(sp.Symbol("not_a_mask_of_4_dimensions_or_less"),))
         domain = _score_domain(terms, shape)
         interpreter = self._interpreter(domain)
@@ -126,9 +127,9 @@ class MaskProver:
         return self._interpreters[key]
 
 
-def _is_mask(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.ndim <= len(SCORE_INDEX)
+def _is_mask(term: MaskTerm) -> bool:
+    value = term.node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim <= len(term.axes)
 
 
 def _read(
@@ -136,10 +137,11 @@ def _read(
 ) -> tuple[Boolean, sp.Expr]:
     """Where the term lets scores through, and what it adds there."""
     tensor = interpreter.tensor(term.node)
-    index = _score_index(tensor, shape)
+    index = _score_index(tensor, shape, term.axes)
     value = tensor.at(index)
     if term.kind == "additive":
-        return _split_additive(branches(value), interpreter.domain, score_dtype)
+        pairs = _with_switches(branches(value), interpreter, score_dtype)
+        return _split_additive(pairs, interpreter.domain, score_dtype)
     try:
         truth = as_boolean(value)
     except NotInterpretedError:
@@ -209,15 +211,64 @@ def _score_domain(terms: Sequence[MaskTerm], shape: Shape | None) -> dict[sp.Sym
     return sizes
 
 
-def _score_index(tensor: SymbolicTensor, shape: tuple[sp.Expr, ...] | None) -> tuple[sp.Expr, ...]:
+def _score_index(
+    tensor: SymbolicTensor, shape: Shape | None, axes: Sequence[str]
+) -> tuple[sp.Expr, ...]:
     """The mask's index for score (b, h, q, k); a size of 1 that scores share keeps its symbol."""
-    ndim = tensor.ndim
-    aligned = SCORE_INDEX[len(SCORE_INDEX) - ndim :]
-    sizes = (None,) * ndim if shape is None else shape[len(shape) - ndim :]
+    symbols: dict[str, sp.Expr] = dict(zip("bhqk", SCORE_INDEX, strict=True))
+    scores: dict[str, sp.Expr | None] = dict.fromkeys("bhqkn")
+    if shape is not None:
+        scores |= dict(zip("bhqk", shape, strict=True))
+        symbols["n"], scores["n"] = BATCH * shape[1] + HEAD, shape[0] * shape[1]
+    aligned = axes[len(axes) - tensor.ndim :]
     return tuple(
-        ZERO if size == 1 and score != 1 else symbol
-        for symbol, size, score in zip(aligned, tensor.shape, sizes, strict=True)
+        ZERO if size == 1 and scores[axis] != 1 else symbols[axis]
+        for axis, size in zip(aligned, tensor.shape, strict=True)
     )
+
+
+def _with_switches(
+    pairs: Sequence[tuple[sp.Expr, Boolean]], interpreter: Interpreter, score_dtype: torch.dtype
+) -> list[tuple[sp.Expr, Boolean]]:
+    """Read ``(1 - m) * min`` as two cases, for an integer mask ``m`` of zeros and ones.
+
+    Of no other number is that a mask: for a 2 it would add the largest number there is.
+    """
+    found: list[tuple[sp.Expr, Boolean]] = []
+    limit = _mask_limit(score_dtype)
+    for value, condition in pairs:
+        elements = value.atoms(AppliedUndef)
+        switch = next(iter(elements)) if len(elements) == 1 else None
+        if switch is None or not _is_integral(interpreter.nodes.get(switch.func.__name__)):
+            found.append((value, condition))
+            continue
+        off, on = (value.xreplace({switch: sp.Integer(n)}) for n in (0, 1))
+        if sp.expand(value - off - (on - off) * switch) != 0 or not _is_mask_of(off, on, limit):
+            found.append((value, condition))
+            continue
+        found += [
+            (off, sp.And(condition, sp.Eq(switch, 0))),
+            (on, sp.And(condition, sp.Ne(switch, 0))),
+        ]
+    return found
+
+
+def _is_mask_of(off: sp.Expr, on: sp.Expr, limit: sp.Expr) -> bool:
+    """Whether one of two numbers is 0 and the other one hides a key."""
+    if not (off.is_number and on.is_number):
+        return False
+    return (off == 0 and on <= limit) or (on == 0 and off <= limit)
+
+
+def _is_integral(node: fx.Node | None) -> bool:
+    value = node.meta.get("val") if node is not None else None
+    return isinstance(value, torch.Tensor) and not (
+        value.dtype.is_floating_point or value.dtype.is_complex
+    )
+
+
+def _mask_limit(score_dtype: torch.dtype) -> sp.Expr:
+    return max(sp.Integer(MASK_VALUE), sp.Rational(torch.finfo(score_dtype).min))
 
 
 def _split_additive(
@@ -226,7 +277,7 @@ def _split_additive(
     score_dtype: torch.dtype,
 ) -> tuple[Boolean, sp.Expr]:
     """Split an additive mask into "may attend" and the bias of what may be attended."""
-    limit = max(sp.Integer(MASK_VALUE), sp.Rational(torch.finfo(score_dtype).min))
+    limit = _mask_limit(score_dtype)
     kept = [(v, simplify(c, domain)) for v, c in pairs if not (v.is_number and v <= limit)]
     kept = [(value, condition) for value, condition in kept if condition != sp.false]
     keep = sp.Or(*(condition for _, condition in kept))

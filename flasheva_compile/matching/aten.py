@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,12 +27,7 @@ CASTS = frozenset(
     ]
 )
 _FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
-
-
 VIEWS = frozenset(["view", "reshape", "_unsafe_view"])
-PRODUCTS = frozenset(["matmul", "bmm", "mm"])
-# Every spelling of a product, understood or not.
-ANY_PRODUCTS = PRODUCTS | {"baddbmm", "einsum"}
 
 
 def op_name(node: fx.Node) -> str:
@@ -52,7 +47,7 @@ def is_cast(node: fx.Node) -> bool:
     return op_name(node) in CASTS and value_of(node).dtype in _FLOATS
 
 
-def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:  # noqa: ANN401
     """Return an argument of a call, by position or keyword."""
     if len(node.args) > index:
         return node.args[index]
@@ -107,7 +102,7 @@ def scalar_of(operand: object, owner: torch.fx.GraphModule) -> float | None:
 
 def _constant_tensor(node: torch.fx.Node, owner: torch.fx.GraphModule) -> float | None:
     name = op_name(node)
-    if name in CASTS:
+    if name in CASTS or name in {"detach", "detach_"}:  # a constant has no gradient to stop
         source = node.args[0]
         return scalar_of(source, owner)
     if name == "full":

@@ -8,7 +8,6 @@ import torch
 
 from flasheva_compile.matching.aten import (
     argument,
-    must_agree,
     op_name,
     place_in_source,
     same_size,
@@ -16,26 +15,34 @@ from flasheva_compile.matching.aten import (
     shape_of,
     value_of,
 )
+from flasheva_compile.matching.axes import axis_origin
+from flasheva_compile.matching.layout import spell_products, spell_sdpa
 from flasheva_compile.matching.operands import (
     is_appended,
+    layout_of_result,
     projection_sources,
-    to_operand,
-    untransposed,
+    resolve_operands,
+    shape_of_heads,
+    shape_problem,
+    tokens_of,
+    with_axes,
     without_repeated_heads,
 )
 from flasheva_compile.matching.scores import comes_from_product, walk_scores
+from flasheva_compile.matching.softmax import softmax_at
 from flasheva_compile.matching.weights import feeds_product, walk_weights
 from flasheva_compile.mutation import Mutations
-from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Operand, Place
+from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
 
+    from flasheva_compile.matching.layout import Spelling
+    from flasheva_compile.matching.softmax import Softmax
     from flasheva_compile.site import CapturedGraph, MaskKind
 
-_SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SDPA = "scaled_dot_product_attention"
 _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 
@@ -58,8 +65,8 @@ def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
             found.append(MissedSite(place=place_of(node), reason=reason + " takes it apart"))
         elif op_name(node) == _SDPA:
             found.append(_match_sdpa(node, captured, written))
-        elif op_name(node) in _SOFTMAXES and _is_attention(node):
-            found.append(_match_softmax(node, captured, written))
+        elif (softmax := softmax_at(node)) is not None and _is_attention(softmax):
+            found.append(_match_softmax(softmax, captured, written))
     return tuple(found)
 
 
@@ -78,11 +85,12 @@ def place_of(node: fx.Node) -> Place:
     )
 
 
-def _is_attention(softmax: fx.Node) -> bool:
+def _is_attention(softmax: Softmax) -> bool:
     """Return whether a softmax stands between two products, whatever else is in between."""
-    rank = value_of(softmax).dim()
-    last = argument(softmax, 1, "dim") in {-1, rank - 1}
-    return last and rank >= 3 and comes_from_product(softmax.args[0]) and feeds_product(softmax)
+    rank = value_of(softmax.weights).dim()
+    last = softmax.axis == -1
+    between = comes_from_product(softmax.scores) and feeds_product(softmax.weights)
+    return last and rank >= 3 and between
 
 
 def _match_sdpa(
@@ -90,53 +98,56 @@ def _match_sdpa(
 ) -> AttentionSite | MissedSite:
     query, key, value = node.args[:3]
     mask = argument(node, 3, "attn_mask")
-    terms: tuple[MaskTerm, ...] = ()
+    masks: tuple[tuple[MaskTerm, fx.Node], ...] = ()
     if mask is not None:
         kind: MaskKind = "additive" if value_of(mask).dtype.is_floating_point else "bool"
-        terms = (MaskTerm(node=mask, kind=kind),)
+        masks = ((MaskTerm(node=mask, kind=kind), node),)
     scale = argument(node, 7, "scale")
     number = shape_of(query)[-1] ** -0.5 if scale is None else scalar_of(scale, captured.shadow)
     if number is None:
         return MissedSite(place=place_of(node), reason="the scale is a tensor")
+    spelling = spell_sdpa(query, key, value)
+    if isinstance(spelling, str):
+        return MissedSite(place=place_of(node), reason=spelling)
     return _site(
         captured,
         written,
-        node,
-        node,
-        (query, key, value),
-        transposed_key=False,
+        (node, node),
+        spelling,
+        masks,
         scale=number,
         softcap=0.0,
         dropout_p=float(argument(node, 4, "dropout_p", 0.0) or 0.0),
-        masks=terms,
         is_causal=bool(argument(node, 5, "is_causal", default=False)),
     )
 
 
 def _match_softmax(
-    node: fx.Node, captured: CapturedGraph, written: Mutations
+    softmax: Softmax, captured: CapturedGraph, written: Mutations
 ) -> AttentionSite | MissedSite:
-    scores = walk_scores(node, captured.shadow, written)
+    node = softmax.weights
+    scores = walk_scores(softmax, captured.shadow, written)
     if isinstance(scores, str):
         return MissedSite(place=place_of(node), reason=scores)
     weights = walk_weights(node)
     if isinstance(weights, str):
         return MissedSite(place=place_of(node), reason=weights)
-    if len({_grad_mode(n) for n in (scores.product, node, weights.product)}) > 1:
+    output = weights.product.node
+    if len({_grad_mode(n) for n in (scores.product.node, node, output)}) > 1:
         return MissedSite(place=place_of(node), reason="grad mode changes inside the attention")
-    query, key_transposed = scores.product.args[:2]
-    key, pending = untransposed(key_transposed)
+    between = (*scores.scores, *weights.weights)
+    spelling = spell_products(scores.product, weights.product, between, softmax.axis, weights.used)
+    if isinstance(spelling, str):
+        return MissedSite(place=place_of(node), reason=spelling)
     return _site(
         captured,
         written,
-        node,
-        weights.product,
-        (query, key, weights.value),
-        transposed_key=pending,
+        (node, output),
+        spelling,
+        scores.masks,
         scale=scores.scale,
         softcap=scores.softcap,
         dropout_p=weights.dropout_p,
-        masks=scores.masks,
         is_causal=False,
     )
 
@@ -155,18 +166,16 @@ def _grad_mode(node: fx.Node) -> bool | None:
 def _site(
     captured: CapturedGraph,
     written: Mutations,
-    anchor: fx.Node,
-    output: fx.Node,
-    nodes: tuple[fx.Node, fx.Node, fx.Node],
-    *,
-    transposed_key: bool,
-    masks: tuple[MaskTerm, ...],
+    ends: tuple[fx.Node, fx.Node],
+    spelling: Spelling,
+    masks: tuple[tuple[MaskTerm, fx.Node], ...],
     **facts: object,
 ) -> AttentionSite | MissedSite:
     """Resolve operands and output in Dynamo's graph and check that the shapes are attention's."""
+    anchor, output = ends
     place = place_of(anchor)
-    query, key, value = nodes
-    bare = [without_repeated_heads(node) for node in (key, value)]
+    nodes = (spelling.query, spelling.key, spelling.value)
+    bare = [without_repeated_heads(node) for node in nodes[1:]]
     # The op stands where the result stood: it must find there what the product found.
     if any(written.stale(node, output) for node in (*nodes, *bare)):
         return MissedSite(place=place, reason="an operand is overwritten before the result")
@@ -174,26 +183,37 @@ def _site(
     if not origins:
         return MissedSite(place=place, reason=f"{output.name} exists only inside a composite op")
     origin = origins[-1]
-    operands = _operands(captured, origin.graph, nodes, transposed_key=transposed_key)
-    if isinstance(operands, str):
-        return MissedSite(place=place, reason=operands)
-    problem = _shape_problem(nodes, output, operands, transposed_key=transposed_key)
+    operands = resolve_operands(captured, origin.graph, spelling)
+    result_layout = layout_of_result(spelling, output)
+    terms = with_axes(masks, spelling)
+    for found in (operands, result_layout, terms):
+        if isinstance(found, str):
+            return MissedSite(place=place, reason=found)
+    query, key, value = operands
+    problem = shape_problem(operands, output, result_layout)
+    sources = [axis_origin(n, axes.index(letter)) for n, axes, letter in tokens_of(spelling)]
+    if {"features"} in [source.kinds for source in sources[:2]]:
+        problem = "attends over features (channels or heads), not over tokens"
     if problem:
         return MissedSite(place=place, reason=problem)
-    key_length = _key_length(shape_of(key)[3 if transposed_key else 2], masks)
-    sources = [projection_sources(node) for node in nodes]
+    key_length = _key_length(shape_of_heads(key)[2], terms)
+    projected = [projection_sources(node) for node in nodes]
     return AttentionSite(
         place=place,
         output=origin,
-        query=operands[0],
-        key=operands[1],
-        value=operands[2],
-        score_shape=(*shape_of(query)[:3], key_length),
-        lengths_equal=same_size(shape_of(query)[2], key_length),
-        appended=not transposed_key and is_appended(without_repeated_heads(key), query),
-        same_source=bool(sources[0]) and sources[0] == sources[1] == sources[2],
+        result=output,
+        result_layout=result_layout,
+        query=query,
+        key=key,
+        value=value,
+        score_shape=(*shape_of_heads(query)[:3], key_length),
+        lengths_equal=same_size(shape_of_heads(query)[2], key_length),
+        appended=not key.layout and is_appended(key.node, query.node),
+        same_source=bool(projected[0])
+        and projected[0] == projected[1] == projected[2]
+        and sources[0].moves == sources[1].moves == sources[2].moves,
         dtype=value_of(output).dtype,
-        masks=masks,
+        masks=terms,
         **facts,  # type: ignore[arg-type]
     )
 
@@ -203,59 +223,9 @@ def _key_length(length: int | torch.SymInt, masks: Sequence[MaskTerm]) -> int | 
 
     With a growing cache each layer's length is a symbol of its own, and the mask was made for one.
     """
-    spelled = [shape_of(term.node)[-1] for term in masks if value_of(term.node).dim() > 0]
+    spelled = [
+        shape_of(term.node)[-1]
+        for term in masks
+        if value_of(term.node).dim() > 0 and term.axes[-1] == "k"
+    ]
     return next((size for size in spelled if isinstance(size, torch.SymInt)), length)
-
-
-def _operands(
-    captured: CapturedGraph,
-    graph: str,
-    nodes: tuple[fx.Node, fx.Node, fx.Node],
-    *,
-    transposed_key: bool,
-) -> tuple[Operand, Operand, Operand] | str:
-    """Return the operands, keys and values without repeated heads where both allow it."""
-    query, key, value = nodes
-    if any(len(shape_of(node)) != 4 for node in nodes):
-        return "operands are not [batch, heads, length, dim]"
-    bare_key = key if transposed_key else without_repeated_heads(key)
-    bare_value = without_repeated_heads(value)
-    peeled = shape_of(bare_key)[1] == shape_of(bare_value)[1]
-    peeled = peeled and all(captured.origin(n, graph) for n in (bare_key, bare_value))
-    if peeled:
-        key, value = bare_key, bare_value
-    resolved = (
-        to_operand(query, captured, graph, transposed=False),
-        to_operand(key, captured, graph, transposed=transposed_key),
-        to_operand(value, captured, graph, transposed=False),
-    )
-    for operand in resolved:
-        if isinstance(operand, str):
-            return operand
-    return resolved  # type: ignore[return-value]
-
-
-def _shape_problem(
-    nodes: tuple[fx.Node, fx.Node, fx.Node],
-    output: fx.Node,
-    operands: tuple[Operand, Operand, Operand],
-    *,
-    transposed_key: bool,
-) -> str:
-    """Say what keeps these tensors from being one attention, or nothing."""
-    (query, key, value), (q, k, v) = nodes, operands
-    if k.heads != v.heads:
-        return f"keys have {k.heads} heads, values {v.heads}"
-    if q.heads % k.heads:
-        return f"{q.heads} query heads are no multiple of {k.heads} key heads"
-    if q.dim != k.dim:
-        return f"queries have dimension {q.dim}, keys {k.dim}"
-    if not must_agree(shape_of(key)[3 if transposed_key else 2], shape_of(value)[2]):
-        return "keys and values differ in length"
-    batches = [shape_of(node)[0] for node in nodes]
-    if not all(must_agree(batches[0], size) for size in batches):
-        return "operands differ in batch size"
-    result = (*shape_of(query)[:3], shape_of(value)[-1])
-    if not all(must_agree(a, b) for a, b in zip(shape_of(output), result, strict=True)):
-        return "queries are broadcast over batch or heads"
-    return ""

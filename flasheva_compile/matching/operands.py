@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,19 +12,24 @@ from flasheva_compile.matching.aten import (
     CASTS,
     VIEWS,
     argument,
+    must_agree,
     op_name,
     same_size,
     shape_of,
     value_of,
 )
+from flasheva_compile.matching.layout import from_heads, shape_after, to_heads
 from flasheva_compile.site import Operand
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from flasheva_compile.site import CapturedGraph
+    from flasheva_compile.matching.layout import Spelling
+    from flasheva_compile.site import CapturedGraph, Layout, MaskTerm
 
 _PROJECTIONS = frozenset(["linear", "addmm", "mm"])
+# What the leading axes of scores are, by their number of axes.
+_LEADING = {3: "n", 4: "bh", 5: "bbh"}
 # Ops whose result is no function of the tokens' values: sources end there.
 _POSITIONAL = frozenset(
     ["arange", "full", "ones", "zeros", "ones_like", "zeros_like", "cos", "sin"]
@@ -91,27 +97,134 @@ def _is_repetition(base: fx.Node, expanded: fx.Node, merged: fx.Node) -> bool:
     return rest and same_size(shape_of(merged)[1], heads * outer[2])
 
 
-def to_operand(
-    node: fx.Node, captured: CapturedGraph, graph: str, *, transposed: bool
-) -> Operand | str:
+def resolve_operands(
+    captured: CapturedGraph, graph: str, spelling: Spelling
+) -> tuple[Operand, Operand, Operand] | str:
+    """Return the operands, keys and values without repeated heads where both allow it."""
+    heads, grouped = spelling.heads, spelling.grouped
+    sides = (
+        (spelling.query, spelling.query_axes),
+        (spelling.key, spelling.key_axes),
+        (spelling.value, spelling.value_axes),
+    )
+    found: list[tuple[fx.Node, Layout]] = []
+    for node, axes in sides:
+        layout = to_heads(axes, shape_of(node), heads, grouped=grouped)
+        if isinstance(layout, str):
+            return layout
+        found.append(_without_transposition(node, layout))
+    bare = [without_repeated_heads(node) for node, layout in found[1:] if not layout]
+    same = len(bare) == 2 and shape_of(bare[0])[1] == shape_of(bare[1])[1]
+    if same and all(captured.origin(node, graph) for node in bare):
+        found[1:] = [(node, ()) for node in bare]
+    operands = [_operand(node, captured, graph, layout) for node, layout in found]
+    problem = next((o for o in operands if isinstance(o, str)), None)
+    return problem or tuple(operands)  # type: ignore[return-value]
+
+
+def _without_transposition(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout]:
+    """Take a swap of the last two axes back instead of undoing it."""
+    if layout[:1] == (("transpose", (-2, -1)),):
+        source, pending = untransposed(node)
+        return (node, layout) if pending else (source, layout[1:])
+    return node, layout
+
+
+def _operand(node: fx.Node, captured: CapturedGraph, graph: str, layout: Layout) -> Operand | str:
     """Turn a shadow node into an operand of Dynamo's graph, or say why that fails."""
-    shape = shape_of(node)
-    if len(shape) != 4:
-        return f"operand {node.name} has {len(shape)} axes; [batch, heads, length, dim] expected"
     origin = captured.origin(node, graph)
     if origin is None:
         return f"operand {node.name} exists only inside a composite op"
-    heads, length, dim = shape[1], *(shape[2:][::-1] if transposed else shape[2:])
+    shape = shape_after(shape_of(node), layout)
+    if len(shape) != 4:
+        return "operands are not [batch, heads, length, dim]"
+    _, heads, length, dim = shape
     if isinstance(heads, torch.SymInt) or isinstance(dim, torch.SymInt):
         return "number of heads or head dimension is dynamic"
     return Operand(
         origin=origin,
-        transposed=transposed,
+        node=node,
+        layout=layout,
         heads=heads,
         dim=dim,
         length=length if isinstance(length, int) else None,
         dtype=value_of(node).dtype,
     )
+
+
+def shape_of_heads(operand: Operand) -> tuple[int | torch.SymInt, ...]:
+    """Return the shape of an operand as ``[B, H, N, D]``."""
+    return shape_after(shape_of(operand.node), operand.layout)
+
+
+def tokens_of(spelling: Spelling) -> tuple[tuple[fx.Node, str, str], ...]:
+    """Return the operands, their axes, and the letter of the axis of tokens."""
+    return (
+        (spelling.query, spelling.query_axes, "q"),
+        (spelling.key, spelling.key_axes, "k"),
+        (spelling.value, spelling.value_axes, "k"),
+    )
+
+
+def layout_of_result(spelling: Spelling, output: fx.Node) -> Layout | str:
+    """Return what turns ``[B, H, L, Dv]`` into the result as it stands."""
+    axes, shape = spelling.out_axes, shape_of(output)
+    leads = [shape[axes.index(a)] for a in sorted(axes) if a.isdigit()]
+    return from_heads(axes, leads, spelling.heads, grouped=spelling.grouped)
+
+
+def with_axes(
+    masks: Sequence[tuple[MaskTerm, fx.Node]], spelling: Spelling
+) -> tuple[MaskTerm, ...] | str:
+    """Say of each mask which axes of the scores it acts on."""
+    found = []
+    for term, scores in masks:
+        rank = len(shape_of(scores))
+        letters = (
+            spelling.mask_axes if rank == len(spelling.mask_axes) else f"{'012'[: rank - 2]}qk"
+        )
+        names = {"q": "q", "k": "k"} | dict(zip("012", _LEADING.get(rank, ""), strict=False))
+        if spelling.grouped:
+            names["1"] = "h"
+        if not set(letters) <= names.keys():
+            return f"a mask on scores of {rank} axes"
+        axes = tuple(names[a] for a in letters)
+        if _differs_within(term.node, axes):
+            return "a mask that differs within a group of leading axes"
+        found.append(replace(term, axes=axes))
+    return tuple(found)
+
+
+def _differs_within(mask: fx.Node, axes: tuple[str, ...]) -> bool:
+    """Return whether a mask has an axis that is only a part of the batch or of the heads."""
+    shape = shape_of(mask)
+    return any(
+        axes.count(axis) > 1 and not same_size(size, 1)
+        for axis, size in zip(reversed(axes), reversed(shape), strict=False)
+    )
+
+
+def shape_problem(
+    operands: tuple[Operand, Operand, Operand], output: fx.Node, result_layout: Layout
+) -> str:
+    """Say what keeps these tensors from being one attention, or nothing."""
+    q, k, v = operands
+    if k.heads != v.heads:
+        return f"keys have {k.heads} heads, values {v.heads}"
+    if q.heads % k.heads:
+        return f"{q.heads} query heads are no multiple of {k.heads} key heads"
+    if q.dim != k.dim:
+        return f"queries have dimension {q.dim}, keys {k.dim}"
+    query, key, value = (shape_of_heads(operand) for operand in operands)
+    if not must_agree(key[2], value[2]):
+        return "keys and values differ in length"
+    if not all(must_agree(query[0], shape[0]) for shape in (key, value)):
+        return "operands differ in batch size"
+    result = shape_after((*query[:3], value[-1]), result_layout)
+    shape = shape_of(output)
+    if len(result) != len(shape) or not all(map(must_agree, shape, result)):
+        return "queries are broadcast over batch or heads"
+    return ""
 
 
 def projection_sources(node: fx.Node) -> frozenset[fx.Node]:

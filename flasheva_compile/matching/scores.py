@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flasheva_compile.matching.aten import (
-    ANY_PRODUCTS,
     CASTS,
-    PRODUCTS,
     VIEWS,
     is_cast,
     op_name,
+    same_size,
     scalar_of,
     shape_of,
 )
+from flasheva_compile.matching.products import PRODUCTS, Product, read_product
+from flasheva_compile.matching.softmax import Softmax, row_maximum
 from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from flasheva_compile.mutation import Mutations
     from flasheva_compile.site import MaskKind
 
-_SEARCH_LIMIT = 64
+_SEARCH_LIMIT = 400
+_SHAPE_ONLY = frozenset(["expand_as", "type_as", "view_as", "zeros_like", "ones_like", "full_like"])
 # A mask of -1e4 that is scaled by less might leave weight: exp(-1e4 / 8) is 0 in every dtype.
 _LEAST_FACTOR = 0.125
 _SEARCH_ENDS = frozenset(
@@ -41,13 +44,15 @@ class ScorePath:
         product: The node that multiplies queries and keys.
         scale: Factor on the product before softcap and masks.
         softcap: ``softcap * tanh(scale * qk / softcap)``; 0.0 without.
-        masks: In order from the softmax back.
+        masks: In order from the softmax back, each with the scores that it acts on.
+        scores: The scores in all shapes that they take.
     """
 
-    product: fx.Node
+    product: Product
     scale: float = 1.0
     softcap: float = 0.0
-    masks: tuple[MaskTerm, ...] = ()
+    masks: tuple[tuple[MaskTerm, fx.Node], ...] = ()
+    scores: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +63,7 @@ class _Walk:
     owner: fx.GraphModule
     factor: float = 1.0
     cap: float = 0.0
-    masks: tuple[MaskTerm, ...] = ()
+    masks: tuple[tuple[MaskTerm, fx.Node], ...] = ()
 
 
 def reaches_product(node: object) -> bool:
@@ -72,59 +77,97 @@ def comes_from_product(node: object) -> bool:
     Says what to report, not what to rewrite; a linear layer ends the search, since behind it lies
     another attention.
     """
-    return _finds(node, ANY_PRODUCTS, lambda name: name not in _SEARCH_ENDS)
+    return _finds(node, PRODUCTS, lambda name: name not in _SEARCH_ENDS)
 
 
 def _finds(node: object, wanted: Collection[str], goes_on: Callable[[str], bool]) -> bool:
-    """Search backwards for an op, through ops that ``goes_on`` accepts."""
-    stack, seen = [node], 0
-    while stack and seen < _SEARCH_LIMIT:
-        current = stack.pop()
-        seen += 1
-        if not hasattr(current, "op"):
-            continue
+    """Search backwards for an op, nearest first, through ops that ``goes_on`` accepts."""
+    queue, seen = deque([node] if hasattr(node, "op") else []), {node}
+    while queue and len(seen) < _SEARCH_LIMIT:
+        current = queue.popleft()
         name = op_name(current)
         if name in wanted:
             return True
-        if goes_on(name):
-            stack.extend(current.all_input_nodes)
+        new = [n for n in current.all_input_nodes if n not in seen] if goes_on(name) else []
+        seen.update(new)
+        queue.extend(new)
     return False
 
 
-def walk_scores(softmax: fx.Node, owner: fx.GraphModule, written: Mutations) -> ScorePath | str:
+def walk_scores(softmax: Softmax, owner: fx.GraphModule, written: Mutations) -> ScorePath | str:
     """Walk from the softmax input to the product of queries and keys.
 
     Returns:
         The path, or the reason why it is not one.
     """
-    walk, reader = _Walk(node=softmax.args[0], owner=owner), softmax
+    walk, reader, shapes = _Walk(node=softmax.scores, owner=owner), softmax.weights, []
     while True:
         if written.stale(walk.node, reader):
             return "scores are overwritten through a view"
         reader, name = walk.node, op_name(walk.node)
+        shapes.append(walk.node)
         if name in PRODUCTS:
             break
-        if is_cast(walk.node) or (name in VIEWS and _keeps_shape(walk.node)):
+        if is_cast(walk.node) or (name in VIEWS and keeps_tokens(walk.node)):
             walk = replace(walk, node=walk.node.args[0])
             continue
         step = _STEPS.get(name)
         if step is None:
             return f"{name} between the product and the softmax"
-        if name.endswith("_") and len(walk.node.args[0].users) > 1:
+        if name.endswith("_") and _is_read_elsewhere(walk.node.args[0], walk.node):
             return f"in-place {name} on scores that are also read elsewhere"
         after = step(walk)
         if isinstance(after, str):
             return after
         walk = after
-    if walk.cap:
-        return ScorePath(
-            product=walk.node, scale=walk.factor * walk.cap, softcap=walk.cap, masks=walk.masks
+    return _ended(walk, tuple(shapes))
+
+
+def _is_read_elsewhere(scores: fx.Node, write: fx.Node) -> bool:
+    """Return whether more than the shape of what an in-place op overwrites is used elsewhere."""
+    return any(
+        user is not write
+        and not (
+            op_name(user) in _SHAPE_ONLY and scores not in user.args[: "like" not in op_name(user)]
         )
-    return ScorePath(product=walk.node, scale=walk.factor, masks=walk.masks)
+        for user in scores.users
+    )
 
 
-def _keeps_shape(node: fx.Node) -> bool:
-    return shape_of(node) == shape_of(node.args[0])
+def _ended(walk: _Walk, shapes: tuple[fx.Node, ...]) -> ScorePath | str:
+    """Read the product at the end of the walk."""
+    product = read_product(walk.node)
+    if isinstance(product, str):
+        return product
+    if product.addend is not None:
+        after = _added(walk, product.addend, product.beta)
+        if isinstance(after, str):
+            return after
+        walk = after
+    scale = walk.factor * product.alpha
+    return ScorePath(
+        product=product,
+        scale=scale * walk.cap if walk.cap else scale,
+        softcap=walk.cap,
+        masks=walk.masks,
+        scores=shapes,
+    )
+
+
+def _added(walk: _Walk, addend: fx.Node, beta: float) -> _Walk | str:
+    """Take what baddbmm adds for a mask."""
+    if beta * walk.factor < _LEAST_FACTOR:
+        return "scores are scaled down after the mask"
+    return _masked(walk, walk.node, addend, "additive")
+
+
+def keeps_tokens(node: fx.Node) -> bool:
+    """Return whether a view leaves the last two axes as they are, or the whole shape."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if before == after:
+        return True
+    long = min(len(before), len(after)) >= 3
+    return long and all(same_size(a, b) for a, b in zip(before[-2:], after[-2:], strict=True))
 
 
 def _multiply(walk: _Walk) -> _Walk | str:
@@ -165,6 +208,16 @@ def _add(walk: _Walk) -> _Walk | str:
     return _masked(walk, score, mask, "additive")
 
 
+def _subtract(walk: _Walk) -> _Walk | str:
+    scores, other = walk.node.args[:2]
+    if not hasattr(other, "op") or walk.node.kwargs.get("alpha", 1) != 1:
+        return "sub between the product and the softmax"
+    maximum = row_maximum(other)
+    if maximum is None or maximum[0] is not scores or maximum[1] != -1 or walk.cap:
+        return "scores less a tensor that is not their maximum"
+    return replace(walk, node=scores)  # softmax(x - c) == softmax(x)
+
+
 def _where(walk: _Walk) -> _Walk | str:
     condition, chosen, other = walk.node.args[:3]
     if reaches_product(chosen) and _is_masking(other, walk):
@@ -190,7 +243,8 @@ def _is_masking(fill: object, walk: _Walk) -> bool:
 def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: MaskKind) -> _Walk | str:
     if walk.cap:
         return "mask inside the softcap"
-    return replace(walk, node=scores, masks=(*walk.masks, MaskTerm(node=mask, kind=kind)))
+    found = (MaskTerm(node=mask, kind=kind), walk.node)
+    return replace(walk, node=scores, masks=(*walk.masks, found))
 
 
 def _tanh(walk: _Walk) -> _Walk | str:
@@ -208,6 +262,7 @@ _STEPS: dict[str, Callable[[_Walk], _Walk | str]] = {
     "div_": _divide,
     "add": _add,
     "add_": _add,
+    "sub": _subtract,
     "where": _where,
     "masked_fill": _masked_fill,
     "masked_fill_": _masked_fill,

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from flasheva_compile.matching.aten import (
-    ANY_PRODUCTS,
     CASTS,
-    PRODUCTS,
     VIEWS,
     argument,
     is_cast,
     op_name,
-    shape_of,
 )
+from flasheva_compile.matching.products import PRODUCTS, Product, operands_of, read_product
+from flasheva_compile.matching.scores import keeps_tokens
 
 if TYPE_CHECKING:
     from torch import fx
@@ -31,22 +30,24 @@ class WeightPath:
 
     Attributes:
         product: ``weights @ values``.
-        value: Its right operand.
+        used: The weights as they enter it.
+        weights: The weights in all shapes that they take.
         dropout_p: Drop probability in effect (0.0 in evaluation).
     """
 
-    product: fx.Node
-    value: fx.Node
+    product: Product
+    used: fx.Node
+    weights: tuple[fx.Node, ...]
     dropout_p: float
 
 
 def walk_weights(softmax: fx.Node) -> WeightPath | str:
-    """Follow the weights forward; they must go to one product, as its left operand.
+    """Follow the weights forward; they must go to one product.
 
     Returns:
         The path, or the reason why it is not one.
     """
-    current, dropout_p = softmax, 0.0
+    current, dropout_p, shapes = softmax, 0.0, [softmax]
     while True:
         users = list(current.users)
         if len(users) != 1:
@@ -59,12 +60,29 @@ def walk_weights(softmax: fx.Node) -> WeightPath | str:
             if dropout_p:
                 return "softmax weights pass two dropouts"
             dropout_p = _drop_probability(user)
-        elif not (is_cast(user) or (name in VIEWS and shape_of(user) == shape_of(current))):
+        elif not (is_cast(user) or (name in VIEWS and keeps_tokens(user))):
             return f"softmax weights go to {name}"
         current = user
-    if user.args[0] is not current:
+        shapes.append(user)
+    return _ended(user, current, tuple(shapes), dropout_p)
+
+
+def _ended(
+    user: fx.Node, used: fx.Node, shapes: tuple[fx.Node, ...], dropout_p: float
+) -> WeightPath | str:
+    """Read the product at the end of the walk."""
+    if used not in operands_of(user):
+        return "softmax weights are added to a product"
+    product = read_product(user)
+    if isinstance(product, str):
+        return product
+    if product.addend is not None or product.alpha != 1:
+        return "baddbmm with the values adds or scales"
+    if op_name(user) != "einsum" and product.left is not used:
         return "softmax weights are the right operand of the product"
-    return WeightPath(product=user, value=user.args[1], dropout_p=dropout_p)
+    if product.left is product.right:
+        return "softmax weights are multiplied with themselves"
+    return WeightPath(product=product, used=used, weights=shapes, dropout_p=dropout_p)
 
 
 def feeds_product(softmax: fx.Node) -> bool:
@@ -73,12 +91,10 @@ def feeds_product(softmax: fx.Node) -> bool:
     while stack and len(seen) < _SEARCH_LIMIT:
         current = stack.pop()
         for user in current.users:
-            left = user.args[0] if user.args else None
-            first = left[0] if isinstance(left, list | tuple) and left else left
-            if op_name(user) in ANY_PRODUCTS and (op_name(user) == "einsum" or first is current):
-                return True
-            if op_name(user) == "baddbmm" and user.args[1] is current:
-                return True
+            if op_name(user) in PRODUCTS:
+                factors = operands_of(user)
+                if op_name(user) == "einsum" or factors[0] is current:
+                    return True
             if user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
                 seen.add(user)
                 stack.append(user)

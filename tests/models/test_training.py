@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 import flasheva_compile as fe
 from tests.models.families import BY_NAME, VOCABULARY
+from tests.models.oracle import WHOLE, assert_same_to_rounding, in_double, pytorchs_own, run
 
 LENGTH = 96
 
@@ -82,3 +84,19 @@ def test_gradient_checkpointing_is_seen_through():
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert len(fe.explain(model).rewritten) == 2
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("llama", "sdpa"), ("llama", "eager"), ("bert", "eager")]
+)
+def test_a_padding_mask_reaches_checkpointed_layers(name, implementation):
+    """The finished mask is built outside of the layers; what it was made from is handed in."""
+    family = BY_NAME[name]
+    model, inputs = family.build(implementation).train(), family.inputs(padded=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    exact, theirs = in_double(model, inputs), pytorchs_own(model, inputs)
+    model.compile(backend="flasheva", options={**WHOLE, "inner_backend": "aot_eager"})
+    assert_same_to_rounding(run(model, model, inputs), theirs, exact)
+    rows = fe.explain(model).layers
+    assert [row.decision for row in rows] == ["eva", "eva"]
+    assert all("key padding" in row.mask for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from flasheva_compile.lowering.spec import STATE_BLOCK, KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from flasheva_compile.kernels.blocked.block import Operands
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
@@ -93,15 +95,21 @@ def attention_spec(
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
     """Launch the kernel of a spec with the values that it reads."""
-    schedule = choose(spec)
-    if schedule.tma and not all(describable(values[name]) for name in TILES[spec.kind]):
-        schedule = dataclasses.replace(schedule, tma=False)
-    kernel = load(spec, schedule)
-    count = programs(schedule)
-    if count:
-        described = descriptors(kernel.generated.arguments, spec, schedule, values)
-        values = values | described
-        kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
+    with _on_device(values["k_ptr"]):
+        schedule = choose(spec)
+        if schedule.tma and not all(describable(values[name]) for name in TILES[spec.kind]):
+            schedule = dataclasses.replace(schedule, tma=False)
+        kernel = load(spec, schedule)
+        count = programs(schedule)
+        if count:
+            described = descriptors(kernel.generated.arguments, spec, schedule, values)
+            values = values | described
+            kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device the current one: Triton launches there, wherever tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def attention_forward(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.offline import TARGETS, resources
-from flasheva_compile.lowering.schedule import choose
+from flasheva_compile.lowering.schedule import choose, known_target
 from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def describe(spec: KernelSpec, target: str, schedule: Schedule | None = None) ->
     Args:
         spec: What it computes.
         target: A key of :data:`~flasheva_compile.lowering.offline.TARGETS`.
-        schedule: How it is tiled; None = the default for the spec.
+        schedule: How it is tiled; None = the default for spec and target.
 
     Returns:
         Lines of text: the source as it is compiled, then what the target spends on it.
     """
-    generated = emit(spec, schedule or choose(spec))
+    generated = emit(spec, schedule or choose(spec, known_target(target)))
     return generated.source + "\n" + summary(resources(generated, target)) + "\n"
 
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spec = KernelSpec(**fields)
     spec = spec.of_kind(spec.kind)
     given = {name: x for name, x in _read(parsed, Schedule).items() if x is not None}
-    schedule = dataclasses.replace(choose(spec), **given)
+    schedule = dataclasses.replace(choose(spec, known_target(parsed.target)), **given)
     sys.stdout.write(describe(spec, parsed.target, schedule))
     return 0
 

@@ -1,8 +1,4 @@
-"""The ops and the backend on a CUDA device (skipped without one).
-
-The ops run the blocked PyTorch implementation there until generated kernels replace it; the laws
-are the same.
-"""
+"""The ops and the backend on a CUDA device (skipped without one)."""
 
 from __future__ import annotations
 

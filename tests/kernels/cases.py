@@ -232,7 +232,7 @@ def dropping(case: KernelCase):
         torch.cat(ids)[None],
         case.dropout_p,
     )
-    factor = keep / (1 - case.dropout_p) if case.dropout_p < 1 else keep
+    factor = keep / (1 - case.dropout_p)
 
     def attend(scores, seen, values):
         # Softmax times values is linear in the values, so the weights are its value at the unit.
@@ -265,6 +265,7 @@ def schedules(draw):
         block_n=draw(st.sampled_from([16, 32])),
         num_warps=4,
         num_stages=1,
+        max_registers=draw(st.sampled_from([0, 128])),
         **{name: draw(st.booleans()) for name in SWITCHES},
     )
 

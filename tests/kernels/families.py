@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import TYPE_CHECKING, get_args
 
+from flasheva_compile.lowering.launch import _fuses_pooling
 from flasheva_compile.lowering.spec import KernelKind, KernelSpec
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ _PADDED = {"documents": "padded", "key_mask": True}
 FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
     "causal-bf16-d64": (base("bf16", 64, **_TANGENT), KINDS),
     "gqa-bf16-d128": (base("bf16", 128, group=4, **_TANGENT), KINDS),
+    "added-bf16-d128": (base("bf16", 128, accumulate=True, **_TANGENT), ("dpool",)),
     "whole-bf16-d64": (base("bf16", 64, whole_chunks=True, chunk_rule="mean"), ("forward", "dkv")),
     "padded-fp16-d128": (base("fp16", 128, chunk_rule="mean", **_PADDED), ("dq", "dkv", "dpool")),
     "bidirectional-bf16-d80": (
@@ -46,6 +49,8 @@ FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
         ("forward", "dkv"),
     ),
     "fp32-d64": (base("fp32", 64, chunk_rule="mean"), ("forward", "dkv")),
+    "causal-bf16-d80": (base("bf16", 80, **_TANGENT), ("dsink",)),
+    "fp32-d256": (base("fp32", 256, chunk_rule="mean"), ("dq",)),
     "bf16-d256": (base("bf16", 256, chunk_rule="mean"), ("forward", "dq", "dkv")),
 }
 """Name to spec and kernels; a few of each difficulty, for every run of CI on sm_90."""
@@ -54,10 +59,17 @@ EVERYWHERE = ("causal-bf16-d64", "whole-bf16-d64")
 """Families that every run of CI compiles for all targets."""
 
 
+def launched(spec: KernelSpec, kind: str) -> KernelSpec:
+    """Return the spec of a kernel as launches ask for it: ``dkv`` pools only where that is fast."""
+    if kind == "dkv" and not _fuses_pooling(spec):
+        spec = dataclasses.replace(spec, chunk_rule=None, parameters=0)
+    return spec.of_kind(kind)  # pyright: ignore[reportArgumentType]
+
+
 def specs(families: Iterable[str] = FAMILIES) -> dict[str, KernelSpec]:
     """Return the specs of some families, by a name for each kernel."""
     return {
-        f"{name}-{kind}": FAMILIES[name][0].of_kind(kind)  # pyright: ignore[reportArgumentType]
+        f"{name}-{kind}": launched(FAMILIES[name][0], kind)
         for name in families
         for kind in FAMILIES[name][1]
     }
@@ -84,7 +96,7 @@ def all_specs() -> dict[str, KernelSpec]:
     for rule, count in (("mean", 0), ("tangent", 1), ("evabyte", 2), ("evabyte", 3), ("eva", 0)):
         found[f"{rule}{count}"] = base("bf16", 128, chunk_rule=rule, parameters=count)
     return {
-        f"{name}-{kind}": spec.of_kind(kind)
+        f"{name}-{kind}": launched(spec, kind)
         for name, spec in found.items()
         for kind in KINDS
         if not (kind == "dsink" and (not spec.sink_size or spec.documents == "packed"))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from flasheva_compile.lowering import launch_pooling
+from flasheva_compile.lowering import launch, launch_pooling
 from flasheva_compile.lowering.rows import rows_of
 from hypothesis import HealthCheck, Phase, given, settings
 from triton.runtime.errors import InterpreterError
@@ -65,6 +65,25 @@ def check(case: KernelCase) -> None:
 @examples(70)
 def test_attention_and_its_gradients_are_the_reference(case):
     check(case)
+
+
+@pytest.mark.parametrize("mask", ["none", "left_padding", "segments"])
+@pytest.mark.parametrize("rule", ["mean", "tangent", "evabyte", "eva"])
+def test_pooling_of_wide_heads_and_of_whole_chunks(rule, mask):
+    """``dpool`` adds its gradient to that of ``dkv``; the mean of dense rows reads no biases."""
+    fixed = {"dtype": torch.bfloat16, "seed": 5, "sink_tokens": 5, "with_parameters": True}
+    sizes = {"head_dim": 80, "value_dim": 24, "chunk_size": 4, "window_size": 8}
+    schedule = dataclasses.replace(cases.SMALLEST, split_window=True, tma=mask == "none")
+    shape = {"batch": 1, "kv_heads": 1, "keys": 37, "queries": 37, "rule": rule, "mask": mask}
+    case = KernelCase(**shape, **fixed, **sizes)
+    case = dataclasses.replace(case, schedule=schedule)
+    with pytest.MonkeyPatch.context() as patch:
+        specs = []
+        load = launch.load
+        patch.setattr(launch, "load", lambda spec, how: specs.append(spec) or load(spec, how))
+        check(case)
+    assert any(spec.accumulate for spec in specs) == (rule != "mean")
+    assert any(spec.whole_chunks for spec in specs) == (rule == "mean" and mask == "none")
 
 
 @given(kernel_cases(max_keys=60))
@@ -141,8 +160,12 @@ def test_a_window_over_everything_is_softmax(case):
 @pytest.mark.parametrize("block_n", [16, 64])
 @pytest.mark.parametrize("kwargs", [{"mask": "none"}, {"mask": "holes"}], ids=str)
 def test_every_weight_dropped(block_n, kwargs):
+    """At the largest threshold below certainty, which kernels leave to the blocked code."""
     schedule = dataclasses.replace(KernelCase().schedule, block_n=block_n)
-    check(KernelCase(head_dim=16, value_dim=16, dropout_p=1.0, schedule=schedule, **kwargs))
+    case = KernelCase(head_dim=16, value_dim=16, dropout_p=1 - 2**-32, schedule=schedule, **kwargs)
+    check(case)
+    with pytest.raises(AssertionError):
+        run_kernels(dataclasses.replace(case, dropout_p=1.0))
 
 
 # --- the interpreter itself -----------------------------------------------------------------------

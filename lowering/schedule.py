@@ -14,7 +14,7 @@ import torch
 from flasheva_compile.lowering import schedule_cost
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import SHARED_LIMITS, Target
-from flasheva_compile.lowering.spec import Schedule
+from flasheva_compile.lowering.spec import Schedule, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -144,7 +144,10 @@ def _family(target: Target) -> str:
 def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
     """Drop what this spec cannot use from an entry that many specs share."""
     if spec.kind == "dsink" and spec.sink_size <= _FEW_SINKS:
-        schedule = dataclasses.replace(schedule, block_n=16)
+        split = len(parts(spec.head_dim)) > 1 or len(parts(spec.value_dim)) > 1
+        # Without wgmma every part of a split head holds its own fragments: smaller tiles, no spill.
+        block_m = 16 if split else schedule.block_m
+        schedule = dataclasses.replace(schedule, block_m=block_m, block_n=16)
     if spec.kind == "chunk_tokens" and spec.chunk_rule in _SOFTMAX_RULES:
         schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):

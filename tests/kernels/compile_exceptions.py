@@ -19,10 +19,6 @@ SPILLS: dict[str, dict[str, tuple[int, str]]] = {
             968,
             _EPILOGUE + "the sinks' sums and the gradient of pooling; one word in the loop",
         ),
-        "causal-bf16-d80-dsink": (
-            608,
-            "in the loops: heads of two parts take 64 queries for 16 sinks; 16 queries would fit",
-        ),
         "fp32-d256-dq": (264, "in the loops: products without matrix instructions keep both rows"),
         "bf16-d256-forward": (16, _KEPT),
         "bf16-d256-dkv": (712, _EPILOGUE + "the sinks' sums and the gradient of pooling"),

@@ -1,4 +1,4 @@
-"""CPU time and peak memory of the op pair (chunk_tokens + attention) against SDPA, as JSON.
+"""CPU time and peak memory of FlashEVA attention, pooling included, against SDPA, as JSON.
 
 Run ``python benchmarks/attention_cpu.py``. Each measurement is its own process, so that the peak
 resident memory belongs to it alone: ``ru_maxrss`` after the runs minus ``ru_maxrss`` before the

@@ -95,8 +95,8 @@ def attention_spec(
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
     """Launch the kernel of a spec with the values that it reads."""
+    schedule = _schedule(spec, values)
     with _on_device(values["k_ptr"]):
-        schedule = choose(spec)
         if schedule.tma and not all(describable(values[name]) for name in TILES[spec.kind]):
             schedule = dataclasses.replace(schedule, tma=False)
         kernel = load(spec, schedule)
@@ -105,6 +105,12 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
             described = descriptors(kernel.generated.arguments, spec, schedule, values)
             values = values | described
             kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
+
+
+def _schedule(spec: KernelSpec, values: dict[str, Any]) -> Schedule:
+    """Choose for the device of the tensors, which need not be the current one."""
+    with _on_device(values["k_ptr"]):
+        return choose(spec)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -145,7 +151,7 @@ def _values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]:
         "rfa_v_ptr": t.rfa_v.contiguous(),
         "rfa_bias_ptr": t.rfa_bias.contiguous(),
         **row_values(rows),
-        "slopes_ptr": t.alibi_slopes,
+        "slopes_ptr": None if t.alibi_slopes is None else t.alibi_slopes.contiguous(),
         "seed_ptr": t.dropout_seed,
         "heads": q.shape[1],
         "queries": q.shape[2],
@@ -178,12 +184,12 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """Differentiate :func:`attention_forward`, and with ``pooled`` the pooling in front of it.
 
-    Three launches, four with sinks in front of windows; no atomics, so every run gives the same
-    bits, and a row alone the same as in a batch.
+    Three launches, one more with sinks in front of windows and one more for learned rules of wide
+    heads; no atomics, so every run gives the same bits, and a row alone the same as in a batch.
 
     Args:
         dout: Gradient of ``out``, ``[B, Hq, L, Dv]``.
-        out: Forward result, contiguous.
+        out: Forward result.
         lse: Forward log-sum-exp.
         t: The tensors of the call.
         rows: Their layout.
@@ -198,7 +204,9 @@ def attention_backward(
     batch, heads, length, size = t.q.shape
     kv_rows = batch * t.k.shape[1]
     do = unit_stride(dout)
-    values = _values(t, rows, s) | {"do_ptr": do, "out_ptr": out, "lse_ptr": lse}
+    values = _values(t, rows, s) | {"do_ptr": do}
+    # Kernels compute their addresses; a compiler between the passes may have laid them out anew.
+    values |= {"out_ptr": out.contiguous(), "lse_ptr": lse.contiguous()}
     values |= strides("g", do, "bhm")
     dq = t.q.new_empty(batch, heads, length, size)
     blocks = -(-length // STATE_BLOCK) + 1
@@ -230,7 +238,7 @@ def _partial_sums(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _chunk_gradients(
     spec: KernelSpec, values: dict[str, Any], kv_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    schedule = choose(spec)
+    schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
     splits = _splits(_TILES_IN_FLIGHT // tiles)
@@ -245,7 +253,7 @@ def _chunk_gradients(
 
 def _sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> dict[str, Tensor]:
     like, sinks = values["lse_ptr"], spec.sink_size
-    tiles = -(-sinks // choose(spec).block_n)
+    tiles = -(-sinks // _schedule(spec, values).block_n)
     splits = _splits(values["queries"] * spec.group // _QUERIES_PER_SINK_PROGRAM)
     sums = tuple(
         like.new_empty(splits, kv_rows, sinks, dim) for dim in (spec.head_dim, spec.value_dim)
@@ -293,7 +301,7 @@ def run_over_keys(
     pooled: PooledChunks | None = None,
 ) -> tuple[Tensor, ...]:
     """Run ``dkv`` or ``dpool``; return the parts of the gradients of head vectors."""
-    tiles = -(-values["columns"] // choose(spec).block_n)
+    tiles = -(-values["columns"] // _schedule(spec, values).block_n)
     vectors: tuple[Tensor, ...] = ()
     if pooled is not None:
         pool_values, vectors = _pool_values(pooled, kv_rows, tiles, values["rfa_bias_ptr"], spec)
@@ -319,7 +327,8 @@ def _pool_values(
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     count = {"mean": 0, "tangent": 1, "evabyte": 2, "eva": 0}[pooled.rule]
     vectors = tuple(like.new_empty(kv_rows, tiles, spec.head_dim) for _ in range(count))
-    values: dict[str, Any] = {"mass_k_ptr": pooled.mass_k, "mass_v_ptr": pooled.mass_v}
+    masses = (x if x is None else x.contiguous() for x in (pooled.mass_k, pooled.mass_v))
+    values: dict[str, Any] = dict(zip(("mass_k_ptr", "mass_v_ptr"), masses, strict=True))
     values |= dict(zip(("dphi_ptr", "dp_ptr"), vectors, strict=False))
     return values | rule_values(pooled.rule, pooled.parameters), vectors
 

@@ -163,6 +163,11 @@ POINTER_TYPES = {
 }
 
 
+def strided(x: Tensor) -> Tensor:
+    """Return the same numbers with NaN between them: what a compiler may hand to a backward."""
+    return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
+
+
 def run_kernels(case: KernelCase) -> dict[str, Tensor]:
     """Pool, attend and differentiate on the generated kernels; results by name."""
     q, k, v, dout = case.inputs()
@@ -172,11 +177,12 @@ def run_kernels(case: KernelCase) -> dict[str, Tensor]:
         tokens, pooled = launch_pooling.chunk_tokens_forward(k, v, parameters, rows, **case.pooling)
         pooled = pooled if case.fused else None
         seed = torch.tensor([case.seed * 0x123456789]) if case.dropout_p else None
-        slopes = None if case.slopes is None else case.slopes.float()
+        slopes = None if case.slopes is None else strided(case.slopes.float())
         named = dict(zip(("q", "k", "v", *TOKENS), (q, k, v, *tokens), strict=True))
         t = Operands(**named, alibi_slopes=slopes, dropout_seed=seed)
         out, lse = launch.attention_forward(t, rows, case.settings, pooled)
-        grads = launch.attention_backward(dout, out, lse, t, rows, case.settings, pooled)
+        result = (strided(out), strided(lse))
+        grads = launch.attention_backward(dout, *result, t, rows, case.settings, pooled)
     names = [f"d{n}" for n in ("q", "k", "v", *TOKENS)] + [f"dp{n}" for n in range(2)]
     found = dict(zip(TOKENS, tokens, strict=True)) | {"out": out, "lse": lse}
     return found | dict(zip(names, grads, strict=False))

@@ -41,7 +41,7 @@ def render() -> str:
         for name in names:
             used = used_by(name, target)
             if used.stack:
-                found[name] = (used.stack, known.get(name, (0, "TODO: say why"))[1])
+                found[name] = (used.stack, known.get(name, (0, "unexplained"))[1])
             sys.stderr.write(f"{name}: {used}\n")
         rows = [f'        "{name}": ({stack}, "{why}"),' for name, (stack, why) in found.items()]
         lines += [f'    "{target}": {{', *rows, "    },"] if rows else []

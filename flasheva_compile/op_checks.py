@@ -147,3 +147,26 @@ def _check_placement(
     if segment_ids is not None:
         inside = o["q_offset"] >= 0 and o["q_offset"] + q.shape[2] <= k.shape[2]
         require(inside, "with segment_ids every query needs a column: q_offset + L <= S", op)
+
+
+def check_cache(
+    qkv: tuple[Tensor, ...],
+    key_mask: Tensor | None,
+    state: Sequence[Tensor],
+    o: dict[str, Any],
+) -> None:
+    """Check the arguments of ``flasheva::cache_append`` and ``flasheva::decode``."""
+    op, (q, k, v) = "flasheva::decode", qkv
+    _check_keys(op, k, v)
+    _check_options(op, {**o, "dropout_p": 0.0})
+    _check_masks(op, k, key_mask, None)
+    same = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and q.dtype == k.dtype
+    require(same, f"q is {tuple(q.shape)} {q.dtype} and k is {tuple(k.shape)} {k.dtype}", op)
+    require(q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} heads for {k.shape[1]} kv heads", op)
+    require(k.shape[2] > 0, "no token to append", op)
+    exact_k, exact_v = state[:2]
+    for name, x, kept in (("k", k, exact_k), ("v", v, exact_v)):
+        fits = x.shape[:2] == kept.shape[:2] and x.shape[3] == kept.shape[3]
+        message = f"{name} is {tuple(x.shape)} {x.dtype}, the cache holds {tuple(kept.shape)}"
+        hint = "use the batch and the model that the cache was filled with, or reset it"
+        require(fits and x.dtype == kept.dtype, f"{message} {kept.dtype}", op, hint)

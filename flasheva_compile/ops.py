@@ -325,7 +325,7 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
     shared = {name: o[name] for name in ("chunk_size", "scale", "version")}
     tokens = partial(_tokens, k, key_mask, segment_ids, shared)
     if rule == "eva":
-        parameters = _eva_features(q, k, tokens, parameters, noise)
+        parameters = eva_features(q, k, tokens, parameters, noise)
     if o["dropout_p"] > 0 and dropout_seed is None:
         dropout_seed = torch.randint(2**62, (1,), device=q.device)
     masks = (key_mask, segment_ids, alibi_slopes, dropout_seed)
@@ -345,14 +345,22 @@ def _tokens(
     return torch.ops.flasheva.chunk_tokens(*inputs, rule=rule, **options)
 
 
-def _eva_features(
+def eva_features(
     q: Tensor,
     k: Tensor,
     tokens: Callable[[str, Tensor, Sequence[Tensor]], tuple[Tensor, ...]],
     parameters: Sequence[Tensor],
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``rfa_k`` and ``omega`` of the ``eva`` rule; the mean rule averages q like values."""
+    """Compute ``rfa_k`` and ``omega`` of the ``eva`` rule; the mean rule averages q like values.
+
+    Args:
+        q: Queries, ``[B, Hq, S, D]``, or their group means ``[B, Hkv, S, D]``.
+        k: Keys, ``[B, Hkv, S, D]``.
+        tokens: Pools ``k`` and the given values by a rule with parameters.
+        parameters: None, or the eight tensors of both feature maps.
+        noise: ``[B, Hkv, C, D]``, clamped to [-1, 1]; training only.
+    """
     op = "flasheva_attention"
     paired = q.shape[2] == k.shape[2]
     require(paired, "chunk_rule='eva' needs a query for every key (L == S)", op, "cache omega")

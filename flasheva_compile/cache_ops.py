@@ -1,0 +1,162 @@
+"""The ops of generation, ``flasheva::cache_append`` and ``flasheva::decode``: they write a state.
+
+A call sees ``L`` new tokens and the state of :class:`CacheState`. Decoding token by token, in
+blocks, or everything at once computes one function: ``kernels/reference/attention.py``.
+"""
+
+# ruff: noqa: ANN401 - the ops' functions are typed by their schemas
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.implementations import Masks, pool
+from flasheva_compile.kernels.blocked import cache as blocked
+from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
+from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+from flasheva_compile.op_checks import OP_VERSION, check_cache
+from flasheva_compile.ops import eva_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from flasheva_compile.config import EvaConfig
+
+_STATE = tuple(CacheState._fields)
+_STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(_STATE))
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
+_OPTIONS = (
+    "str rule, int window_size, int chunk_size, int sink_tokens, str window, float scale, "
+    "float softcap, str version"
+)
+
+
+def cache_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> dict[str, Any]:
+    """Return the keyword arguments of both ops for a layer of ``config``."""
+    c = config.chunk_size
+    return {
+        "rule": config.chunk_rule,
+        "window_size": config.window_size,
+        "chunk_size": c,
+        "sink_tokens": -(-config.sink_tokens // c) * c,
+        "window": config.window,
+        "scale": scale,
+        "softcap": softcap,
+        "version": OP_VERSION,
+    }
+
+
+def cache_settings(o: dict[str, Any]) -> AttentionSettings:
+    """Return the settings of a causal layer from the ops' keyword arguments."""
+    names = ("window_size", "chunk_size", "sink_tokens", "window", "scale", "softcap")
+    return AttentionSettings(causal=True, q_offset=0, **{name: o[name] for name in names})
+
+
+def new_state(k: Tensor, v: Tensor, chunks: int, o: dict[str, Any]) -> CacheState:
+    """Allocate an empty state.
+
+    Args:
+        k: Any keys of the layer, ``[B, Hkv, *, D]``: gives sizes, dtype and device.
+        v: Any values, ``[B, Hkv, *, Dv]``.
+        chunks: Chunk tokens to make room for.
+        o: The ops' keyword arguments.
+    """
+    s = cache_settings(o)
+    batch, heads = k.shape[:2]
+    slots = s.sink_tokens + ring_size(s)
+    accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return CacheState(
+        exact_k=k.new_zeros(batch, heads, slots, k.shape[3]),
+        exact_v=v.new_zeros(batch, heads, slots, v.shape[3]),
+        exact_mask=k.new_zeros(batch, slots, dtype=torch.bool),
+        rfa_k=k.new_zeros(batch, heads, chunks, k.shape[3]),
+        rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3]),
+        rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
+        open_q=k.new_zeros(batch, heads, s.chunk_size if o["rule"] == "eva" else 0, k.shape[3]),
+        start=k.new_zeros(batch, dtype=torch.int64),
+        length=k.new_zeros(1, dtype=torch.int64),
+    )
+
+
+# --- flasheva::cache_append -----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "flasheva::cache_append", mutates_args=_STATE, schema=f"({_INPUTS}, *, {_OPTIONS}) -> ()"
+)
+def _cache_append(*args: Any, **options: Any) -> None:
+    q, k, v, parameters, key_mask, *state = args
+    check_cache((q, k, v), key_mask, state, options)
+    new = (_group_mean(q, k), k, v)
+    pool_chunks = partial(_pool_chunks, parameters, options)
+    settings = cache_settings(options)
+    blocked.cache_append(new, key_mask, CacheState(*state), pool_chunks, settings)
+
+
+@_cache_append.register_fake
+def _(*args: Any, **options: Any) -> None:
+    check_cache(args[:3], args[4], args[5:], options)
+
+
+# --- flasheva::decode -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "flasheva::decode",
+    mutates_args=_STATE,
+    schema=f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
+    q, k, v, parameters, key_mask, *state = args
+    check_cache((q, k, v), key_mask, state, options)
+    new = (_group_mean(q, k), k, v)
+    pool_chunks = partial(_pool_chunks, parameters, options)
+    settings = cache_settings(options)
+    return blocked.decode(q, new, key_mask, CacheState(*state), pool_chunks, settings)
+
+
+@_decode.register_fake
+def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    q, _, v = args[:3]
+    check_cache(args[:3], args[4], args[5:], options)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:3], dtype=accumulator)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+# --- pooling --------------------------------------------------------------------------------------
+
+
+def _group_mean(q: Tensor, k: Tensor) -> Tensor:
+    return q.unflatten(1, (k.shape[1], -1)).mean(2)
+
+
+def _pool_chunks(
+    parameters: Sequence[Tensor], o: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool ``n c`` keys into ``n`` chunk tokens, every chunk as a row of its own.
+
+    Rows count positions from their first valid key: as one row, a gap at the front would move the
+    borders between chunks.
+    """
+    c = o["chunk_size"]
+    chunks = k.shape[2] // c
+
+    def rows(x: Tensor) -> Tensor:
+        return x.unflatten(2, (chunks, c)).transpose(1, 2).flatten(0, 1)
+
+    k, v, masks = rows(k), rows(v), Masks(valid.reshape(-1, c))
+
+    def tokens(rule: str, values: Tensor, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return pool(k, values, p, masks, {**o, "rule": rule})[:3]
+
+    if o["rule"] == "eva":
+        parameters = eva_features(rows(q), k, tokens, parameters, None)
+    pooled = tokens(o["rule"], v, parameters)
+    rfa_k, rfa_v, rfa_bias = (x.unflatten(0, (-1, chunks)).transpose(1, 2) for x in pooled)
+    return rfa_k.flatten(2, 3), rfa_v.flatten(2, 3), rfa_bias.flatten(2, 3)

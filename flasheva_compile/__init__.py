@@ -1,5 +1,6 @@
 """FlashEVA for any PyTorch model: ``torch.compile(model, backend="flasheva")``."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import entry_points as _entry_points
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -22,27 +23,41 @@ from flasheva_compile.report import CompileReport  # noqa: E402
 
 if _TYPE_CHECKING:
     from flasheva_compile.api import explain
+    from flasheva_compile.generation.cache import FlashEvaCache
+    from flasheva_compile.generation.prepare import prepare, revert
+    from flasheva_compile.ops import flasheva_attention
+
+# Loading the compiler loads torch.compile's own machinery, and generation transformers: only when
+# they are used.
+_WHERE = {
+    "FlashEvaCache": "flasheva_compile.generation.cache",
+    "explain": "flasheva_compile.api",
+    "flasheva_attention": "flasheva_compile.ops",
+    "prepare": "flasheva_compile.generation.prepare",
+    "revert": "flasheva_compile.generation.prepare",
+}
 
 __all__ = [
     "CaptureError",
     "CompileReport",
     "ConfigError",
     "EvaConfig",
+    "FlashEvaCache",
     "FlashEvaError",
     "HybridConfig",
     "LoweringError",
     "PlanError",
     "RewriteError",
     "explain",
+    "flasheva_attention",
+    "prepare",
+    "revert",
 ]
 
 
 def __getattr__(name: str) -> object:
-    # Loading the compiler loads torch.compile's own machinery: only when it is used.
-    if name == "explain":
-        from flasheva_compile.api import explain
-
-        return explain
+    if name in _WHERE:
+        return getattr(_import_module(_WHERE[name]), name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)
 

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -243,3 +243,10 @@ def compile_aot_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Cal
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(graph, list(inputs))
+
+
+def mark_static_addresses(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell CUDA graphs that these tensors stay where they are; without effect while tracing."""
+    if not torch.compiler.is_compiling():
+        for x in tensors:
+            torch._dynamo.mark_static_address(x)

@@ -12,11 +12,13 @@ import torch
 from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
 from flasheva_compile.composites import take_apart
+from flasheva_compile.config import HybridConfig
+from flasheva_compile.errors import ConfigError
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
-from flasheva_compile.plan import expect_rewritten, plan
+from flasheva_compile.plan import expect_rewritten, keep_all, plan
 from flasheva_compile.report import CompileReport, LayerReport
-from flasheva_compile.scope import choose_scope, name_places
+from flasheva_compile.scope import choose_scope, is_prepared, name_places
 from flasheva_compile.site import AttentionSite, MissedSite, Replace, RewritePlan
 from flasheva_compile.translation import validate
 
@@ -82,6 +84,9 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         masks = _prove(sites, buffers)
     with _timed(seconds, "plan"):
         decided = plan(sites, layers, masks, settings)
+        if is_prepared(scope):
+            _expect_no_rules(settings)
+            decided = keep_all(decided, "prepare left it full")
     warnings = captured.warnings
     if settings.validate:
         with _timed(seconds, "validate"):
@@ -132,6 +137,16 @@ def _prove(
         )
         for site in sites
     )
+
+
+def _expect_no_rules(settings: Options) -> None:
+    """Refuse a second configuration: a prepared model runs what it was prepared with."""
+    if settings.hybrid != HybridConfig():
+        raise ConfigError(
+            "the model is prepared, its attentions have a configuration",
+            subject="options",
+            hint="give it to prepare(model, config), or revert(model) first",
+        )
 
 
 def _row(decision: Decision) -> LayerReport:

@@ -32,7 +32,8 @@ def explain(
     """Say what becomes of every attention of a model, and why.
 
     With inputs the model is traced and run once, and nothing is compiled or changed. Without
-    inputs the report is about what ``backend="flasheva"`` has compiled for the model so far.
+    inputs the report is about what ``backend="flasheva"`` has compiled for the model so far, or
+    about what ``prepare`` decided.
 
     Args:
         model: A module or function, compiled or not.
@@ -74,6 +75,9 @@ def _dry_run(
 
 
 def _compiled_so_far(model: object) -> CompileReport:
+    prepared = getattr(model, "_flasheva_prepared", None)
+    if prepared is not None:
+        return prepared.report
     reports = reports_of(model) if isinstance(model, nn.Module) else ()
     if not reports:
         raise ConfigError(

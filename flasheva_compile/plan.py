@@ -60,6 +60,15 @@ def plan(
     return RewritePlan(decisions=decisions)
 
 
+def keep_all(plan: RewritePlan, reason: str) -> RewritePlan:
+    """Leave every attention full, as expected."""
+    decisions = (
+        Keep(site=d.site, layer=d.layer, reason=reason, mask_text=d.mask_text, expected=True)
+        for d in plan.decisions
+    )
+    return RewritePlan(decisions=tuple(decisions))
+
+
 def expect_rewritten(plan: RewritePlan) -> None:
     """Refuse a plan that leaves an attention full without being told to: ``strict``.
 

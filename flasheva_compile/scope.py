@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from flasheva_compile.site import Place
 
 
+KEPT = "_flasheva_kept"
+"""Attribute of the modules of a prepared model that were not converted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """A module that contains the graph, and the graph's own module.
@@ -51,6 +55,11 @@ def enclosing_scopes() -> tuple[Scope, ...]:
     if not any(m is frame for m in around):
         around.append(frame)
     return tuple(Scope(model=m, frame=frame, local=local) for m in around)
+
+
+def is_prepared(scope: Scope) -> bool:
+    """Tell whether the graph belongs to a model that ``prepare`` converted."""
+    return scope.frame is not None and any(KEPT in vars(m) for m in scope.frame.modules())
 
 
 def name_places(places: Sequence[Place], scope: Scope) -> tuple[LayerName, ...]:

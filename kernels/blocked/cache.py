@@ -112,7 +112,8 @@ def _pool_complete(
         x if kept.shape[2] == 0 else torch.where(_wide(old), _rows(kept, at), _rows(x, index))
         for x, (kept, at) in zip(new, held, strict=True)
     )
-    pooled = pool(*qkv, valid)
+    q, k, v = qkv
+    pooled = pool(q, k, v, valid)
     slots = torch.arange(state.rfa_k.shape[2], device=before.device)
     index = slots - first[:, None]
     complete = (index >= 0) & (index < chunks) & ((slots + 1) * c <= after[:, None])

@@ -1,0 +1,1 @@
+"""Prepared transformers models: the attention "eva", its compressed cache, ``generate``."""

@@ -1,0 +1,96 @@
+"""The compressed cache of a prepared model, as transformers' ``Cache``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.cache_layer import EvaCacheLayer
+from flasheva_compile.generation.prepared import cached_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flasheva_compile.generation.prepared import CachedLayer
+
+
+class FlashEvaCache(Cache):
+    """A cache whose FlashEVA layers keep sinks, window and chunk tokens, whose others keep all.
+
+    Build it by :meth:`for_model`; ``generate`` of a prepared model does so by itself. It grows, or
+    is preallocated and then fit for CUDA graphs.
+
+    Args:
+        layers: One cache layer per attention.
+        **options: As of transformers' ``Cache``: ``offloading``, ``offload_only_non_sliding``.
+    """
+
+    def __init__(self, layers: list[Any], **options: Any) -> None:  # noqa: ANN401
+        super().__init__(layers=layers, **options)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        config: Any = None,  # noqa: ANN401 - what prepare takes
+        *,
+        max_batch_size: int | None = None,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+    ) -> FlashEvaCache:
+        """Build an empty cache.
+
+        Args:
+            model: A prepared model; with ``config`` given, it is prepared first.
+            config: As for :func:`flasheva_compile.prepare`.
+            max_batch_size: Rows to preallocate for; None = at the first call.
+            max_cache_len: Tokens to preallocate for; None = grow.
+            offloading: Keep the layers on the host while others run (growing caches).
+
+        Raises:
+            ConfigError: The model is not prepared, or the sizes contradict each other.
+        """
+        if config is not None:
+            from flasheva_compile.generation.prepare import prepare
+
+            prepare(model, config)
+        if max_cache_len is None and max_batch_size is not None:
+            message = f"{max_batch_size} without max_cache_len"
+            raise ConfigError(message, subject="max_batch_size", hint="give both, or neither")
+        converted = cached_layers(model)
+        text: Any = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if max_cache_len is None:
+            layers = list(DynamicCache(config=text).layers)
+        else:
+            layers = list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
+        for index, layer in converted.items():
+            layers[index] = EvaCacheLayer(layer.path, layer.config, max_cache_len)
+        cache = cls(layers, offloading=offloading)
+        if max_batch_size is not None:
+            cache._allocate(model, converted, max_batch_size)
+        return cache
+
+    def _allocate(
+        self, model: nn.Module, converted: dict[int, CachedLayer], batch_size: int
+    ) -> None:
+        """Allocate the FlashEVA layers; others allocate at their first call."""
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        for index, layer in converted.items():
+            k = weight.new_empty(batch_size, layer.kv_heads, 0, layer.head_dim)
+            v = weight.new_empty(batch_size, layer.kv_heads, 0, layer.value_dim)
+            eva: Any = self.layers[index]
+            eva.lazy_initialization(k, v)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors of all layers."""
+        tensors = [x for layer in self.layers for x in _tensors(layer)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
+    if isinstance(layer, EvaCacheLayer):
+        return list(layer.state or ())
+    return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

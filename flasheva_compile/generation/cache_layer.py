@@ -1,0 +1,303 @@
+"""One layer of the compressed cache: sinks, the window's ring, chunk tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from flasheva_compile import _torch_compat as compat
+from flasheva_compile.cache_ops import cache_options, new_state
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.kernels.blocked.cache_state import CacheState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from flasheva_compile.config import EvaConfig
+    from flasheva_compile.generation.eva_attention import EvaAttention
+
+_FIRST_CHUNKS = 64  # room of a growing layer at first
+
+
+class EvaCacheLayer(CacheLayerMixin):
+    """What one FlashEVA attention keeps; see :class:`CacheState`.
+
+    ``update`` returns the new keys and values as they are: the attention attends to them and to the
+    state, then appends them. So the layer works only under the attention it was made for.
+
+    Args:
+        path: The attention's module path, for messages.
+        config: How it approximates.
+        max_cache_len: Tokens to preallocate for; None = grow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
+        super().__init__()
+        self.path, self.config, self.max_cache_len = path, config, max_cache_len
+        self.is_compileable = max_cache_len is not None
+        self.state: CacheState | None = None
+        self.is_empty = True
+        self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
+        self.announced = False
+        self.record_past = False
+        self.snapshot: CacheState | None = None
+        self.recorded: list[tuple[Tensor, ...]] = []
+        self.replay: Callable[..., None] | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        kind = f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
+        return f"EvaCacheLayer({self.path}: {kind})"
+
+    # --- what transformers calls ------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the first tokens."""
+        k, v = key_states.detach(), value_states.detach()
+        self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
+        c = self.config.chunk_size
+        tokens = self.max_cache_len or max(k.shape[2], _FIRST_CHUNKS * c)
+        self.state = new_state(k, v, -(-tokens // c), cache_options(self.config, 1.0))
+        if self.max_cache_len is not None:
+            compat.mark_static_addresses(self.state)
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_: Any,  # noqa: ANN401 - what other layers take
+        **__: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values; the attention that follows appends them."""
+        if not self.announced:
+            raise ConfigError(
+                "its compressed cache was updated outside of a prepared attention",
+                subject=self.path,
+                hint="pass the cache to the model that FlashEvaCache.for_model was called with",
+            )
+        self.announced = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns that the two-dimensional mask covers, and 0."""
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> Any:  # noqa: ANN401 - as of transformers' own preallocated layers
+        """Return the tokens seen: an int, or a tensor if preallocated."""
+        if self.max_cache_len is None:
+            return self.seen
+        return self.state.length[0] if self.state is not None else 0
+
+    def get_max_length(self) -> int:
+        """Return the tokens there is room for, -1 = any number."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self.is_empty, self.seen, self.announced = True, 0, False
+        self.snapshot, self.recorded = None, []
+        if self.state is not None:
+            for x in self.state:
+                x.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        def rows(state: CacheState) -> CacheState:
+            changed = CacheState._make(change(x) for x in (*state[:-1], state.start))
+            changed = changed._replace(length=state.length)
+            same = changed.start.shape == state.start.shape
+            if self.max_cache_len is None or not same:
+                return changed
+            for x, new in zip(state, changed, strict=True):
+                x.copy_(new)  # captured CUDA graphs know these addresses
+            return state
+
+        if self.state is not None:
+            self.state = rows(self.state)
+            self.batch_size = self.state.start.shape[0]
+        if self.snapshot is not None:
+            self.snapshot = rows(self.snapshot)
+        self.recorded = [
+            tuple(x if x is None else change(x) for x in call) for call in self.recorded
+        ]
+
+    def offload(self) -> None:
+        """Move the state to the host."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the state back to its device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.state is not None:
+            self.state = CacheState(*(x.to(device, non_blocking=True) for x in self.state))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvaCacheLayer:
+        copy = type(self)(self.path, self.config, self.max_cache_len)
+        memo[id(self)] = copy
+        # Tensors that an op returned cannot be deep-copied where gradients are on.
+        for name, value in vars(self).items():
+            setattr(copy, name, _copied(value))
+        return copy
+
+    # --- rollback ---------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """Keep what :meth:`crop` needs from now on."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens and what recording kept.
+
+        Raises:
+            ConfigError: The tokens came before recording began, or before the last ``crop``.
+        """
+        if tokens_to_remove > 0:
+            message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
+            raise ConfigError(message, subject=self.path)
+        recorded = sum(call[1].shape[2] for call in self.recorded)
+        if -tokens_to_remove > recorded:
+            raise ConfigError(
+                f"crop({tokens_to_remove}) with {recorded} tokens recorded: what a window let go "
+                "cannot be restored",
+                subject=self.path,
+                hint="call activate_past_recording() before the tokens are appended",
+            )
+        if tokens_to_remove < 0:
+            self._rewind(recorded + tokens_to_remove)
+        self.snapshot, self.recorded = None, []
+
+    def _rewind(self, keep: int) -> None:
+        """Restore the snapshot and append the first ``keep`` recorded tokens again."""
+        assert self.state is not None
+        assert self.snapshot is not None
+        assert self.replay is not None
+        removed = sum(call[1].shape[2] for call in self.recorded)
+        for x, old in zip(_small(self.state), _small(self.snapshot), strict=True):
+            x.copy_(old)
+        self.seen -= removed
+        q, k, v = (torch.cat([call[i] for call in self.recorded], 2)[:, :, :keep] for i in range(3))
+        masks = [call[3] for call in self.recorded]
+        if keep:
+            mask = None if masks[0] is None else torch.cat(masks, 1)[:, :keep]
+            self.replay(q, k, v, mask, self.state)
+            self.seen += keep
+        self.is_empty = self.max_cache_len is None and self.seen == 0
+
+    def _record(self, call: tuple[Tensor | None, ...], replay: Callable[..., None]) -> None:
+        if not self.recorded:
+            assert self.state is not None
+            small = {id(x) for x in _small(self.state)}
+            self.snapshot = CacheState(*(x.clone() if id(x) in small else x for x in self.state))
+        self.recorded.append(call)  # pyright: ignore[reportArgumentType]
+        self.replay = replay
+
+    # --- attention --------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        eva: EvaAttention,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens and attend from them; see :meth:`EvaAttention.forward`."""
+        q, k, v = qkv
+        assert self.state is not None
+        key_mask = self._new_columns(mask, k.shape[2])
+        parameters = [x.detach() for x in eva.rule_parameters()]
+        options = cache_options(self.config, scale, softcap)
+        self._make_room(k.shape[2])
+        if self.record_past:
+            replay = _Replay(parameters, options)
+            self._record(
+                (q.detach().clone(), k.detach().clone(), v.detach().clone(), key_mask), replay
+            )
+        first, self.is_empty = self.is_empty, False
+        self.seen += k.shape[2] if self.max_cache_len is None else 0
+        if not first or k.shape[2] == 1:
+            return torch.ops.flasheva.decode(q, k, v, parameters, key_mask, *self.state, **options)
+        result = eva.attend_all(qkv, key_mask, None, scale=scale, softcap=softcap)
+        new = (x.detach() for x in qkv)
+        torch.ops.flasheva.cache_append(*new, parameters, key_mask, *self.state, **options)
+        return result
+
+    def _new_columns(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+        if mask is None:
+            return None
+        if mask.dtype != torch.bool:
+            message = "packed documents cannot be appended to a cache"
+            raise ConfigError(message, subject=self.path, hint="pass use_cache=False")
+        if self.max_cache_len is None:
+            return mask[:, self.seen : self.seen + tokens]
+        assert self.state is not None
+        return mask.index_select(1, self.state.length + torch.arange(tokens, device=mask.device))
+
+    def _make_room(self, tokens: int) -> None:
+        """Grow the chunk tokens of a layer that is not preallocated."""
+        assert self.state is not None
+        chunks, capacity = (self.seen + tokens) // self.config.chunk_size, self.state.rfa_k.shape[2]
+        if self.max_cache_len is not None or chunks <= capacity:
+            return
+        more = max(chunks, 2 * capacity) - capacity
+        grown = {
+            name: _extended(getattr(self.state, name), more)
+            for name in ("rfa_k", "rfa_v", "rfa_bias")
+        }
+        self.state = self.state._replace(**grown)
+
+
+class _Replay:
+    """Append again what was rolled back too far."""
+
+    def __init__(self, parameters: list[Tensor], options: dict[str, Any]) -> None:
+        self.parameters, self.options = parameters, options
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: CacheState
+    ) -> None:
+        torch.ops.flasheva.cache_append(q, k, v, self.parameters, mask, *state, **self.options)
+
+
+def _extended(x: Tensor, more: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2)
+
+
+def _small(state: CacheState) -> tuple[Tensor, ...]:
+    """Return what a rollback restores: chunk tokens that do not exist yet are never visible."""
+    return tuple(x for name, x in state._asdict().items() if not name.startswith("rfa_"))
+
+
+def _copied(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, CacheState):
+        return CacheState(*(x.detach().clone() for x in value))
+    if isinstance(value, list):
+        return [tuple(x if x is None else x.detach().clone() for x in call) for call in value]
+    return value

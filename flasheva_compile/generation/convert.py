@@ -1,0 +1,115 @@
+"""Carry out what was decided for a model's attentions: submodules, hooks, configurations."""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.config import EvaConfig
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation import interface
+from flasheva_compile.generation.cache_layer import EvaCacheLayer
+from flasheva_compile.generation.default_cache import prepare_cache
+from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.interface import KeptAttention
+from flasheva_compile.generation.prepared import CachedLayer, Prepared, attention_configs
+from flasheva_compile.scope import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from flasheva_compile.config import HybridConfig
+    from flasheva_compile.generation.probe import ProbedAttention
+    from flasheva_compile.report import CompileReport
+
+_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+_VERSION = 1
+
+
+def convert(
+    model: Any,  # noqa: ANN401
+    found: Sequence[ProbedAttention],
+    decisions: Mapping[str, EvaConfig | str],
+    hybrid: HybridConfig,
+    report: CompileReport,
+) -> None:
+    """Convert in place; :func:`revert` undoes it.
+
+    Args:
+        model: The model.
+        found: Its attentions.
+        decisions: Path -> configuration, or the reason why it stays full.
+        hybrid: The configuration, to be saved with the model.
+        report: One row per attention.
+    """
+    interface.register()
+    by_id = {id(seen.module): seen for seen in found}
+    converted: dict[int, CachedLayer] = {}
+    for module in list(model.modules()):
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        seen = by_id.get(id(module))
+        decision = None if seen is None else decisions[seen.path]
+        if seen is not None and isinstance(decision, EvaConfig):
+            module.flasheva = _eva_attention(seen, decision)
+            assert seen.index is not None
+            converted[seen.index] = CachedLayer(
+                path=seen.path,
+                config=decision,
+                kv_heads=seen.kv_heads,
+                head_dim=seen.head_dim,
+                value_dim=seen.value_dim,
+            )
+        elif implementation is not None:
+            causal = seen is not None and seen.causal
+            setattr(module, KEPT, KeptAttention(implementation, causal))
+        if seen is not None:
+            module.register_forward_pre_hook(announce_cache, with_kwargs=True)
+    model._flasheva_prepared = Prepared(
+        hybrid=hybrid,
+        converted=converted,
+        report=report,
+        implementations=_switch(model, hybrid),
+    )
+    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+
+
+def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:
+    device = next((p.device for p in seen.module.parameters()), torch.device("cpu"))
+    return EvaAttention(seen.path, config, seen.kv_heads, seen.head_dim, device)
+
+
+def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]]:
+    """Point every configuration of the model at the attention "eva"."""
+    before: dict[int, tuple[Any, str]] = {}
+    for config in attention_configs(model):
+        if id(config) in before:
+            continue
+        name = config._attn_implementation
+        before[id(config)] = (config, name)
+        config._attn_implementation = interface.NAME
+        config.flasheva = {
+            "version": _VERSION,
+            "layers": hybrid.to_dict(),
+            "full_implementation": name,
+        }
+    return before
+
+
+def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    """Before an attention runs, tell it which cache layer it will update."""
+    cache = next((kwargs[n] for n in _CACHE_ARGUMENTS if kwargs.get(n) is not None), None)
+    eva = getattr(module, "flasheva", None)
+    layer = None
+    if cache is not None and module.layer_idx < len(cache.layers):
+        layer = cache.layers[module.layer_idx]
+    if eva is None:
+        getattr(module, KEPT).cache_layer = layer
+    elif isinstance(layer, EvaCacheLayer):
+        if layer.path != eva.path or layer.config != eva.config:
+            message = f"its cache was made for {layer.path} with {layer.config}"
+            raise ConfigError(message, subject=eva.path, hint="use FlashEvaCache.for_model(model)")
+        eva.cache_layer, layer.announced = layer, True

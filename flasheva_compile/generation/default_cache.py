@@ -1,0 +1,52 @@
+"""What ``generate`` of a prepared model starts from: a compressed cache, unless it is given one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.cache import FlashEvaCache
+
+
+def prepare_cache(
+    self: Any,  # noqa: ANN401 - a prepared model
+    generation_config: Any,  # noqa: ANN401
+    model_kwargs: dict[str, Any],
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Let ``generate`` start from a compressed cache; the user's own cache is left alone."""
+    from transformers.cache_utils import DynamicCache, StaticCache
+
+    result = type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, *args, **kwargs
+    )
+    cache = model_kwargs.get("past_key_values")
+    if cache is None or getattr(cache, "_is_user_defined", False):
+        if isinstance(cache, FlashEvaCache):
+            _expect_room(cache, generation_config)
+        return result
+    name = generation_config.cache_implementation
+    if type(cache) is DynamicCache:
+        made = FlashEvaCache.for_model(self, offloading=name == "offloaded")
+    elif type(cache) is StaticCache and name == "static":
+        made = FlashEvaCache.for_model(self, max_cache_len=cache.get_max_length())
+    else:
+        raise ConfigError(
+            f"cache_implementation={name!r} cannot hold chunk tokens",
+            hint='use "dynamic", "offloaded" or "static", or revert(model)',
+        )
+    if generation_config.is_assistant:
+        made.activate_past_recording()
+    model_kwargs["past_key_values"] = made
+    return result
+
+
+def _expect_room(cache: FlashEvaCache, generation_config: Any) -> None:  # noqa: ANN401
+    room, needed = cache.get_max_length(), generation_config.max_length
+    if room >= 0 and needed is not None and needed > room + 1:
+        raise ConfigError(
+            f"holds {room} tokens, generate may need {needed - 1}",
+            subject="past_key_values",
+            hint="build it with a larger max_cache_len, or lower max_new_tokens",
+        )

@@ -1,0 +1,145 @@
+"""The submodule that a prepared attention gets: its configuration, its rule's parameters, its call.
+
+It lives at ``<attention>.flasheva``, so that ``state_dict``, optimizers, DDP, FSDP and peft see its
+parameters like any others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.ops import flasheva_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flasheva_compile.config import EvaConfig
+    from flasheva_compile.generation.cache_layer import EvaCacheLayer
+
+
+class EvaAttention(nn.Module):
+    """FlashEVA attention of one layer.
+
+    Args:
+        path: The attention's module path, for messages.
+        config: How it approximates.
+        kv_heads: ``Hkv``.
+        head_dim: ``D``.
+        device: Where to create the parameters; they are fp32.
+    """
+
+    def __init__(
+        self, path: str, config: EvaConfig, kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.path, self.config = path, config
+        for name, value in _initial_parameters(config, kv_heads, head_dim).items():
+            self.register_parameter(name, nn.Parameter(value.to(device)))
+        self.cache_layer: EvaCacheLayer | None = None  # set for the time of one forward
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows."""
+        c = self.config
+        return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
+
+    def rule_parameters(self) -> list[Tensor]:
+        """Return the rule's parameters in the order of the ops."""
+        return list(self.parameters(recurse=False))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            query: ``[B, Hq, L, D]``.
+            key: ``[B, Hkv, S, D]``; the new keys alone where a compressed cache holds the others.
+            value: ``[B, Hkv, S, Dv]``.
+            mask: Of every column so far, ``[B, >= S]``: bool, True = may attend, or integers,
+                the packed documents' ids; None = one document, all valid.
+            scale: Score scale.
+            softcap: ``softcap * tanh(score / softcap)``; 0 = none.
+            dropout_p: Probability of dropping a weight.
+
+        Returns:
+            ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``.
+        """
+        layer, self.cache_layer = self.cache_layer, None
+        if layer is not None:
+            return layer.attend(self, (query, key, value), mask, scale, softcap)
+        key_mask, segment_ids = self._masks(mask, key.shape[2])
+        options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+        return self.attend_all((query, key, value), key_mask, segment_ids, **options)
+
+    def attend_all(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        **options: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from the last queries to all keys; see :func:`flasheva_attention`."""
+        q, k, v = qkv
+        c = self.config
+        return flasheva_attention(
+            q,
+            k,
+            v,
+            parameters=self.rule_parameters(),
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            window_size=c.window_size,
+            chunk_size=c.chunk_size,
+            sink_tokens=c.sink_tokens,
+            window=c.window,
+            chunk_rule=c.chunk_rule,
+            q_offset=k.shape[2] - q.shape[2],
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _masks(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+        if mask is None:
+            return None, None
+        if mask.shape[1] < columns:
+            raise ConfigError(
+                f"{columns} keys for an attention_mask of {mask.shape[1]} columns",
+                subject=self.path,
+                hint="pass FlashEvaCache.for_model(model), or a cache that grows",
+            )
+        mask = mask[:, :columns]
+        return (mask, None) if mask.dtype == torch.bool else (None, mask)
+
+
+def _initial_parameters(config: EvaConfig, heads: int, size: int) -> dict[str, Tensor]:
+    """Return the rule's parameters where training starts.
+
+    ``tangent`` starts as ``mean``; ``evabyte`` too, with a bias that counts a chunk's tokens;
+    ``eva`` starts at LayerNorm of the means (its ``f`` has a LayerNorm).
+    """
+    if config.chunk_rule == "tangent":
+        return {"phi": torch.zeros(heads, size)}
+    if config.chunk_rule == "evabyte":
+        bias = torch.full((heads,), math.log(config.chunk_size))
+        return {"a": torch.zeros(heads, size), "p": torch.zeros(heads, size), "b": bias}
+    if config.chunk_rule == "mean":
+        return {}
+    parameters: dict[str, Any] = {}
+    for side in ("q", "k"):
+        parameters[f"{side}_weight"] = torch.eye(size)
+        parameters[f"{side}_bias"] = torch.zeros(size)
+        parameters[f"{side}_norm_weight"] = torch.ones(size)
+        parameters[f"{side}_norm_bias"] = torch.zeros(size)
+    return parameters

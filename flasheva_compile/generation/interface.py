@@ -1,0 +1,233 @@
+"""The attention "eva" of transformers: an attention function and the mask function it needs.
+
+transformers calls the mask function once per kind of mask and hands its result to every attention
+of that kind. Ours keeps a causal mask two-dimensional, so that no ``[N, N]`` tensor exists; layers
+that stay full expand it as their own implementation wants it.
+
+The name may not contain "flash": transformers takes such names for FlashAttention.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.scope import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+NAME = "eva"
+
+_UNSUPPORTED = ("position_bias", "indices", "block_indices")
+
+
+@dataclass
+class KeptAttention:
+    """An attention of a prepared model that stays as it was.
+
+    Attributes:
+        implementation: The name of its own attention function.
+        causal: Whether it takes the model's plain causal mask; otherwise it has its own.
+        cache_layer: Its cache layer, for the time of one forward.
+    """
+
+    implementation: str
+    causal: bool
+    cache_layer: Any = None
+
+
+def unsupported_inputs(inputs: dict[str, Any]) -> list[str]:
+    """Return the names of given inputs that FlashEVA attention has no meaning for."""
+    return [name for name in _UNSUPPORTED if inputs.get(name) is not None]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,  # noqa: ANN401 - transformers passes what its models have
+) -> tuple[Tensor, Tensor | None]:
+    """Attend for one attention of a prepared model, as transformers' AttentionInterface has it."""
+    eva = getattr(module, "flasheva", None)
+    if eva is None:
+        inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return _kept_forward(module, query, key, value, attention_mask, inputs)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ConfigError(
+            f"a mask of shape {tuple(attention_mask.shape)}; a prepared attention takes the "
+            "model's own causal mask",
+            subject=eva.path,
+            hint="pass a 2-D attention_mask or none, or leave the layer full",
+        )
+    refused = unsupported_inputs(kwargs)
+    if refused:
+        raise ConfigError(f"was called with {', '.join(refused)}", subject=eva.path)
+    out, lse = eva(
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap") or 0.0,
+        dropout_p=dropout if module.training else 0.0,
+    )
+    sink = kwargs.get("s_aux")
+    if sink is not None:
+        out = _with_sink_logits(out, lse, sink, eva.path)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_sink_logits(out: Tensor, lse: Tensor, sink: Tensor, path: str) -> Tensor:
+    """Add one logit per head, ``[Hq]``, to the softmax; nothing is attended for it."""
+    if torch.is_grad_enabled() and out.requires_grad:
+        message = "attention sinks (s_aux) have no gradient yet"
+        raise ConfigError(message, subject=path, hint="leave the layer full to train the model")
+    share = torch.sigmoid(lse - sink.view(1, -1, 1).to(lse.dtype))
+    return (out * share[..., None]).to(out.dtype)
+
+
+# --- attentions that stay full --------------------------------------------------------------------
+
+
+def _kept_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    kept = getattr(module, KEPT, None)
+    if kept is None:
+        message = f"{type(module).__name__} was not part of the model when it was prepared"
+        raise ConfigError(message, hint="call prepare(model, config) again")
+    layer, kept.cache_layer = kept.cache_layer, None
+    if kept.causal:
+        mask = _causal_mask(module, kept.implementation, query, key, mask, layer)
+    function = own_attention_function(module, kept.implementation)
+    return function(module, query, key, value, mask, **inputs)
+
+
+def _causal_mask(
+    module: Any,  # noqa: ANN401 - an attention of transformers, with its config
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    layer: Any,  # noqa: ANN401 - a cache layer of transformers
+) -> Tensor | None:
+    """Expand the two-dimensional mask as the layer's own implementation wants it."""
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        and_masks,
+        causal_mask_function,
+        packed_sequence_mask_function,
+    )
+
+    queries, keys = query.shape[2], key.shape[2]
+    preallocated = layer is not None and layer.get_max_length() == keys
+    offset = (
+        layer.get_seq_length() - queries if layer is not None and preallocated else keys - queries
+    )
+    mask_function = causal_mask_function
+    if mask is not None and mask.dtype != torch.bool:
+        mask_function, mask = and_masks(mask_function, packed_sequence_mask_function(mask)), None
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=query.shape[0],
+        q_length=queries,
+        kv_length=keys,
+        q_offset=offset,
+        kv_offset=0,
+        mask_function=mask_function,
+        attention_mask=mask,
+        allow_is_causal_skip=mask_function is causal_mask_function and not preallocated,
+        dtype=query.dtype,
+        config=module.config,
+        use_vmap=False,
+        device=query.device,
+    )
+
+
+def own_attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """Return the attention function of a model's own implementation."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if implementation == "eager" and eager is not None:
+        return eager
+    found: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return found
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def is_causal(mask_function: Callable[..., Any]) -> bool:
+    """Tell whether a mask function of transformers is the plain causal one."""
+    from transformers.masking_utils import causal_mask_function
+
+    return mask_function is causal_mask_function
+
+
+def is_packed(mask_function: Callable[..., Any], inputs: dict[str, Any]) -> bool:
+    """Tell whether it is causal attention within packed documents.
+
+    transformers combines the two by ``and_masks``, without a mask tensor; it passes ``local_size``
+    for windows and ``use_vmap=True`` for a model's own additions.
+    """
+    name = getattr(mask_function, "__qualname__", "")
+    plain = not inputs.get("use_vmap") and inputs.get("local_size") is None
+    return name.startswith("and_masks.") and plain and inputs.get("attention_mask") is None
+
+
+def causal_mask(**inputs: Any) -> Tensor | None:  # noqa: ANN401 - the interface's keywords
+    """Return the mask of a prepared model, as transformers' AttentionMaskInterface has it.
+
+    Returns:
+        Of plain causal attention: None, or ``[B, columns]`` bool, of all columns so far. Of packed
+        documents: ``[B, N]`` int64, their ids. Of anything else: what the model's own
+        implementation makes of it.
+    """
+    mask_function, mask = inputs["mask_function"], inputs.get("attention_mask")
+    if is_causal(mask_function):
+        return None if mask is None else _of_length(mask.bool(), inputs)
+    if is_packed(mask_function, inputs):
+        return _document_ids(mask_function, inputs)
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    implementation = inputs["config"].flasheva["full_implementation"]
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**inputs)
+
+
+def _of_length(mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+    missing = inputs["kv_length"] + inputs.get("kv_offset", 0) - mask.shape[1]
+    if not isinstance(missing, int) or missing <= 0:
+        return mask
+    return torch.nn.functional.pad(mask, (0, missing), value=False)
+
+
+def _document_ids(mask_function: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    """Number the documents: one begins where a token may not attend the token before it."""
+    column = torch.arange(inputs["q_length"], device=inputs["device"])
+    row = torch.arange(inputs["batch_size"], device=inputs["device"])[:, None]
+    before = (column - 1).clamp(min=0)[None]
+    return (~mask_function(row, torch.zeros_like(row), column[None], before)).long().cumsum(-1)
+
+
+def register() -> None:
+    """Make the name known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, causal_mask)

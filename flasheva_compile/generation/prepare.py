@@ -1,0 +1,201 @@
+"""``prepare`` and ``revert``: route a transformers model's attention through FlashEVA, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flasheva_compile.config import EvaConfig, HybridConfig
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.convert import announce_cache, convert
+from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
+from flasheva_compile.generation.probe import ProbedAttention, probe
+from flasheva_compile.generation.verify import verify
+from flasheva_compile.layer_names import name_layers
+from flasheva_compile.report import CompileReport, LayerReport
+from flasheva_compile.scope import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+_VERSION = 1
+
+
+def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transformers model
+    """Convert a transformers model's attentions to FlashEVA, in place.
+
+    The model then attends through ops of ours, uncompiled or compiled alike; each converted
+    attention has a submodule ``flasheva`` with the trainable parameters of its chunk rule, and
+    ``generate`` uses a :class:`FlashEvaCache`. A trial run on nine tokens decides which attentions
+    can be converted; all others stay full, with a reason (:func:`report_of`).
+
+    Args:
+        model: A causal language model of transformers.
+        config: A ``HybridConfig``, an ``EvaConfig``, or a dict: the ``layers`` dict of the backend,
+            or fields of ``EvaConfig``. None = the defaults, or what the model was saved with.
+
+    Returns:
+        The same model. Preparing it again with the same configuration changes nothing.
+
+    Raises:
+        ConfigError: Wrong configuration, nothing to convert, or not a model of transformers.
+    """
+    _expect_language_model(model)
+    saved = getattr(model.config, "flasheva", None)
+    hybrid = hybrid_config(config if config is not None or not saved else saved["layers"])
+    prepared = getattr(model, ATTRIBUTE, None)
+    if prepared is not None:
+        if prepared.hybrid.to_dict() == hybrid.to_dict():
+            return model
+        revert(model)
+    found = probe(model)
+    decisions = _decide(model, found, hybrid)
+    report = _report(found, decisions)
+    convert(model, found, decisions, hybrid, report)
+    try:
+        verify(model)
+    except Exception:
+        revert(model)
+        raise
+    _log(report)
+    return model
+
+
+def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
+    """Undo :func:`prepare`, in place; the chunk rules' parameters are dropped.
+
+    Raises:
+        ConfigError: The model is not prepared.
+    """
+    prepared = prepared_of(model)
+    for module in list(model.modules()):
+        module.__dict__.pop(KEPT, None)
+        if isinstance(module._modules.get("flasheva"), EvaAttention):
+            del module._modules["flasheva"]
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is announce_cache:  # by identity: a copied model has no handles
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for config, name in prepared.implementations.values():
+        config._attn_implementation = name
+        config.__dict__.pop("flasheva", None)
+    del model._flasheva_prepared
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    return model
+
+
+def report_of(model: Any) -> CompileReport:  # noqa: ANN401 - a transformers model
+    """Return what :func:`prepare` decided for each attention of a prepared model."""
+    return prepared_of(model).report
+
+
+def hybrid_config(config: Any) -> HybridConfig:  # noqa: ANN401
+    """Read what :func:`prepare` accepts."""
+    if config is None:
+        return HybridConfig()
+    if isinstance(config, HybridConfig):
+        return config
+    if isinstance(config, EvaConfig):
+        return HybridConfig(default=config)
+    if not isinstance(config, Mapping):
+        message = f"must be a HybridConfig, an EvaConfig or a dict, got {type(config).__name__}"
+        raise ConfigError(message, subject="config")
+    if "layers" in config:
+        rest = {name: value for name, value in config.items() if name not in ("layers", "version")}
+        return HybridConfig.from_dict(config["layers"], base=EvaConfig.from_dict(rest))
+    fields = {field.name for field in dataclasses.fields(EvaConfig)}
+    if fields & set(config):
+        return HybridConfig(default=EvaConfig.from_dict(config))
+    return HybridConfig.from_dict(config)
+
+
+def _expect_language_model(model: Any) -> None:  # noqa: ANN401
+    from transformers import PreTrainedModel
+
+    hint = 'use torch.compile(model, backend="flasheva") for any other module'
+    if not isinstance(model, PreTrainedModel):
+        name = type(model).__name__
+        raise ConfigError(f"{name} is not a model of transformers", subject="model", hint=hint)
+    if model.config.is_encoder_decoder:
+        message = f"{type(model).__name__} is an encoder-decoder model"
+        raise ConfigError(message, subject="model", hint=hint)
+
+
+# --- deciding -------------------------------------------------------------------------------------
+
+
+def _decide(
+    model: nn.Module, found: Sequence[ProbedAttention], hybrid: HybridConfig
+) -> dict[str, EvaConfig | str]:
+    """Map each attention's path to its configuration, or to the reason why it stays full."""
+    modules = [name for name, _ in model.named_modules()]
+    names = name_layers([seen.path for seen in found], modules)
+    hybrid.check(names, modules)
+    decisions: dict[str, EvaConfig | str] = {}
+    shared = [seen.index for seen in found]
+    for seen, name in zip(found, names, strict=True):
+        reason = seen.reason
+        if not reason and (seen.calls != 2 or shared.count(seen.index) != 1):
+            reason = "it runs more than once in a forward pass, or shares its cache"
+        config = hybrid.resolve(name)
+        if config == "full":
+            decisions[seen.path] = "the configuration leaves it full"
+        else:
+            decisions[seen.path] = reason or config
+    if not any(isinstance(decision, EvaConfig) for decision in decisions.values()):
+        raise _nothing_converted(model, decisions)
+    return decisions
+
+
+def _nothing_converted(model: nn.Module, decisions: Mapping[str, EvaConfig | str]) -> ConfigError:
+    reasons = sorted({str(decision) for decision in decisions.values()})
+    why = "; ".join(reasons) or "no attention goes through transformers' AttentionInterface"
+    return ConfigError(
+        f"no attention of {type(model).__name__} can be converted: {why}",
+        hint='torch.compile(model, backend="flasheva") recognises attention in the graph instead',
+    )
+
+
+def _report(
+    found: Sequence[ProbedAttention], decisions: Mapping[str, EvaConfig | str]
+) -> CompileReport:
+    rows: list[LayerReport] = []
+    for seen in found:
+        decision = decisions[seen.path]
+        facts: dict[str, Any] = {
+            "heads": seen.heads,
+            "kv_heads": seen.kv_heads,
+            "head_dim": seen.head_dim,
+            "value_dim": seen.value_dim,
+        }
+        if isinstance(decision, str):
+            expected = decision.startswith("the configuration")
+            row = LayerReport(path=seen.path, decision="full", reason=decision, expected=expected)
+        else:
+            facts |= dataclasses.asdict(decision) | {"sink_tokens": decision.sink_size}
+            row = LayerReport(
+                path=seen.path,
+                decision="eva",
+                reason="prepared",
+                mask="causal, padding",
+                causal=True,
+                **facts,
+            )
+        rows.append(row)
+    return CompileReport(layers=tuple(rows))
+
+
+def _log(report: CompileReport) -> None:
+    for row in report.layers:
+        log.info("%s: %s%s", row.path, row.decision, f" ({row.reason})" if row.reason else "")
+    if report.unexpected:
+        reasons = sorted({row.reason for row in report.unexpected})
+        log.warning("%d attentions stay full: %s", len(report.unexpected), "; ".join(reasons))

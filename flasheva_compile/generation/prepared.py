@@ -1,0 +1,88 @@
+"""What a prepared model remembers of its preparation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from flasheva_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from flasheva_compile.config import EvaConfig, HybridConfig
+    from flasheva_compile.report import CompileReport
+
+ATTRIBUTE = "_flasheva_prepared"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CachedLayer:
+    """What a prepared attention's cache layer is built from.
+
+    Attributes:
+        path: The attention's module path.
+        config: How it approximates.
+        kv_heads: ``Hkv``.
+        head_dim: ``D``.
+        value_dim: ``Dv``.
+    """
+
+    path: str
+    config: EvaConfig
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Prepared:
+    """What :func:`prepare` did to a model; :func:`revert` undoes it.
+
+    Attributes:
+        hybrid: The configuration.
+        converted: Cache index -> converted attention.
+        report: One row per attention.
+        implementations: ``id(config)`` -> the configuration and its implementation before.
+    """
+
+    hybrid: HybridConfig
+    converted: dict[int, CachedLayer]
+    report: CompileReport
+    implementations: dict[int, tuple[Any, str]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        # A copied model has configurations of its own.
+        configs = {
+            id(memo.get(key, c)): (memo.get(key, c), name)
+            for key, (c, name) in self.implementations.items()
+        }
+        return dataclasses.replace(self, implementations=configs)
+
+
+def prepared_of(model: Any) -> Prepared:  # noqa: ANN401 - a transformers model
+    """Return what :func:`prepare` left on a model.
+
+    Raises:
+        ConfigError: It is not prepared.
+    """
+    prepared = getattr(model, ATTRIBUTE, None)
+    if prepared is None:
+        message = f"{type(model).__name__} is not prepared"
+        raise ConfigError(message, hint="call prepare(model, config) first")
+    return prepared
+
+
+def cached_layers(model: Any) -> dict[int, CachedLayer]:  # noqa: ANN401
+    """Return the converted attentions of a prepared model by their place in the cache."""
+    return prepared_of(model).converted
+
+
+def attention_configs(model: nn.Module) -> Iterator[Any]:
+    """Yield every configuration that a module looks its attention implementation up in."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            yield config

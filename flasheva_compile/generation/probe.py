@@ -1,0 +1,292 @@
+"""Which attentions of a transformers model can be converted: run it once, small, and watch.
+
+Every attention that goes through AttentionInterface is run by the model's own function and by ours
+with a window over everything; an attention is convertible if both agree, with and without a cache,
+with padding. Everything else stays full, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation import interface
+from flasheva_compile.generation.prepared import attention_configs
+from flasheva_compile.ops import flasheva_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+_NAME = "eva_probe"
+_PROMPT, _STEP, _PADDING = 7, 2, 2  # tokens of the first call, of the second, left padding of row 1
+_WINDOW = 16  # over all of them
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ProbedAttention:
+    """What the probe saw of one attention.
+
+    Attributes:
+        path: Its module path.
+        module: The attention.
+        index: Its place in the cache; None if it has none.
+        implementation: The name of its own attention function.
+        heads: ``Hq``.
+        kv_heads: ``Hkv``.
+        head_dim: ``D``.
+        value_dim: ``Dv``.
+        causal: Whether it got the model's plain causal mask.
+        calls: How often it ran.
+        reason: Why it cannot be converted; empty if it can.
+    """
+
+    path: str
+    module: Any
+    index: int | None
+    implementation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool = False
+    calls: int = 0
+    reason: str = ""
+
+
+class _Probe:
+    """The state of one probe run; attention and mask functions find it in ``_running``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        modules: list[Any] = [m for m in model.modules() if hasattr(m, "config")]
+        self.implementations: dict[int, str] = {
+            id(m): m.config._attn_implementation
+            for m in modules
+            if hasattr(m.config, "_attn_implementation")
+        }
+        self.found: dict[int, ProbedAttention] = {}
+        self.masks: dict[int, tuple[Tensor, bool]] = {}  # the tensors are kept: ids stay theirs
+        self.updated: list[tuple[Tensor, Tensor]] = []
+        self.cache: Any = None
+
+
+_running: list[_Probe] = []
+
+
+def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transformers model
+    """Run ``model`` on a few tokens and return its attentions in the order in which they run.
+
+    Raises:
+        ConfigError: The model cannot be run on token ids alone.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    _register()
+    text = model.config.get_text_config(decoder=True)
+    run = _Probe(model)
+    run.cache = DynamicCache(config=text)
+    _watch_updates(run)
+    with _implementation(model, _NAME), evaluating(model), torch.no_grad():
+        _running.append(run)
+        try:
+            for inputs in probe_calls(model):
+                run.masks.clear()
+                model(**inputs, past_key_values=run.cache, use_cache=True)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{type(model).__name__} cannot be run on a few token ids: {error}",
+                hint='use torch.compile(model, backend="flasheva"), which needs no trial run',
+            ) from error
+        finally:
+            _running.clear()
+    return tuple(run.found.values())
+
+
+def probe_calls(model: Any) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
+    """Yield the inputs of the probe's two calls: a padded prompt, two more tokens."""
+    text = model.config.get_text_config(decoder=True)
+    device = model.get_input_embeddings().weight.device
+    count = 2 * (_PROMPT + _STEP)
+    ids = (torch.arange(count, device=device) * 5 + 3) % max(1, min(text.vocab_size, 256) - 1)
+    ids = ids.view(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDING] = 0
+    yield {"input_ids": ids[:, :_PROMPT], "attention_mask": mask[:, :_PROMPT]}
+    yield {"input_ids": ids[:, _PROMPT:], "attention_mask": mask}
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+
+
+def _watch_updates(run: _Probe) -> None:
+    update = run.cache.update
+
+    def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        result = update(*args, **kwargs)
+        run.updated.append(result)
+        return result
+
+    run.cache.update = watched
+
+
+@contextmanager
+def _implementation(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401
+    configs = {id(c): c for c in attention_configs(model)}
+    before = {key: c._attn_implementation for key, c in configs.items()}
+    for c in configs.values():
+        c._attn_implementation = name
+    try:
+        yield
+    finally:
+        for key, c in configs.items():
+            c._attn_implementation = before[key]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# --- what runs in place of attention and mask functions -------------------------------------------
+
+
+def _mask(**inputs: Any) -> Tensor:  # noqa: ANN401 - the interface's keywords
+    """Return an additive mask, and remember whether it is the plain causal one."""
+    from transformers.masking_utils import eager_mask
+
+    inputs = {**inputs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = eager_mask(**inputs)
+    _running[0].masks[id(mask)] = (mask, interface.is_causal(inputs["mask_function"]))
+    return mask
+
+
+def _attention(
+    module: Any,  # noqa: ANN401 - an attention of transformers
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,  # noqa: ANN401
+) -> tuple[Tensor, Tensor | None]:
+    """Run the model's own function, and note whether ours computes the same."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    run = _running[0]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
+    out, weights = function(module, query, key, value, attention_mask, **inputs)
+    seen = run.found.get(id(module))
+    if seen is None:
+        seen = ProbedAttention(
+            path=run.paths.get(id(module), type(module).__name__),
+            module=module,
+            index=getattr(module, "layer_idx", None),
+            implementation=run.implementations.get(id(module), "sdpa"),
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=key.shape[3],
+            value_dim=value.shape[3],
+        )
+        run.found[id(module)] = seen
+    seen.calls += 1
+    known = run.masks.get(id(attention_mask))
+    seen.causal = known is not None and known[1]
+    seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
+    if not seen.reason and attention_mask is not None:
+        ours = _ours(query, key, value, attention_mask, scaling, kwargs)
+        seen.reason = _difference(ours, out, attention_mask)
+    return out, weights
+
+
+def _refusal(
+    run: _Probe,
+    seen: ProbedAttention,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> str:
+    """Say why an attention cannot be converted, from what it was called with; empty if it can."""
+    from transformers.cache_utils import DynamicLayer
+
+    query, key, value = qkv
+    layers, index = run.cache.layers, seen.index
+    refused = interface.unsupported_inputs(kwargs)
+    checks = (
+        (index is None or index >= len(layers), "it keeps no cache"),
+        (not seen.causal, "its mask is not the model's plain causal mask"),
+        (bool(refused), f"it is called with {', '.join(refused)}"),
+        (kwargs.get("sliding_window") is not None, "it has a sliding window of its own"),
+        (query.shape[1] % key.shape[1] != 0, "its heads are no multiple of its kv heads"),
+    )
+    for fails, reason in checks:
+        if fails:
+            return reason
+    kind = type(layers[index])
+    if kind is not DynamicLayer:
+        return f"its cache is a {kind.__name__}"
+    if not any(key is k and value is v for k, v in run.updated):
+        return "its keys or values are changed after they leave the cache"
+    if mask is None or key.shape[2] != mask.shape[-1]:
+        return f"it has {key.shape[2]} keys and another number of mask columns"
+    return ""
+
+
+def _ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    key_mask = mask[:, 0, -1] == 0
+    out, lse = flasheva_attention(
+        query,
+        key,
+        value,
+        key_mask=key_mask.expand(key.shape[0], -1),
+        window_size=_WINDOW,
+        chunk_size=_WINDOW,
+        q_offset=key.shape[2] - query.shape[2],
+        scale=scaling,
+        softcap=kwargs.get("softcap") or 0.0,
+    )
+    sink = kwargs.get("s_aux")
+    if sink is not None:
+        out = out * torch.sigmoid(lse - sink.view(1, -1, 1).to(lse.dtype))[..., None]
+    return out.transpose(1, 2)
+
+
+def _difference(ours: Tensor, out: Tensor, mask: Tensor) -> str:
+    """Compare where a query attends anything; what is in the padding has no meaning."""
+    if ours.shape != out.shape:
+        return f"its attention returns {tuple(out.shape)}, not {tuple(ours.shape)}"
+    some = (mask[:, 0] == 0).any(-1)[..., None, None]
+    error = (ours - out).masked_fill(~some, 0).abs().max()
+    allowed = max(1e-4, 8 * torch.finfo(out.dtype).eps) * out.abs().max()
+    if not error <= allowed:
+        return f"it computes something else than softmax attention (by {float(error):.2g})"
+    return ""

@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from flasheva_compile.config import EvaConfig
 from flasheva_compile.errors import ConfigError
@@ -113,3 +114,10 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
             message = f"its cache was made for {layer.path} with {layer.config}"
             raise ConfigError(message, subject=eva.path, hint="use FlashEvaCache.for_model(model)")
         eva.cache_layer, layer.announced = layer, True
+    elif layer is not None and type(layer) is not DynamicLayer:
+        # Its keys are not the columns so far: a preallocated one returns those to come, too.
+        raise ConfigError(
+            f"cannot attend through a {type(layer).__name__}",
+            subject=eva.path,
+            hint="pass FlashEvaCache.for_model(model), or let generate make its cache",
+        )

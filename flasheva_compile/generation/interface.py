@@ -186,7 +186,7 @@ def is_packed(mask_function: Callable[..., Any], inputs: dict[str, Any]) -> bool
     transformers combines the two by ``and_masks``, without a mask tensor; it passes ``local_size``
     for windows and ``use_vmap=True`` for a model's own additions.
     """
-    name = getattr(mask_function, "__qualname__", "")
+    name = mask_function.__qualname__  # Dynamo answers getattr with the default
     plain = not inputs.get("use_vmap") and inputs.get("local_size") is None
     return name.startswith("and_masks.") and plain and inputs.get("attention_mask") is None
 

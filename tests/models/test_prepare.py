@@ -1,0 +1,177 @@
+"""``prepare`` and ``revert``: what they change, refuse and restore."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flasheva_compile as fe
+from flasheva_compile.config import EvaConfig, HybridConfig
+from flasheva_compile.errors import ConfigError
+from tests.models.test_generate import GREEDY, SMALL, generate, llama, tokens
+
+
+def test_reverting_restores_the_model():
+    model = llama()
+    before, keys, config = model(tokens(1, 30)).logits, list(model.state_dict()), model.config
+    as_it_was = config.to_dict()
+    fe.prepare(model, SMALL)
+    assert list(model.state_dict()) != keys
+    assert fe.revert(model) is model
+    assert torch.equal(model(tokens(1, 30)).logits, before)
+    assert list(model.state_dict()) == keys
+    assert model.config.to_dict() == as_it_was
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert "_prepare_cache_for_generation" not in vars(model)
+    with pytest.raises(ConfigError, match="not prepared"):
+        fe.revert(model)
+
+
+def test_preparing_twice_is_preparing_once():
+    model = fe.prepare(llama(), SMALL)
+    attention = model.model.layers[0].self_attn.flasheva
+    assert fe.prepare(model, EvaConfig(**SMALL)) is model
+    assert fe.prepare(model, HybridConfig.from_dict({"default": SMALL})) is model
+    assert model.model.layers[0].self_attn.flasheva is attention
+    assert len(model.model.layers[0].self_attn._forward_pre_hooks) == 1
+
+
+def test_another_configuration_replaces_the_first():
+    model = fe.prepare(llama(), SMALL)
+    fe.prepare(model, {"default": SMALL, 0: "full"})
+    assert not hasattr(model.model.layers[0].self_attn, "flasheva")
+    assert model.model.layers[1].self_attn.flasheva.config == EvaConfig(**SMALL)
+
+
+def test_parameters_train():
+    model = fe.prepare(llama(), SMALL).train()
+    ids = tokens(2, 40)
+    model(ids, labels=ids).loss.backward()
+    phi = model.model.layers[0].self_attn.flasheva.phi
+    assert phi.grad is not None
+    assert phi.grad.abs().max() > 0
+    assert "model.layers.0.self_attn.flasheva.phi" in model.state_dict()
+
+
+def test_a_copy_is_independent():
+    model = fe.prepare(llama(), SMALL)
+    twin = copy.deepcopy(model)
+    want = generate(model, tokens(1, 21)).sequences
+    fe.revert(model)
+    assert torch.equal(generate(twin, tokens(1, 21)).sequences, want)
+    fe.revert(twin)
+    assert torch.equal(twin(tokens(1, 30)).logits, model(tokens(1, 30)).logits)
+
+
+def test_packed_documents_are_documents_alone():
+    model = fe.prepare(llama(), {"default": SMALL, 1: "full"})
+    ids, lengths = tokens(1, 40), (23, 17)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_names_what_stays_full():
+    model = fe.prepare(llama(), {"default": SMALL, 0: "full"})
+    report = fe.explain(model)
+    assert [row.decision for row in report.layers] == ["full", "eva"]
+    assert "configuration" in report.layers[0].reason
+    assert report.layers[1].window_size == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"window_size": 10, "chunk_size": 4}, "multiple of chunk_size"),
+        ({"default": SMALL, 7: "full"}, r"layers\[7\]"),
+        ({"default": "full"}, "no attention of LlamaForCausalLM can be converted"),
+        (3, "must be a HybridConfig"),
+    ],
+)
+def test_wrong_configurations_change_nothing(config, message):
+    model = llama()
+    before = model(tokens(1, 30)).logits
+    with pytest.raises(ConfigError, match=message):
+        fe.prepare(model, config)
+    assert torch.equal(model(tokens(1, 30)).logits, before)
+    assert not hasattr(model.config, "flasheva")
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(ConfigError, match="not a model of transformers"):
+        fe.prepare(nn.Linear(2, 2), SMALL)
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A backend that counts graphs."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_a_preallocated_cache_compiles_once():
+    model = fe.prepare(llama(), SMALL)
+    counter = Counter()
+    step = torch.compile(model.forward, backend=counter, fullgraph=True)
+    cache = fe.FlashEvaCache.for_model(model, max_batch_size=1, max_cache_len=64)
+    with torch.no_grad():
+        for length in (21, 9):
+            cache.reset()
+            model(tokens(1, length), past_key_values=cache)
+            for seed in range(12):
+                step(tokens(1, 1, seed=seed), past_key_values=cache, use_cache=True)
+    assert counter.graphs == 1
+
+
+def test_a_growing_cache_does_not_compile_every_step():
+    model = fe.prepare(llama(), SMALL)
+    want = generate(model, tokens(1, 21)).sequences
+    counter = Counter()
+    model.compile(backend=counter)
+    assert torch.equal(generate(model, tokens(1, 21)).sequences, want)
+    first = counter.graphs
+    for length in (9, 13, 30):
+        generate(model, tokens(1, length))
+    assert first <= 3
+    assert counter.graphs <= 4
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_the_backend_keeps_what_prepare_decided(implementation):
+    """The full layer of a prepared model is not rewritten with the backend's defaults."""
+    model = fe.prepare(llama(), {"default": SMALL, 1: "full"})
+    options = {"cache_implementation": implementation}
+    want = generate(model, tokens(1, 21), **options)
+    model.compile(backend="flasheva", options={"inner_backend": "eager"})
+    got = generate(model, tokens(1, 21), **options)
+    assert torch.equal(want.sequences, got.sequences)
+    long = tokens(1, 290)  # beyond the default window
+    compiled = model(long, use_cache=False).logits
+    model._compiled_call_impl = None
+    torch.testing.assert_close(compiled, model(long, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backend_refuses_a_second_configuration():
+    model = fe.prepare(llama(), SMALL)
+    model.compile(backend="flasheva", options={"inner_backend": "eager", "window_size": 16})
+    with pytest.raises(ConfigError, match="the model is prepared"):
+        model(tokens(1, 21))
+
+
+def test_compiled_generation_with_inductor():
+    model = fe.prepare(llama(), SMALL)
+    want = generate(model, tokens(1, 21)).sequences
+    model.compile(backend="flasheva")
+    got = model.generate(tokens(1, 21), max_new_tokens=30, cache_implementation="static", **GREEDY)
+    assert torch.equal(got, want)

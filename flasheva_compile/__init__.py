@@ -24,6 +24,7 @@ from flasheva_compile.report import CompileReport  # noqa: E402
 if _TYPE_CHECKING:
     from flasheva_compile.api import explain
     from flasheva_compile.generation.cache import FlashEvaCache
+    from flasheva_compile.generation.checkpoint import from_pretrained
     from flasheva_compile.generation.prepare import prepare, revert
     from flasheva_compile.ops import flasheva_attention
 
@@ -33,6 +34,7 @@ _WHERE = {
     "FlashEvaCache": "flasheva_compile.generation.cache",
     "explain": "flasheva_compile.api",
     "flasheva_attention": "flasheva_compile.ops",
+    "from_pretrained": "flasheva_compile.generation.checkpoint",
     "prepare": "flasheva_compile.generation.prepare",
     "revert": "flasheva_compile.generation.prepare",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "RewriteError",
     "explain",
     "flasheva_attention",
+    "from_pretrained",
     "prepare",
     "revert",
 ]

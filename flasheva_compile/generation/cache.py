@@ -12,6 +12,8 @@ from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.prepared import cached_layers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from flasheva_compile.generation.prepared import CachedLayer
@@ -83,6 +85,23 @@ class FlashEvaCache(Cache):
             v = weight.new_empty(batch_size, layer.kv_heads, 0, layer.value_dim)
             eva: Any = self.layers[index]
             eva.lazy_initialization(k, v)
+
+    def save(self, model: nn.Module, path: str | Path) -> None:
+        """Write the cache as safetensors; see :meth:`load`."""
+        from flasheva_compile.generation.checkpoint import save_cache
+
+        save_cache(self, model, path)
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | Path) -> FlashEvaCache:
+        """Read what :meth:`save` wrote for the same model, weights and configuration.
+
+        Raises:
+            ConfigError: It was written for others.
+        """
+        from flasheva_compile.generation.checkpoint import load_cache
+
+        return load_cache(model, path)
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors of all layers."""

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flasheva_compile.implementations import Masks, pool
+from flasheva_compile.implementations import Masks, pool, runs_kernels
 from flasheva_compile.kernels.blocked import cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+from flasheva_compile.lowering import launch_decode
+from flasheva_compile.lowering.launch import kernel_rule
 from flasheva_compile.op_checks import OP_VERSION, check_cache
 from flasheva_compile.ops import eva_features
 
@@ -114,9 +116,13 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
     q, k, v, parameters, key_mask, *state = args
     check_cache((q, k, v), key_mask, state, options)
+    settings = cache_settings(options)
+    if q.shape[2] == 1 and options["rule"] != "eva" and runs_kernels(k, v):
+        rule = kernel_rule(options["rule"], list(parameters))
+        given = tuple(parameters)
+        return launch_decode.decode(q, k, v, key_mask, given, CacheState(*state), settings, rule)
     new = (_group_mean(q, k), k, v)
     pool_chunks = partial(_pool_chunks, parameters, options)
-    settings = cache_settings(options)
     return blocked.decode(q, new, key_mask, CacheState(*state), pool_chunks, settings)
 
 

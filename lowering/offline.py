@@ -87,11 +87,17 @@ class Resources:
 _FP32 = {
     *("rfa_bias_ptr", "mass_k_ptr", "mass_v_ptr", "lse_ptr", "lse2_ptr", "delta_ptr"),
     *("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr", "dk_sink_ptr", "dv_sink_ptr"),
-    *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr"),
+    *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr", "partial_ptr"),
 }
 _INT32 = {"start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr"}
 _VALUES = {"v", "rfa_v", "do"}
-_OTHER = {"valid_ptr": "*u8", "seed_ptr": "*i64", "drop_below": "i64"}
+_OTHER = {
+    "valid_ptr": "*u8",
+    "seed_ptr": "*i64",
+    "drop_below": "i64",
+    **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
+    **dict.fromkeys(("row_start_ptr", "length_ptr"), "*i64"),
+}
 
 _MATRIX = {  # the newest first: a kernel that has one may hold older ones, too
     "tcgen05": r"tcgen05\.mma\.",

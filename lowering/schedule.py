@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flasheva_compile.lowering import schedule_cost
 from flasheva_compile.lowering.load import cache_directory
-from flasheva_compile.lowering.schedule_cost import SHARED_LIMITS, Target
+from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
 from flasheva_compile.lowering.spec import Schedule, parts
 
 if TYPE_CHECKING:
@@ -99,7 +99,12 @@ def _device_target(index: int) -> Target:
         arch = f"sm_{properties.major}{properties.minor}"
     plain = properties.shared_memory_per_block
     limit = getattr(properties, "shared_memory_per_block_optin", 0) or plain
-    return Target(arch=arch, shared_limit=SHARED_LIMITS.get(arch, limit), device=properties.name)
+    return Target(
+        arch=arch,
+        shared_limit=SHARED_LIMITS.get(arch, limit),
+        device=properties.name,
+        multiprocessors=properties.multi_processor_count,
+    )
 
 
 # --- the shipped table ----------------------------------------------------------------------------
@@ -107,16 +112,32 @@ def _device_target(index: int) -> Target:
 
 def shipped(spec: KernelSpec, target: Target) -> Schedule | None:
     """Return the entry of the shipped table for the target's family, fitted to the spec."""
-    section = shipped_table().get(_family(target), {}).get(spec.kind, {})
+    table = shipped_decode_table() if spec.kind in DECODE_KINDS else shipped_table()
+    section = table.get(_family(target), {}).get(spec.kind, {})
     size = max(spec.head_dim, spec.value_dim)
     bucket = next((str(most) for most in _HEAD_SIZES if size <= most), "")
     schedule = section.get(dtype_class(spec), {}).get(bucket)
     return schedule and _fit(spec, schedule, target)
 
 
+_Table = dict[str, dict[str, dict[str, dict[str, Schedule]]]]
+
+
 @cache
-def shipped_table() -> dict[str, dict[str, dict[str, dict[str, Schedule]]]]:
+def shipped_table() -> _Table:
     """Return the shipped table: family, kernel, dtype class and largest head size to schedule."""
+    families = json.loads(_TABLE.read_text())
+    del families["decode"]
+    return _parsed(families)
+
+
+@cache
+def shipped_decode_table() -> _Table:
+    """Return the same for the kernels of generation."""
+    return _parsed(json.loads(_TABLE.read_text())["decode"])
+
+
+def _parsed(families: dict[str, Any]) -> _Table:
     return {
         family: {
             kind: {
@@ -125,7 +146,7 @@ def shipped_table() -> dict[str, dict[str, dict[str, dict[str, Schedule]]]]:
             }
             for kind, dtypes in kinds.items()
         }
-        for family, kinds in json.loads(_TABLE.read_text()).items()
+        for family, kinds in families.items()
     }
 
 

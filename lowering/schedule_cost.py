@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import sympy
-from flasheva_compile.lowering.spec import STATE_BLOCK, Schedule, parts
+from flasheva_compile.lowering.spec import STATE_BLOCK, Schedule, group_rows, padded, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,11 +28,13 @@ class Target:
         arch: ``"sm_90"``, ``"gfx942"``, ...
         shared_limit: Shared memory of one program, at most [bytes].
         device: Name of the device; ``""`` where there is none.
+        multiprocessors: How many programs run side by side, but for those that share one.
     """
 
     arch: str
     shared_limit: int
     device: str = ""
+    multiprocessors: int = 132
 
     @property
     def is_amd(self) -> bool:
@@ -59,6 +61,7 @@ SHARED_LIMITS = {
 
 QUERY_KINDS = ("forward", "dq")
 KEY_KINDS = ("dchunk", "dsink", "dkv")
+DECODE_KINDS = ("decode", "decode_combine")
 
 _RESERVED_SHARED = 2048  # reductions and changes of layout
 _REGISTERS = 255
@@ -74,7 +77,7 @@ _ARGUMENTS = (_M, _N, _D, _E, _STAGES, _BYTES, _THREADS)
 def shared_memory(kind: str) -> sympy.Expr:
     """Return the bytes of shared memory of a kernel: resident tiles and ``stages`` x loop tiles."""
     rows = _D + _E
-    if kind == "forward":
+    if kind in ("forward", "decode"):
         return _BYTES * (_M * _D + _STAGES * _N * rows) + _RESERVED_SHARED
     if kind == "dq":
         return _BYTES * (_M * rows + _STAGES * _N * rows) + _RESERVED_SHARED
@@ -93,7 +96,7 @@ def accumulators(kind: str) -> sympy.Expr:
     Weights of 16-bit kernels take half a register each; products of fp32 keep both operands, too.
     """
     weights = _M * _N * _BYTES / 4
-    if kind == "forward":
+    if kind in ("forward", "decode"):
         words = _M * _E + _M * _N + weights
     elif kind == "dq":
         words = _M * _D + 2 * _M * _N + weights
@@ -114,12 +117,18 @@ def _compiled(form: Callable[[str], sympy.Expr], kind: str) -> Callable[..., flo
 def _evaluate(
     form: Callable[[str], sympy.Expr], spec: KernelSpec, schedule: Schedule, target: Target
 ) -> float:
-    sizes = (sum(size for _, size in parts(dim)) for dim in (spec.head_dim, spec.value_dim))
+    sizes = (_columns(spec, dim) for dim in (spec.head_dim, spec.value_dim))
     itemsize = 4 if spec.dtype == "fp32" else 2
-    tiles = (schedule.block_m, schedule.block_n)
+    rows = group_rows(spec.group) if spec.kind == "decode" else schedule.block_m
+    tiles = (rows, schedule.block_n)
     return _compiled(form, spec.kind)(
         *tiles, *sizes, schedule.num_stages, itemsize, threads(schedule, target)
     )
+
+
+def _columns(spec: KernelSpec, dim: int) -> int:
+    """Return the columns of the tiles of a head dimension."""
+    return padded(dim) if spec.kind in DECODE_KINDS else sum(size for _, size in parts(dim))
 
 
 def threads(schedule: Schedule, target: Target) -> int:
@@ -176,6 +185,8 @@ def tma_rejection(spec: KernelSpec, target: Target) -> str | None:
         return f"{target.arch} has no tensor descriptors"
     if spec.dtype == "fp32":
         return "fp32 tiles are read through pointers"
+    if spec.kind in DECODE_KINDS:
+        return f"{spec.kind} reads its tiles through pointers"
     if spec.kind not in QUERY_KINDS + KEY_KINDS:
         return f"{spec.kind} reads no tiles in a loop"
     if spec.head_dim % 8 or spec.value_dim % 8:
@@ -185,7 +196,7 @@ def tma_rejection(spec: KernelSpec, target: Target) -> str | None:
 
 def _bad_matrix_rows(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
     """Reject what Triton would do with mma.sync instead of wgmma, which takes 64 rows."""
-    if not _has_wgmma(spec, target) or spec.kind in ("dsink", *_POOLING):
+    if not _has_wgmma(spec, target) or spec.kind in ("dsink", *_POOLING, *DECODE_KINDS):
         return None
     name = "block_m" if spec.kind in QUERY_KINDS else "block_n"
     rows = getattr(schedule, name)
@@ -221,7 +232,7 @@ def register_limit(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
     if target.is_amd:
         return 512 - _RESERVED_REGISTERS
     most = min(_REGISTERS, 65536 // threads(schedule, target), schedule.max_registers or 255)
-    if spec.dtype == "fp32" and not spec.tf32 and spec.kind not in _POOLING:
+    if spec.dtype == "fp32" and not spec.tf32 and spec.kind not in (*_POOLING, "decode_combine"):
         return (most - _RESERVED_REGISTERS) // _FMA_SHARE
     return most - _RESERVED_REGISTERS
 
@@ -257,9 +268,11 @@ def cost(spec: KernelSpec, schedule: Schedule, target: Target) -> float:
     programs that share a multiprocessor overlap. Waste counts what is computed and masked.
     """
     m, n = schedule.block_m, schedule.block_n
-    if spec.kind in _POOLING:
+    if spec.kind in (*_POOLING, "decode_combine"):
         return abs(registers(spec, schedule, target) - 16) + abs(schedule.num_warps - 4)
     rates = _rates(target)
+    if spec.kind == "decode":
+        return _decode_cost(spec, schedule, target, rates)
     products = _product_clocks(spec, schedule, target, rates)
     softmax = _softmax_clocks(spec, m, n, rates)
     resident = _programs(spec, schedule, target, rates)
@@ -269,6 +282,16 @@ def cost(spec: KernelSpec, schedule: Schedule, target: Target) -> float:
     return tile * _waste(spec, schedule) / (m * n)
 
 
+def _decode_cost(spec: KernelSpec, schedule: Schedule, target: Target, rates: _Rates) -> float:
+    """Return clocks per key: reading it, and each tile's share of waiting and of fixed work."""
+    n, warps = schedule.block_n, schedule.num_warps
+    row = (spec.head_dim + spec.value_dim) * (4 if spec.dtype == "fp32" else 2)
+    waiting = _LATENCY / (schedule.num_stages**2 * _programs(spec, schedule, target, rates))
+    idle = abs(n / 16 - warps) / warps  # warps share a tile's keys by sixteen
+    return row / _MEMORY_BYTES + (waiting + _PER_TILE * (1 + idle)) / n
+
+
+_MEMORY_BYTES = 13  # that memory delivers to a multiprocessor per clock
 _LATENCY = 1500  # clocks from asking for a tile to having it, unless asked for in advance
 
 
@@ -347,11 +370,16 @@ def _order(schedule: Schedule) -> tuple[int, ...]:
 
 
 def _schedules(spec: KernelSpec, target: Target) -> Iterator[Schedule]:
-    if spec.kind in _POOLING:
+    if spec.kind in (*_POOLING, "decode_combine"):
         for n, warps in itertools.product((16, 32, 64), (4, 8)):
             yield Schedule(block_m=16, block_n=n, num_warps=warps, num_stages=1)
         return
     blocks, stages = (16, 32, 64, 128), (1,) if target.is_amd else (1, 2, 3, 4)
+    if spec.kind == "decode":
+        warps_tried = (2, 4) if target.is_amd else (2, 4, 8)  # of 64 lanes there
+        for n, warps, depth in itertools.product(blocks, warps_tried, stages):
+            yield Schedule(block_m=16, block_n=n, num_warps=warps, num_stages=depth)
+        return
     tma = tma_rejection(spec, target) is None
     splits = (False, True) if spec.kind in QUERY_KINDS and spec.documents != "packed" else (False,)
     for m, n, warps, depth, split in itertools.product(blocks, blocks, (4, 8), stages, splits):

@@ -15,6 +15,15 @@ what it sees; ``dchunk``, ``dsink`` and ``dkv`` keep a block of chunk tokens, si
 over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling.
 """
 
+DecodeKind = Literal["decode", "decode_combine"]
+"""Kernels of one step of generation.
+
+``decode`` attends from one new token per row to a part of the cache, and appends the token;
+``decode_combine`` adds the parts up.
+"""
+
+AnyKind = Literal[KernelKind, DecodeKind]
+
 Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
 
@@ -24,7 +33,12 @@ STATE_BLOCK = 128
 _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
 _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
+_DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
+_COMBINE_FIELDS = ("key_mask", "chunk_size", *_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS)
 _NEUTRAL = {
+    "documents": "dense",
+    "key_mask": False,
+    "chunk_size": 1,
     "window_size": 0,
     "sink_size": 0,
     "window": "sliding",
@@ -58,7 +72,8 @@ class KernelSpec:
         window: ``"sliding"`` or ``"block"``.
         causal: Whether a query sees only its past.
         documents: How rows are laid out.
-        key_mask: Whether a key mask is read; always for ``padded``.
+        key_mask: Whether a key mask is read, by ``decode`` that of the new tokens; always for
+            ``padded``.
         softcap: Scores go through ``softcap * tanh(x / softcap)``.
         alibi: Scores get a slope per head times the distance.
         dropout: Joint weights are dropped.
@@ -71,7 +86,7 @@ class KernelSpec:
             bias ``ln c``: no bias is read, and none gets a gradient.
     """
 
-    kind: KernelKind
+    kind: AnyKind
     dtype: str
     head_dim: int
     value_dim: int
@@ -93,14 +108,20 @@ class KernelSpec:
     tf32: bool = False
     whole_chunks: bool = False
 
-    def of_kind(self, kind: KernelKind) -> KernelSpec:
+    def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""
         ignored: tuple[str, ...] = ()
         if kind in ("chunk_tokens", "dpool"):
             ignored = _QUERY_FIELDS + _SCORE_FIELDS
+        elif kind == "decode":
+            ignored = _DECODE_FIELDS
+        elif kind == "decode_combine":
+            ignored = _COMBINE_FIELDS
         elif kind != "dkv":
             ignored = _POOLING_FIELDS
         neutral = {name: _NEUTRAL[name] for name in ignored}
+        if kind == "decode_combine":
+            neutral["head_dim"] = self.value_dim  # it reads values alone
         return dataclasses.replace(self, kind=kind, **neutral)
 
 
@@ -109,8 +130,9 @@ class Schedule:
     """How a kernel is tiled; changes speed and rounding, never what is computed.
 
     Attributes:
-        block_m: Queries per tile.
-        block_n: Keys, chunk tokens or (``chunk_tokens``) chunks per tile.
+        block_m: Queries per tile; ``decode`` takes the query heads of a key head instead.
+        block_n: Keys, chunk tokens, (``chunk_tokens``) chunks or (``decode_combine``) parts per
+            tile.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
         tma: Tiles of the loops come through tensor descriptors (sm_90 and later).
@@ -144,6 +166,20 @@ class GeneratedKernel:
     name: str
     source: str
     arguments: tuple[str, ...]
+
+
+def padded(size: int) -> int:
+    """Return a head dimension rounded up to one power of two.
+
+    ``decode`` waits for memory, which padding does not touch; parts cost it registers, and with
+    them programs that wait side by side.
+    """
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def group_rows(group: int) -> int:
+    """Return the rows of a tile that holds the query heads of one key head."""
+    return padded(group)
 
 
 def digest(text: str) -> str:

@@ -12,6 +12,8 @@ POINTERS = (
     *("dk_sink_ptr", "dv_sink_ptr", "dphi_ptr", "dp_ptr", "domega_ptr"),
     *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr", "valid_ptr"),
     *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
+    *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "key_mask_ptr"),
+    *("row_start_ptr", "length_ptr", "partial_ptr"),
 )
 
 DESCRIPTORS = tuple(
@@ -22,6 +24,7 @@ DESCRIPTORS = tuple(
 STRIDES = (
     *("stride_qb", "stride_qh", "stride_qm", "stride_gb", "stride_gh", "stride_gm"),
     *("stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_mean"),
+    "stride_mask",
 )
 
 LENGTHS = ("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks")

@@ -8,13 +8,14 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
+from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
 from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
 from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
 from flasheva_compile.lowering.emit.scores import DROPOUT_FUNCTIONS
-from flasheva_compile.lowering.spec import GeneratedKernel, digest
+from flasheva_compile.lowering.spec import GeneratedKernel, digest, group_rows
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
@@ -27,6 +28,8 @@ _PURPOSE = {
     "dsink": "gradient of sinks from queries whose window is behind them",
     "dkv": "gradient of keys and values",
     "dpool": "gradient of pooling",
+    "decode": "attend from a new token to part of the cache, append the token",
+    "decode_combine": "add up what the parts of the cache give",
 }
 
 
@@ -48,6 +51,10 @@ def _body(spec: KernelSpec, schedule: Schedule) -> str:
         return emit_chunk_tokens(spec)
     if spec.kind == "dpool":
         return emit_pool_gradient(spec)
+    if spec.kind == "decode":
+        return emit_decode(spec)
+    if spec.kind == "decode_combine":
+        return emit_combine(spec)
     if spec.kind in ("forward", "dq"):
         return emit_query_kernel(spec, schedule)
     return emit_key_kernel(spec, schedule)
@@ -80,6 +87,7 @@ def _constants(body: str, spec: KernelSpec, schedule: Schedule) -> str:
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_S": sink_block,
+        "BLOCK_G": group_rows(spec.group),
     }
     used = set(re.findall(r"\w+", body))
     lines = [f"{name} = tl.constexpr({value})" for name, value in values.items() if name in used]
@@ -87,9 +95,9 @@ def _constants(body: str, spec: KernelSpec, schedule: Schedule) -> str:
 
 
 def _function(spec: KernelSpec, names: tuple[str, ...], body: str) -> str:
-    lengths = wrapped(
-        "LENGTHS = (" + ", ".join(f'"{n}"' for n in names if n in LENGTHS) + ")"
-    ).strip()
+    quoted = [f'"{n}"' for n in names if n in LENGTHS]
+    # A comma makes a tuple of one name.
+    lengths = wrapped(f"LENGTHS = ({', '.join(quoted)}{',' * (len(quoted) == 1)})").strip()
     signature = textwrap.fill(
         ", ".join(names), width=96, initial_indent="    ", subsequent_indent="    "
     )

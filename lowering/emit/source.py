@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flasheva_compile.lowering.spec import parts
+from flasheva_compile.lowering.spec import padded, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,15 +48,17 @@ class Dim:
     Attributes:
         letter: ``"d"`` for queries and keys, ``"e"`` for values; offsets are ``offs_d0``, ...
         size: Its true size.
+        split: In parts; or else in one part that reaches beyond ``size``.
     """
 
     letter: str
     size: int
+    split: bool = True
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
         """``(offset, size)`` of each part."""
-        return parts(self.size)
+        return parts(self.size) if self.split else ((0, padded(self.size)),)
 
     @property
     def indices(self) -> range:
@@ -121,6 +123,26 @@ class Dim:
             mask = self.mask(n, row_bound)
             guard = f", mask={mask}" if mask else ""
             address = self.address(n, pointer, rows, stride)
+            lines.append(f"tl.store({address}, {tile}{n}{guard})")
+        return lines
+
+    def load_row(self, tile: str, pointer: str, *, cast: str = "") -> list[str]:
+        """Load one row as tiles of one row."""
+        lines = []
+        for n in self.indices:
+            bound = self.bound(n)
+            guard = f", mask={bound}, other=0.0" if bound else ""
+            address = f"{pointer} + offs_{self.letter}{n}[None, :]"
+            lines.append(f"{tile}{n} = tl.load({address}{guard}){cast}")
+        return lines
+
+    def store_row(self, tile: str, pointer: str) -> list[str]:
+        """Store tiles of one row."""
+        lines = []
+        for n in self.indices:
+            bound = self.bound(n)
+            guard = f", mask={bound}" if bound else ""
+            address = f"{pointer} + offs_{self.letter}{n}[None, :]"
             lines.append(f"tl.store({address}, {tile}{n}{guard})")
         return lines
 

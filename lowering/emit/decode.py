@@ -1,0 +1,282 @@
+"""One step of generation: ``decode`` attends to a part of the cache, ``decode_combine`` adds up.
+
+A program of ``decode`` holds all query heads of one key head, so that the cache is read once, and
+walks over one of ``splits`` equal parts of the tiles that the token sees: chunk tokens, then exact
+slots. Where things are follows from the token's position, which only the device knows: the grid
+never changes. Nothing asks the host, nothing is atomic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit import positions, scores
+from flasheva_compile.lowering.emit.decode_append import append
+from flasheva_compile.lowering.emit.source import Dim, Source
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.spec import KernelSpec
+
+_LOWEST = "-3.4028234663852886e38"
+
+
+def ring_slots(spec: KernelSpec) -> int:
+    """Return the slots behind the sinks, as ``kernels/blocked/cache_state.py`` defines them."""
+    return spec.window_size + (spec.chunk_size if spec.window == "sliding" else 0)
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+def emit_decode(spec: KernelSpec) -> str:
+    """Return the body of ``decode``."""
+    out = Source()
+    d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
+    out.lines(*_program(), *_place(spec), *_ranges(spec), *_rows(spec))
+    out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
+    out.lines(*_own_token(spec, d, e))
+    out.lines("", "# Chunk tokens behind the window", *_chunk_bounds(spec))
+    with out.block("for offset in range(begin, stop, BLOCK_N):"):
+        out.lines(*_chunk_tile(spec, d, e))
+    out.lines("", "# Sinks and window", *_exact_bounds())
+    with out.block("for offset in range(begin, stop, BLOCK_N):"):
+        out.lines(*_exact_tile(spec, d, e))
+    out.lines("", *_store_part(spec, e), "")
+    append(out, spec, d, e, ring=ring_slots(spec))
+    return out.text()
+
+
+def _program() -> list[str]:
+    return [
+        "# The first part also appends the token: start it first.",
+        "pid = tl.program_id(0)",
+        "rows = tl.num_programs(0) // splits",
+        "split = pid // rows",
+        "bh = pid % rows",
+        "b = bh // heads",
+        "hk = bh % heads",
+        "b64 = b.to(tl.int64)",
+        "bh64 = bh.to(tl.int64)",
+    ]
+
+
+def _place(spec: KernelSpec) -> list[str]:
+    """Define ``position`` of the new token, -1 in padding before the row's first valid token."""
+    lines = ["length = tl.load(length_ptr)", "start = tl.load(row_start_ptr + b)"]
+    if not spec.key_mask:
+        return [*lines, "position = (length - start).to(tl.int32)"]
+    return [
+        *lines,
+        "is_valid = tl.load(key_mask_ptr + b64 * stride_mask)",
+        "# A row that waits for its first valid token keeps start == length: one program moves its",
+        "# start along, others may read it before or after. Both give -1.",
+        "waits = (start == length) & (is_valid == 0)",
+        "position = tl.where(waits, -1, length - start).to(tl.int32)",
+    ]
+
+
+def _ranges(spec: KernelSpec) -> list[str]:
+    """Define what the token sees of the cache, in tiles, and this program's part of them."""
+    c, sinks, ring = spec.chunk_size, spec.sink_size, ring_slots(spec)
+    slot = f"{sinks} + (last - {sinks}) % {ring}" if sinks else f"last % {ring}"
+    minus = f" - {sinks // c}" if sinks else ""
+    return [
+        *positions.window(spec, "position", "low", "high"),
+        f"chunk_stop = tl.minimum(low // {c}, chunks)",
+        f"chunk_tiles = tl.cdiv(tl.maximum(chunk_stop{minus}, 0), BLOCK_N)",
+        "# Slots fill up in order; a full ring goes round, so that they hold the newest positions.",
+        f"exact_stop = tl.minimum(tl.maximum(position, 0), {sinks + ring})",
+        "last = position - 1",
+        f"last_slot = tl.where(last < {max(sinks, 1)}, last, {slot})",
+        f"oldest = tl.maximum(low, {sinks})" if sinks else "oldest = low",
+        "tiles = chunk_tiles + tl.cdiv(exact_stop, BLOCK_N)",
+        "tile_begin = split * tiles // splits",
+        "tile_end = (split + 1) * tiles // splits",
+    ]
+
+
+def _rows(spec: KernelSpec) -> list[str]:
+    """Move the pointers of the cache and of the token to row ``b`` and head ``hk``."""
+    slots = spec.sink_size + ring_slots(spec)
+    token = (
+        f"{name}_ptr += b64 * stride_{name}b + hk * tl.cast(stride_{name}h, tl.int64)"
+        for name in "kv"
+    )
+    return [
+        f"exact_k_ptr += bh64 * {slots * spec.head_dim}",
+        f"exact_v_ptr += bh64 * {slots * spec.value_dim}",
+        f"exact_mask_ptr += b64 * {slots}",
+        "chunk_row = bh64 * chunks",
+        f"rfa_k_ptr += chunk_row * {spec.head_dim}",
+        f"rfa_v_ptr += chunk_row * {spec.value_dim}",
+        "rfa_bias_ptr += chunk_row",
+        *token,
+    ]
+
+
+def _own_token(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Load the queries; start the softmax, in the first part with the token's own key."""
+    is_own = "(split == 0) & (position >= 0)" + (" & is_valid" if spec.key_mask else "")
+    products = " + ".join(
+        f"tl.sum(q{n}.to(tl.float32) * new_k{n}.to(tl.float32), 1)" for n in d.indices
+    )
+    capped = ["own = (1.0 - 2.0 / (tl.exp2(own) + 1.0)) * softcap"] if spec.softcap else []
+    stride = "tl.cast(stride_qh, tl.int64)"
+    return [
+        "offs_g = tl.arange(0, BLOCK_G)",
+        f"q_rows = q_ptr + b64 * stride_qb + hk * {stride} * {spec.group}",
+        *d.load("q", "q_rows", "offs_g", stride, _group_bound(spec)),
+        *d.load_row("new_k", "k_ptr"),
+        *e.load_row("new_v", "v_ptr"),
+        f"is_own = {is_own}",
+        f"own = ({products}) * score_scale",
+        *capped,
+        "# The lowest finite maximum: a part that sees nothing makes no NaN.",
+        f"m_i = tl.where(is_own, own, {_LOWEST})",
+        "l_i = tl.where(is_own, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)",
+        *e.zeros("acc", "BLOCK_G"),
+        *(f"acc{n} += tl.where(is_own, new_v{n}.to(tl.float32), 0.0)" for n in e.indices),
+    ]
+
+
+def _group_bound(spec: KernelSpec) -> str | None:
+    return f"offs_g < {spec.group}" if spec.group & (spec.group - 1) or spec.group < 16 else None
+
+
+def _chunk_bounds(spec: KernelSpec) -> list[str]:
+    """Define this program's range of chunk tokens."""
+    first = spec.sink_size // spec.chunk_size
+    origin = f"{first} + " if first else ""
+    return [
+        f"begin = {origin}tl.minimum(tile_begin, chunk_tiles) * BLOCK_N",
+        f"stop = tl.minimum({origin}tl.minimum(tile_end, chunk_tiles) * BLOCK_N, chunk_stop)",
+    ]
+
+
+def _exact_bounds() -> list[str]:
+    """Define this program's range of exact slots."""
+    return [
+        "begin = tl.maximum(tile_begin - chunk_tiles, 0) * BLOCK_N",
+        "stop = tl.minimum(tl.maximum(tile_end - chunk_tiles, 0) * BLOCK_N, exact_stop)",
+    ]
+
+
+def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    return [
+        "offs_n = offset + offs_t",
+        "inside = offs_n < stop",
+        *_tile_loads(d, "k", "rfa_k_ptr", "inside"),
+        f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
+        *d.contract("s", "q", "k", scores.precision(spec)),
+        *scores.scores(spec, "chunk", keys_first=False),
+        *_softmax_step(e),
+        *_tile_loads(e, "v", "rfa_v_ptr", "inside"),
+        *e.accumulate("acc", "p", "v", scores.precision(spec)),
+    ]
+
+
+def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    held = f"offs_n + (last - last_slot) - tl.where(offs_n > last_slot, {ring_slots(spec)}, 0)"
+    in_window = "held >= oldest"
+    if spec.sink_size:
+        in_window = f"((offs_n < {spec.sink_size}) | ({in_window}))"
+    else:
+        in_window = f"({in_window})"
+    return [
+        "offs_n = offset + offs_t",
+        f"held = {held}",
+        f"inside = (offs_n < stop) & {in_window}",
+        *_tile_loads(d, "k", "exact_k_ptr", "inside"),
+        "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
+        *d.contract("s", "q", "k", scores.precision(spec)),
+        *scores.scores(spec, "key", keys_first=False),
+        's = tl.where(is_key[None, :], s, float("-inf"))',
+        *_softmax_step(e),
+        *_tile_loads(e, "v", "exact_v_ptr", "inside"),
+        *e.accumulate("acc", "p", "v", scores.precision(spec)),
+    ]
+
+
+def _tile_loads(dim: Dim, tile: str, pointer: str, bound: str) -> list[str]:
+    return [
+        f"{tile}_tile = {pointer} + offset * tl.cast({dim.size}, tl.int64)",
+        *dim.load(tile, f"{tile}_tile", "offs_t", str(dim.size), bound),
+    ]
+
+
+def _softmax_step(e: Dim) -> list[str]:
+    return [
+        "m_new = tl.maximum(m_i, tl.max(s, 1))",
+        "p = tl.exp2(s - m_new[:, None])",
+        "alpha = tl.exp2(m_i - m_new)",
+        "l_i = l_i * alpha + tl.sum(p, 1)",
+        "m_i = m_new",
+        *e.scale("acc", "alpha[:, None]"),
+        "p = p.to(v_ptr.dtype.element_ty)",
+    ]
+
+
+def _store_part(spec: KernelSpec, e: Dim) -> list[str]:
+    """Store sums, maxima and masses: ``[splits, B, Hq, Dv]``, then twice ``[splits, B, Hq]``."""
+    bound = _group_bound(spec)
+    guard = f", mask={bound}" if bound else ""
+    lost = f"lost = low // {spec.chunk_size} > chunks"
+    return [
+        "# A cache that was too small for the chunks of this row must not go unnoticed.",
+        lost,
+        *(f'acc{n} = tl.where(lost, float("nan"), acc{n})' for n in e.indices),
+        f"part = pid.to(tl.int64) * {spec.group}",
+        *e.store("acc", f"partial_ptr + part * {e.size}", "offs_g", str(e.size), bound),
+        f"parts = tl.num_programs(0).to(tl.int64) * {spec.group}",
+        f"peak_ptr = partial_ptr + parts * {e.size}",
+        f"tl.store(peak_ptr + part + offs_g, m_i{guard})",
+        f"tl.store(peak_ptr + parts + part + offs_g, l_i{guard})",
+    ]
+
+
+# --- decode_combine -------------------------------------------------------------------------------
+
+
+def emit_combine(spec: KernelSpec) -> str:
+    """Return the body of ``decode_combine``: a query head, a walk over the parts in order."""
+    out, e = Source(), Dim("e", spec.value_dim, split=False)
+    out.lines(
+        "pid = tl.program_id(0)",
+        "pid64 = pid.to(tl.int64)",
+        "heads_out = tl.num_programs(0).to(tl.int64)",
+        f"peak_ptr = partial_ptr + heads_out * splits * {e.size}",
+        "mass_ptr = peak_ptr + heads_out * splits",
+        *e.offsets(),
+        "offs_t = tl.arange(0, BLOCK_N)",
+        f"m_i = tl.full([1], {_LOWEST}, tl.float32)",
+        "l_i = tl.zeros([1], tl.float32)",
+        *e.zeros("acc", "1"),
+    )
+    with out.block("for offset in range(0, splits, BLOCK_N):"):
+        out.lines(
+            "inside = offset + offs_t < splits",
+            "at = (offset + offs_t) * heads_out + pid",
+            f"m = tl.load(peak_ptr + at, mask=inside, other={_LOWEST})",
+            "l_part = tl.load(mass_ptr + at, mask=inside, other=0.0)",
+            *e.load("part", "partial_ptr", "at", str(e.size), "inside"),
+            "m_new = tl.maximum(m_i, tl.max(m, 0))",
+            "alpha = tl.exp2(m_i - m_new)",
+            "w = tl.exp2(m - m_new)",
+            "l_i = l_i * alpha + tl.sum(l_part * w, 0)",
+            "m_i = m_new",
+            *(
+                f"acc{n} = acc{n} * alpha[:, None] + tl.sum(part{n} * w[:, None], 0)[None, :]"
+                for n in e.indices
+            ),
+        )
+    out.lines(
+        "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
+        *e.scale("acc", "(1.0 / l_safe)[:, None]"),
+        *e.store_row("acc", f"out_ptr + pid64 * {e.size}"),
+        f'lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) / {scores.LOG2E})',
+        "tl.store(lse_ptr + pid64 + tl.arange(0, 1), lse)",
+    )
+    with out.block("if pid == 0:"):
+        out.line("# No program of ``decode`` reads it any more.")
+        out.line("tl.store(length_ptr, tl.load(length_ptr) + 1)")
+    return out.text()

@@ -1,0 +1,156 @@
+"""What the first part of ``decode`` does after it has attended: append the token, pool its chunk.
+
+Other programs may still read the slot that is written. What it held before and what it holds after
+are both outside of the token's window, so that they mask it out either way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit.scores import LOG2E
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.emit.source import Dim, Source
+    from flasheva_compile.lowering.spec import KernelSpec
+
+_MEMBERS = 8
+"""Keys of the chunk per tile: what pooling keeps in registers must not limit attention."""
+
+
+def append(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
+    """Write token, row start and, if the token completes its chunk, the chunk token."""
+    sinks, c = spec.sink_size, spec.chunk_size
+    if spec.key_mask:
+        waiting = "(split == 0) & (hk == 0) & (position < 0)"
+        out.line(f"tl.store(row_start_ptr + b, length + 1, mask={waiting})")
+    slot = f"{sinks} + (position - {sinks}) % {ring}" if sinks else f"position % {ring}"
+    with out.block("if (split == 0) & (position >= 0):"):
+        out.lines(
+            f"slot = tl.where(position < {sinks}, position, {slot})" if sinks else f"slot = {slot}",
+            *d.store_row("new_k", f"exact_k_ptr + slot * {d.size}"),
+            *e.store_row("new_v", f"exact_v_ptr + slot * {e.size}"),
+            f"tl.store(exact_mask_ptr + slot, {_is_valid(spec)}, mask=hk == 0)",
+            f"chunk = position // {c}",
+        )
+        with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
+            out.lines(*_parameters(spec, d), *_initial(spec, d, e))
+            out.line(f"first_slot = slot - {c - 1}")
+            with out.block(f"for member in range(0, {c}, {_MEMBERS}):"):
+                out.lines(*_members(spec, d, e))
+            out.lines(*_results(spec, d, e))
+
+
+def _is_valid(spec: KernelSpec) -> str:
+    return "is_valid" if spec.key_mask else "True"
+
+
+def _softmaxes(spec: KernelSpec) -> tuple[str, ...]:
+    """Names of the softmaxes over the chunk; without one, all valid keys weigh the same."""
+    if spec.chunk_rule == "evabyte":
+        return ("k", "v") if spec.parameters else ("v",)
+    return ("k",) if spec.chunk_rule == "tangent" else ()
+
+
+def _weights(spec: KernelSpec) -> tuple[str, str]:
+    """Return the names of what weighs the keys and of what weighs the values."""
+    names = _softmaxes(spec)
+    of_keys = "k" if "k" in names else "n"
+    return of_keys, "v" if "v" in names else of_keys
+
+
+def _parameters(spec: KernelSpec, d: Dim) -> list[str]:
+    vectors = {"tangent": ("phi",), "evabyte": ("phi", "p")}.get(spec.chunk_rule or "", ())
+    lines = []
+    for name in vectors[: spec.parameters]:
+        lines += d.load_row(name, f"{name}_ptr + hk * {d.size}", cast=".to(tl.float32)")
+    return lines
+
+
+def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = ["l_n = tl.zeros([1], tl.float32)"]
+    for name in _softmaxes(spec):
+        lines += [
+            f"m_{name} = tl.full([1], -3.4028234663852886e38, tl.float32)",
+            f"l_{name} = tl.zeros([1], tl.float32)",
+        ]
+    return lines + d.zeros("sk", "1") + e.zeros("sv", "1")
+
+
+def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Add a tile of the chunk's keys: all but the last are in the cache, the last is the token."""
+    c = spec.chunk_size
+    of_keys, of_values = _weights(spec)
+    lines = [
+        f"at = member + tl.arange(0, {_MEMBERS})",
+        f"is_old = at < {c - 1}",
+        f"is_new = at == {c - 1}",
+        "seen = tl.load(exact_mask_ptr + first_slot + at, mask=is_old, other=0) != 0",
+        "seen |= is_new & is_valid" if spec.key_mask else "seen |= is_new",
+        "w_n = seen.to(tl.float32)",
+        "l_n += tl.sum(w_n, 0)",
+        *_rows(d, "k"),
+    ]
+    if of_values == "v":
+        lines.append(f"square = {d.row_sum('k', 'k')}")
+    for name in _softmaxes(spec):
+        lines += [
+            f'x = tl.where(seen, {_logit(spec, name, d)}, float("-inf"))',
+            f"m_new = tl.maximum(m_{name}, tl.max(x, 0))",
+            f"a_{name} = tl.exp2((m_{name} - m_new) * {LOG2E})",
+            f"w_{name} = tl.exp2((x - m_new) * {LOG2E})",
+            f"l_{name} = l_{name} * a_{name} + tl.sum(w_{name}, 0)",
+            f"m_{name} = m_new",
+        ]
+    lines += _add(spec, d, "k", of_keys)
+    return [*lines, *_rows(e, "v"), *_add(spec, e, "v", of_values)]
+
+
+def _rows(dim: Dim, name: str) -> list[str]:
+    """Load a tile of old rows, put the token's row into its place."""
+    first = f"exact_{name}_ptr + first_slot * {dim.size}"
+    return [
+        *dim.load(name, first, "at", str(dim.size), "is_old", cast=".to(tl.float32)"),
+        *(
+            f"{name}{n} = tl.where(is_new[:, None], new_{name}{n}.to(tl.float32), {name}{n})"
+            for n in dim.indices
+        ),
+    ]
+
+
+def _add(spec: KernelSpec, dim: Dim, name: str, weight: str) -> list[str]:
+    rescaled = f" * a_{weight}[:, None]" if weight in _softmaxes(spec) else ""
+    return [
+        f"s{name}{n} = s{name}{n}{rescaled} + tl.sum(w_{weight}[:, None] * {name}{n}, 0)[None, :]"
+        for n in dim.indices
+    ]
+
+
+def _logit(spec: KernelSpec, name: str, d: Dim) -> str:
+    if spec.chunk_rule == "tangent":
+        return f"scale * ({d.row_sum('k', 'phi')})"
+    if name == "k":
+        return d.row_sum("k", "phi")
+    centre = f"{d.row_sum('k', 'p')} - 0.5 * square" if spec.parameters else "-0.5 * square"
+    return f"scale * ({centre})"
+
+
+def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    of_keys, of_values = _weights(spec)
+    bias = {
+        "mean": "tl.log(l_n)",
+        "tangent": f"m_k + tl.log(l_k) - scale * ({d.row_sum('sk', 'phi')})",
+        "evabyte": "tl.load(b_ptr + hk).to(tl.float32)" if spec.parameters > 2 else "0.0",
+    }[spec.chunk_rule or "mean"]
+    masses = dict.fromkeys((of_keys, of_values))
+    return [
+        "filled = l_n > 0.0",
+        "chunk64 = chunk.to(tl.int64)",
+        *(f"l_{name} = tl.where(filled, l_{name}, 1.0)" for name in masses),
+        *d.scale("sk", f"(1.0 / l_{of_keys})[:, None]"),
+        *e.scale("sv", f"(1.0 / l_{of_values})[:, None]"),
+        *d.store_row("sk", f"rfa_k_ptr + chunk64 * {d.size}"),
+        *e.store_row("sv", f"rfa_v_ptr + chunk64 * {e.size}"),
+        f'bias = tl.where(filled, {bias}, float("-inf"))',
+        "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), bias)",
+    ]

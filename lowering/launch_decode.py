@@ -1,0 +1,227 @@
+"""Launches of one step of generation: attend from one new token per row to a cache, and append it.
+
+This runs once per layer and token, so that its time on the host counts. What depends on shapes,
+dtypes and settings alone is a plan, made once.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from flasheva_compile.kernels.blocked.cache_state import ring_size
+from flasheva_compile.lowering.kernel_arguments import DTYPES, rule_values, unit_stride
+from flasheva_compile.lowering.load import load
+from flasheva_compile.lowering.schedule import choose, current_target
+from flasheva_compile.lowering.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from flasheva_compile.kernels.blocked.cache_state import CacheState
+    from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+    from flasheva_compile.lowering.spec import Schedule
+    from torch import Tensor
+
+_STATE_ARGUMENTS = (
+    *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
+    *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is read by no kernel
+)
+"""Names of the arguments that the fields of ``CacheState`` are, in order."""
+
+_is_contiguous = torch.Tensor.is_contiguous
+_LOG2E = math.log2(math.e)
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_TILES_PER_PART = 2
+_MOST_PARTS = 128
+
+
+class _Shape(NamedTuple):
+    """What a plan depends on besides the settings.
+
+    Attributes:
+        q: Shape of the queries, ``[B, Hq, 1, D]``.
+        v: Shape of the new values, ``[B, Hkv, 1, Dv]``.
+        chunks: Chunk tokens that the cache has room for.
+        dtype: Of all tensors but biases.
+        device: Where they are.
+        rule: Chunk rule of the kernel.
+        parameters: How many parameters it gets.
+        key_mask: Whether the new tokens have a key mask.
+    """
+
+    q: torch.Size
+    v: torch.Size
+    chunks: int
+    dtype: torch.dtype
+    device: torch.device
+    rule: str
+    parameters: int
+    key_mask: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What all steps of a layer have in common.
+
+    Attributes:
+        programs: Programs of ``decode``.
+        heads: Programs of ``decode_combine``: one per row and query head.
+        scratch: Numbers that the parts leave for ``decode_combine``.
+        decode: Launches ``decode`` with its arguments.
+        decode_arguments: Their names, in order.
+        combine: Launches ``decode_combine``.
+        combine_arguments: The names of its arguments.
+        constants: Arguments that are the same in every step.
+    """
+
+    programs: int
+    heads: int
+    scratch: int
+    decode: Callable[..., None]
+    decode_arguments: tuple[str, ...]
+    combine: Callable[..., None]
+    combine_arguments: tuple[str, ...]
+    constants: dict[str, Any]
+
+
+def decode(  # noqa: PLR0913 - the arguments of the op
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    parameters: tuple[Tensor, ...],
+    state: CacheState,
+    settings: AttentionSettings,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """Append one token per row and attend from it.
+
+    Two launches, no host synchronisation, and the same grid at every length: a captured CUDA graph
+    stays valid.
+
+    Args:
+        q: Queries, ``[B, Hq, 1, D]``, any strides; as ``k`` and ``v``.
+        k: New keys, ``[B, Hkv, 1, D]``.
+        v: New values, ``[B, Hkv, 1, Dv]``.
+        key_mask: ``[B, 1]`` bool; None = all valid.
+        parameters: Of the chunk rule.
+        state: Contiguous tensors, written in place.
+        settings: The layer's.
+        rule: Chunk rule of the kernel (see ``launch.kernel_rule``), any but ``eva``.
+
+    Returns:
+        ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]``, as ``kernels/blocked/cache.py`` defines.
+    """
+    assert all(map(_is_contiguous, state))  # kernels compute the addresses
+    device, count, masked = q.device, len(parameters), key_mask is not None
+    chunks = state.rfa_k.shape[2]
+    shape = _Shape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked)
+    with _on_device(device):
+        plan = _plan(shape, settings)
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+        batch, heads = q.shape[:2]
+        out = q.new_empty((batch, heads, 1, v.shape[3]))
+        lse = q.new_empty((batch, heads, 1), dtype=torch.float32)
+        values = {
+            **plan.constants,
+            **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
+            **(rule_values(rule, parameters) if parameters else {}),
+            "q_ptr": q,
+            "k_ptr": k,
+            "v_ptr": v,
+            "partial_ptr": q.new_empty(plan.scratch, dtype=torch.float32),
+            "out_ptr": out,
+            "lse_ptr": lse,
+        }
+        values["stride_qb"], values["stride_qh"], _, _ = q.stride()
+        values["stride_kb"], values["stride_kh"], _, _ = k.stride()
+        values["stride_vb"], values["stride_vh"], _, _ = v.stride()
+        if key_mask is not None:
+            values["key_mask_ptr"], values["stride_mask"] = key_mask, key_mask.stride(0)
+        plan.decode(plan.programs, *[values[name] for name in plan.decode_arguments])
+        plan.combine(plan.heads, *[values[name] for name in plan.combine_arguments])
+    return out, lse
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make the tensors' device the current one, which it nearly always is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape: _Shape, s: AttentionSettings) -> Plan:
+    """Generate and load the kernels; schedules are those of the first step of such a layer."""
+    spec = decode_spec(shape, s)
+    schedule, combine_spec = choose(spec), spec.of_kind("decode_combine")
+    kernel, combine = load(spec, schedule), load(combine_spec, choose(combine_spec))
+    rows, heads = shape.v[0] * shape.v[1], shape.q[0] * shape.q[1]
+    slots = s.sink_tokens + ring_size(s)
+    splits = parts_of(schedule, rows, shape.chunks, slots)
+    scale = s.scale * _LOG2E
+    return Plan(
+        programs=rows * splits,
+        heads=heads,
+        scratch=heads * splits * (shape.v[3] + 2),
+        decode=kernel.launch,
+        decode_arguments=kernel.generated.arguments,
+        combine=combine.launch,
+        combine_arguments=combine.generated.arguments,
+        constants={
+            "heads": shape.v[1],
+            "chunks": shape.chunks,
+            "splits": splits,
+            # tanh(x / softcap) is computed as a sigmoid of twice its argument.
+            "score_scale": 2 * scale / s.softcap if s.softcap else scale,
+            "scale": s.scale,
+            "softcap": s.softcap * _LOG2E,
+        },
+    )
+
+
+def decode_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
+    """Return the spec of the ``decode`` kernel of a layer."""
+    assert shape.q[2] == 1  # longer calls run the blocked code
+    assert shape.rule != "eva"  # it keeps mean queries, which no kernel reads
+    return KernelSpec(
+        kind="decode",
+        dtype=DTYPES[shape.dtype],
+        head_dim=shape.q[3],
+        value_dim=shape.v[3],
+        chunk_size=s.chunk_size,
+        key_mask=shape.key_mask,
+        group=shape.q[1] // shape.v[1],
+        window_size=s.window_size,
+        sink_size=s.sink_tokens,
+        window=s.window,
+        softcap=s.softcap > 0,
+        chunk_rule=shape.rule,
+        parameters=shape.parameters,
+    )
+
+
+def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:
+    """Return into how many parts the cache of a row and head is split.
+
+    It follows from the room in the cache, not from what is in it, so that a captured graph with
+    its fixed grid stays valid; parts that turn out to be empty end at once.
+
+    Args:
+        schedule: Of ``decode``.
+        rows: Rows times key heads.
+        chunks: Chunk tokens that the cache has room for.
+        slots: Its exact slots.
+    """
+    tiles = -(-chunks // schedule.block_n) + -(-slots // schedule.block_n)
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * current_target().multiprocessors // max(1, rows)
+    return max(1, min(wanted, tiles // _TILES_PER_PART, _MOST_PARTS))

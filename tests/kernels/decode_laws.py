@@ -1,0 +1,120 @@
+"""Laws of the kernels of generation, interpreted; see ``test_decode_interpreted.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
+
+import tests.triton_interpreter  # noqa: F401 isort: skip - before anything that imports Triton
+
+import torch
+from flasheva_compile.kernels.blocked.cache_state import CacheState
+from hypothesis import given
+
+from tests.kernels.decode_cases import (
+    DecodeCase,
+    decode_cases,
+    run_blocked,
+    run_kernels,
+    run_reference,
+)
+from tests.kernels.interpreted_laws import examples
+from tests.tolerance import assert_as_accurate_as_pytorch
+
+
+@contextmanager
+def poisoned_buffers():
+    """Fill every new buffer of numbers with NaN: what the parts leave, and the results."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*arguments, **options):
+        x = new_empty(*arguments, **options)
+        return x.fill_(torch.nan) if x.dtype.is_floating_point else x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        yield
+
+
+POOLED = ("rfa_k", "rfa_v", "rfa_bias")
+COPIED = ("exact_k", "exact_v", "exact_mask", "start", "length")
+
+
+def check(case: DecodeCase) -> None:
+    """Compare results and the state after each step."""
+    with poisoned_buffers():
+        out, lse, states = run_kernels(case)
+    for step, (got, want) in enumerate(zip(states, run_blocked(case, case.dtype)[2], strict=True)):
+        for name in COPIED:
+            same = torch.equal(getattr(got, name), getattr(want, name))
+            assert same, f"{name} after step {step}"
+
+    def formula(dtype):
+        out, lse, states = run_blocked(case, dtype)
+        return [out, lse, *(getattr(state, name) for state in states for name in POOLED)]
+
+    pooled = [getattr(state, name) for state in states for name in POOLED]
+    assert_as_accurate_as_pytorch([out, lse, *pooled], formula, case.dtype)
+    assert_as_accurate_as_pytorch([out, lse], lambda d: run_reference(case, d), case.dtype)
+
+
+@given(decode_cases())
+@examples(32)
+def test_steps_are_the_blocked_code_and_the_reference(case):
+    check(case)
+
+
+@given(decode_cases(batch=1, kv_heads=1, group=2, steps=2))
+@examples(2)
+def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
+    for block_n, splits in ((16, 1), (16, 5), (64, 2), (32, 11)):
+        check(dataclasses.replace(case, block_n=block_n, splits=splits))
+
+
+@pytest.mark.parametrize("window", ["sliding", "block"])
+@pytest.mark.parametrize("mask", ["none", "holes"])
+def test_long_sequences_from_an_empty_cache(window, mask):
+    """The ring goes round more than twice; the first steps see nothing but themselves."""
+    rule = {"rule": "tangent", "parameter_count": 1}
+    check(DecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **rule))
+
+
+def test_rows_start_at_different_steps():
+    """One of them never: it sees nothing, and nothing of it is kept."""
+    case = DecodeCase(batch=3, steps=10, mask="left_padding", splits=2)
+    starts = torch.tensor([[0], [4], [99]])
+    vars(case)["key_mask"] = torch.arange(case.tokens) >= starts
+    check(case)
+    out, lse, states = run_kernels(case)
+    assert (out[2] == 0).all()
+    assert (lse[2] == -torch.inf).all()
+    assert (states[-1].exact_k[2] == 0).all()
+    assert states[-1].start.tolist() == [0, 4, 10]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_cache_that_was_too_small_gives_nan(splits):
+    case = DecodeCase(prefix=20, steps=8, spare_chunks=-4, splits=splits)
+    with poisoned_buffers():
+        out, lse, _ = run_kernels(case)
+    want, want_lse, _ = run_blocked(case, case.dtype)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert 0 < out.isnan().sum() < out.numel()
+    assert_as_accurate_as_pytorch([lse], lambda d: [run_blocked(case, d)[1]], case.dtype)
+    assert torch.equal(lse.isnan(), want_lse.isnan())
+
+
+@given(decode_cases(prefix=0, kv_heads=1, batch=1))
+@examples(3)
+def test_what_no_token_was_written_to_is_never_read(case):
+    case = dataclasses.replace(case, steps=case.chunk_size + 2)
+    out, lse, _ = run_kernels(case)
+    state = case.new_state(case.dtype)
+    for x in (state.exact_k, state.exact_v, state.rfa_k, state.rfa_v, state.rfa_bias):
+        x.fill_(torch.nan)
+    state.exact_mask.fill_(True)
+    poisoned = run_kernels(case, CacheState(*state))
+    assert torch.equal(out, poisoned[0])
+    assert torch.equal(lse, poisoned[1])

@@ -1,0 +1,158 @@
+"""Generated text of the kernels of generation: the demands of ``test_source.py``, and its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+from flasheva_compile.lowering import inspect, schedule
+from flasheva_compile.lowering.emit.module import emit
+from flasheva_compile.lowering.schedule_cost import candidates, rejection
+from flasheva_compile.lowering.spec import KernelSpec, digest
+
+from tests.kernels import test_source
+
+RULES = (("mean", 0), ("tangent", 1), ("evabyte", 0), ("evabyte", 2), ("evabyte", 3))
+SIZES = ((16, 16), (40, 40), (64, 64), (72, 96), (128, 128), (192, 128), (256, 256))
+DIGEST = """
+from flasheva_compile.lowering.spec import digest
+from tests.kernels.test_decode_source import generated
+print(digest("".join(kernel.source for kernel in generated().values())))
+"""
+
+
+def spec_of(dtype="bf16", head_dim=64, value_dim=None, **changes) -> KernelSpec:
+    fields = {"chunk_size": 16, "window_size": 256, "sink_size": 16, "group": 4}
+    return KernelSpec(
+        kind="decode",
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        **{**fields, "chunk_rule": "tangent", "parameters": 1, **changes},
+    )
+
+
+def specs() -> dict[str, KernelSpec]:
+    found = {}
+    for dtype, (d, e) in itertools.product(("bf16", "fp16", "fp32"), SIZES):
+        found[f"{dtype}-{d}-{e}"] = spec_of(dtype, d, e)
+        combine = found[f"{dtype}-{d}-{e}"].of_kind("decode_combine")
+        found[f"combine-{dtype}-{e}"] = combine
+    for (rule, count), window, sinks, mask in itertools.product(
+        RULES, ("sliding", "block"), (0, 16), (False, True)
+    ):
+        fields = {"window": window, "sink_size": sinks, "key_mask": mask}
+        name = f"{rule}{count}-{window}-sinks{sinks}-mask{mask}"
+        found[name] = spec_of(chunk_rule=rule, parameters=count, **fields)
+    for chunk_size, group in itertools.product((1, 3, 64), (1, 3, 16, 40)):
+        sizes = {"chunk_size": chunk_size, "window_size": 192, "sink_size": 0}
+        found[f"c{chunk_size}-g{group}"] = spec_of(group=group, softcap=True, **sizes)
+    return found
+
+
+def generated():
+    return {name: emit(spec, schedule.choose(spec)) for name, spec in specs().items()}
+
+
+@pytest.fixture(scope="module", name="kernels")
+def _kernels():
+    return generated()
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [
+        test_source.test_names_identify_texts,
+        test_source.test_arguments_are_those_that_the_body_reads,
+        test_source.test_every_name_is_defined,
+    ],
+)
+def test_text_is_what_is_demanded_of_all_kernels(kernels, demand):
+    demand(kernels)
+
+
+def test_ruff_finds_nothing(kernels, tmp_path):
+    test_source.test_ruff_finds_nothing(kernels, tmp_path)
+
+
+def test_text_does_not_depend_on_the_process(kernels):
+    other = subprocess.run(
+        [sys.executable, "-c", DIGEST],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == digest("".join(kernel.source for kernel in kernels.values()))
+
+
+def test_a_switched_off_feature_leaves_no_trace(kernels):
+    plain = kernels["mean0-sliding-sinks0-maskFalse"].source
+    for word in ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k", "oldest = tl"):
+        assert word not in plain, word
+    assert "atomic" not in plain
+    assert "softcap" in kernels["c3-g3"].source
+
+
+def test_one_kernel_combines_for_all_layers_with_the_same_values():
+    one = spec_of().of_kind("decode_combine")
+    other = spec_of(head_dim=128, value_dim=64, chunk_size=8, window="block", key_mask=True)
+    assert other.of_kind("decode_combine") == one
+    assert emit(one, schedule.choose(one)).arguments == (
+        *("out_ptr", "lse_ptr", "length_ptr", "partial_ptr", "splits"),
+    )
+
+
+def test_what_decode_ignores_is_dropped_from_its_spec():
+    full = KernelSpec(
+        **{name: getattr(spec_of(), name) for name in ("dtype", "head_dim", "value_dim")},
+        kind="forward",
+        chunk_size=16,
+        documents="padded",
+        alibi=True,
+        dropout=True,
+        tf32=True,
+        whole_chunks=True,
+    )
+    plain = KernelSpec(kind="decode", dtype="bf16", head_dim=64, value_dim=64, chunk_size=16)
+    assert full.of_kind("decode") == plain
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_choices_pass_the_static_rules(arch):
+    target = schedule.known_target(arch)
+    for spec in specs().values():
+        chosen = schedule.choose(spec, target)
+        assert rejection(spec, chosen, target) is None, (spec, chosen)
+        assert chosen in candidates(spec, target) or schedule.shipped(spec, target)
+
+
+def test_the_shipped_table_has_every_head_size():
+    for kinds in schedule.shipped_decode_table().values():
+        assert set(kinds) == {"decode", "decode_combine"}
+        for dtypes in kinds.values():
+            assert set(dtypes) == {"16-bit", "fp32"}
+            assert all(set(sizes) == {"64", "128", "256"} for sizes in dtypes.values())
+
+
+def test_tensor_descriptors_are_refused_with_a_reason():
+    spec, target = spec_of(), schedule.known_target("sm_90")
+    chosen = schedule.choose(spec, target)
+    tried = type(chosen)(block_m=16, block_n=64, num_warps=4, num_stages=2, tma=True)
+    assert "through pointers" in (rejection(spec, tried, target) or "")
+
+
+def test_inspect_prints_the_kernel(capsys, tmp_path, monkeypatch):
+    for name in ("FLASHEVA_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    command = "--kind decode --group 4 --chunk-rule tangent --parameters 1 --sink-size 16"
+    assert inspect.main(command.split()) == 0
+    text = capsys.readouterr().out
+    assert "def decode(" in text
+    assert ", no spills, " in text.splitlines()[-1]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flasheva_compile.config import EvaConfig
     from flasheva_compile.generation.eva_attention import EvaAttention
 
-_FIRST_CHUNKS = 64  # room of a growing layer at first
+_FIRST_CHUNKS = 64  # room of a growing layer beyond its first tokens
 
 
 class EvaCacheLayer(CacheLayerMixin):
@@ -64,7 +64,7 @@ class EvaCacheLayer(CacheLayerMixin):
         k, v = key_states.detach(), value_states.detach()
         self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
         c = self.config.chunk_size
-        tokens = self.max_cache_len or max(k.shape[2], _FIRST_CHUNKS * c)
+        tokens = self.max_cache_len or k.shape[2] + _FIRST_CHUNKS * c
         self.state = new_state(k, v, -(-tokens // c), cache_options(self.config, 1.0))
         if self.max_cache_len is not None:
             compat.mark_static_addresses(self.state)
@@ -266,7 +266,7 @@ class EvaCacheLayer(CacheLayerMixin):
         chunks, capacity = (self.seen + tokens) // self.config.chunk_size, self.state.rfa_k.shape[2]
         if self.max_cache_len is not None or chunks <= capacity:
             return
-        more = max(chunks, 2 * capacity) - capacity
+        more = max(chunks, capacity + capacity // 4 + _FIRST_CHUNKS) - capacity
         grown = {
             name: _extended(getattr(self.state, name), more)
             for name in ("rfa_k", "rfa_v", "rfa_bias")

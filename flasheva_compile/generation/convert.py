@@ -85,12 +85,8 @@ def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:
 
 def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]]:
     """Point every configuration of the model at the attention "eva"."""
-    before: dict[int, tuple[Any, str]] = {}
-    for config in attention_configs(model):
-        if id(config) in before:
-            continue
-        name = config._attn_implementation
-        before[id(config)] = (config, name)
+    before = {id(config): (config, name) for config, name in attention_configs(model)}
+    for config, name in before.values():
         config._attn_implementation = interface.NAME
         config.flasheva = {
             "version": _VERSION,
@@ -104,12 +100,14 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
     """Before an attention runs, tell it which cache layer it will update."""
     cache = next((kwargs[n] for n in _CACHE_ARGUMENTS if kwargs.get(n) is not None), None)
     eva = getattr(module, "flasheva", None)
-    layer = None
-    if cache is not None and module.layer_idx < len(cache.layers):
-        layer = cache.layers[module.layer_idx]
+    layer, index = None, getattr(module, "layer_idx", None)
+    if cache is not None and index is not None and index < len(cache.layers):
+        layer = cache.layers[index]
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
-    elif isinstance(layer, EvaCacheLayer):
+        return
+    eva.cache_layer = None  # a call that failed half-way has left its own
+    if isinstance(layer, EvaCacheLayer):
         if layer.path != eva.path or layer.config != eva.config:
             message = f"its cache was made for {layer.path} with {layer.config}"
             raise ConfigError(message, subject=eva.path, hint="use FlashEvaCache.for_model(model)")

@@ -171,6 +171,8 @@ def _report(
     for seen in found:
         decision = decisions[seen.path]
         facts: dict[str, Any] = {
+            "itemsize": seen.itemsize,
+            "causal": seen.causal,
             "heads": seen.heads,
             "kv_heads": seen.kv_heads,
             "head_dim": seen.head_dim,
@@ -178,7 +180,9 @@ def _report(
         }
         if isinstance(decision, str):
             expected = decision.startswith("the configuration")
-            row = LayerReport(path=seen.path, decision="full", reason=decision, expected=expected)
+            row = LayerReport(
+                path=seen.path, decision="full", reason=decision, expected=expected, **facts
+            )
         else:
             facts |= dataclasses.asdict(decision) | {"sink_tokens": decision.sink_size}
             row = LayerReport(
@@ -186,7 +190,6 @@ def _report(
                 decision="eva",
                 reason="prepared",
                 mask="causal, padding",
-                causal=True,
                 **facts,
             )
         rows.append(row)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import nn
 
     from flasheva_compile.config import EvaConfig, HybridConfig
@@ -45,7 +43,8 @@ class Prepared:
         hybrid: The configuration.
         converted: Cache index -> converted attention.
         report: One row per attention.
-        implementations: ``id(config)`` -> the configuration and its implementation before.
+        implementations: ``id(config)`` -> the configuration and its implementation before, a
+            configuration before those inside it.
     """
 
     hybrid: HybridConfig
@@ -80,9 +79,18 @@ def cached_layers(model: Any) -> dict[int, CachedLayer]:  # noqa: ANN401
     return prepared_of(model).converted
 
 
-def attention_configs(model: nn.Module) -> Iterator[Any]:
-    """Yield every configuration that a module looks its attention implementation up in."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            yield config
+def attention_configs(model: nn.Module) -> list[tuple[Any, str]]:
+    """Return every configuration that a module looks its attention implementation up in, and it.
+
+    A configuration comes before those inside it: setting its implementation sets theirs too, so all
+    must be read before any is set, and set in this order.
+    """
+    found: dict[int, tuple[Any, str]] = {}
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    while configs:
+        config: Any = configs.pop(0)
+        if id(config) not in found and hasattr(config, "_attn_implementation"):
+            found[id(config)] = (config, config._attn_implementation)
+            parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+            configs = parts + configs
+    return list(found.values())

@@ -38,6 +38,7 @@ class ProbedAttention:
         module: The attention.
         index: Its place in the cache; None if it has none.
         implementation: The name of its own attention function.
+        itemsize: Bytes per element of keys and values.
         heads: ``Hq``.
         kv_heads: ``Hkv``.
         head_dim: ``D``.
@@ -51,6 +52,7 @@ class ProbedAttention:
     module: Any
     index: int | None
     implementation: str
+    itemsize: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -72,8 +74,10 @@ class _Probe:
             if hasattr(m.config, "_attn_implementation")
         }
         self.found: dict[int, ProbedAttention] = {}
-        self.masks: dict[int, tuple[Tensor, bool]] = {}  # the tensors are kept: ids stay theirs
+        # What is looked up by id is kept, so that the id stays its own.
+        self.masks: dict[int, tuple[Tensor, str]] = {}  # why it is not plain causal; "" if it is
         self.updated: list[tuple[Tensor, Tensor]] = []
+        self.readers: dict[int, ProbedAttention] = {}  # id of keys -> the attention that had them
         self.cache: Any = None
 
 
@@ -83,8 +87,11 @@ _running: list[_Probe] = []
 def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transformers model
     """Run ``model`` on a few tokens and return its attentions in the order in which they run.
 
+    Returns:
+        Those that go through AttentionInterface; none of a model that has no such attention.
+
     Raises:
-        ConfigError: The model cannot be run on token ids alone.
+        ConfigError: The model has some, but cannot be run on token ids and a cache alone.
     """
     from transformers.cache_utils import DynamicCache
 
@@ -102,13 +109,30 @@ def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transf
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(
-                f"{type(model).__name__} cannot be run on a few token ids: {error}",
-                hint='use torch.compile(model, backend="flasheva"), which needs no trial run',
-            ) from error
+            if _attends(model, run):
+                raise _cannot_run(model, error) from error
         finally:
             _running.clear()
     return tuple(run.found.values())
+
+
+def _attends(model: Any, run: _Probe) -> bool:  # noqa: ANN401
+    """Tell whether a model that does not run with a cache has attentions that we could see."""
+    if not run.found:
+        inputs = next(iter(probe_calls(model)))
+        try:
+            model(input_ids=inputs["input_ids"], use_cache=False)
+        except Exception:
+            return True  # nothing is known; the first error says why
+    return bool(run.found)
+
+
+def _cannot_run(model: Any, error: Exception) -> ConfigError:  # noqa: ANN401
+    why = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return ConfigError(
+        f"{type(model).__name__} cannot be run on a few token ids and a DynamicCache: {why}",
+        hint='use torch.compile(model, backend="flasheva"), which needs no trial run',
+    )
 
 
 def probe_calls(model: Any) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
@@ -144,15 +168,14 @@ def _watch_updates(run: _Probe) -> None:
 
 @contextmanager
 def _implementation(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401
-    configs = {id(c): c for c in attention_configs(model)}
-    before = {key: c._attn_implementation for key, c in configs.items()}
-    for c in configs.values():
-        c._attn_implementation = name
+    before = attention_configs(model)
+    for config, _ in before:
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for key, c in configs.items():
-            c._attn_implementation = before[key]
+        for config, own in before:
+            config._attn_implementation = own
 
 
 @contextmanager
@@ -176,8 +199,22 @@ def _mask(**inputs: Any) -> Tensor:  # noqa: ANN401 - the interface's keywords
 
     inputs = {**inputs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = eager_mask(**inputs)
-    _running[0].masks[id(mask)] = (mask, interface.is_causal(inputs["mask_function"]))
+    _running[0].masks[id(mask)] = (mask, _unlike_causal(inputs))
     return mask
+
+
+def _unlike_causal(inputs: dict[str, Any]) -> str:
+    """Say what a mask is instead of the plain causal one; empty if it is that."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    mask_function, size = inputs["mask_function"], inputs.get("local_size")
+    if interface.is_causal(mask_function):
+        return ""
+    if size is not None:
+        return f"it has a window or chunks of {size} tokens already"
+    if mask_function is bidirectional_mask_function:
+        return "it is not causal"
+    return "its mask is not the plain causal mask, but has additions of the model's own"
 
 
 def _attention(
@@ -205,6 +242,7 @@ def _attention(
             module=module,
             index=getattr(module, "layer_idx", None),
             implementation=run.implementations.get(id(module), "sdpa"),
+            itemsize=key.element_size(),
             heads=query.shape[1],
             kv_heads=key.shape[1],
             head_dim=key.shape[3],
@@ -213,12 +251,23 @@ def _attention(
         run.found[id(module)] = seen
     seen.calls += 1
     known = run.masks.get(id(attention_mask))
-    seen.causal = known is not None and known[1]
+    seen.causal = known is not None and not known[1]
     seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
+    _note_sharing(run, seen, key)
     if not seen.reason and attention_mask is not None:
         ours = _ours(query, key, value, attention_mask, scaling, kwargs)
         seen.reason = _difference(ours, out, attention_mask)
     return out, weights
+
+
+def _note_sharing(run: _Probe, seen: ProbedAttention, key: Tensor) -> None:
+    """Refuse attentions that read the same keys: a compressed layer hands out the new ones only."""
+    if not any(key is k for k, _ in run.updated):
+        return
+    first = run.readers.setdefault(id(key), seen)
+    if first is not seen:
+        first.reason = first.reason or f"{seen.path} reads its keys and values, too"
+        seen.reason = seen.reason or f"it reads the keys and values of {first.path}"
 
 
 def _refusal(
@@ -234,24 +283,22 @@ def _refusal(
     query, key, value = qkv
     layers, index = run.cache.layers, seen.index
     refused = interface.unsupported_inputs(kwargs)
-    checks = (
-        (index is None or index >= len(layers), "it keeps no cache"),
-        (not seen.causal, "its mask is not the model's plain causal mask"),
-        (bool(refused), f"it is called with {', '.join(refused)}"),
-        (kwargs.get("sliding_window") is not None, "it has a sliding window of its own"),
-        (query.shape[1] % key.shape[1] != 0, "its heads are no multiple of its kv heads"),
-    )
-    for fails, reason in checks:
-        if fails:
-            return reason
+    unlike = run.masks[id(mask)][1] if id(mask) in run.masks else "its mask is the model's own"
+    cached = any(key is k and value is v for k, v in run.updated)
+    if index is None or index >= len(layers):
+        return "its place in the cache is not known" if cached else "it keeps no cache"
     kind = type(layers[index])
-    if kind is not DynamicLayer:
-        return f"its cache is a {kind.__name__}"
-    if not any(key is k and value is v for k, v in run.updated):
-        return "its keys or values are changed after they leave the cache"
-    if mask is None or key.shape[2] != mask.shape[-1]:
-        return f"it has {key.shape[2]} keys and another number of mask columns"
-    return ""
+    checks = (
+        (mask is None, "it is called without a mask"),
+        (bool(refused), f"it is called with {', '.join(refused)}"),
+        (unlike != "", unlike),
+        (kwargs.get("sliding_window") is not None, "it has a sliding window of its own"),
+        (kind is not DynamicLayer, f"its cache is a {kind.__name__}"),
+        (not cached, "what it attends to is computed from what it caches, not cached itself"),
+        (query.shape[1] % key.shape[1] != 0, "its heads are no multiple of its kv heads"),
+        (mask is not None and key.shape[2] != mask.shape[-1], "its mask is not of its keys"),
+    )
+    return next((reason for fails, reason in checks if fails), "")
 
 
 def _ours(

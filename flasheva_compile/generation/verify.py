@@ -34,6 +34,10 @@ def verify(model: Any) -> None:  # noqa: ANN401
             for index, layer in converted.items()
         }
         ours = _logits(model, FlashEvaCache.for_model(model))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _does_not_run(model, error) from error
     finally:
         prepared_of(model).converted = converted
         for eva, config in zip(evas, before, strict=True):
@@ -50,6 +54,14 @@ def verify(model: Any) -> None:  # noqa: ANN401
             f"of {float(scale):.2g}), although each attention agrees",
             hint='use torch.compile(model, backend="flasheva")',
         )
+
+
+def _does_not_run(model: Any, error: Exception) -> ConfigError:  # noqa: ANN401
+    why = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return ConfigError(
+        f"{type(model).__name__} does not run with a compressed cache: {why}",
+        hint='use torch.compile(model, backend="flasheva")',
+    )
 
 
 def _over_everything(config: EvaConfig) -> EvaConfig:

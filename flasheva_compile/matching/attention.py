@@ -19,6 +19,7 @@ from flasheva_compile.matching.axes import axis_origin
 from flasheva_compile.matching.layout import spell_products, spell_sdpa
 from flasheva_compile.matching.operands import (
     is_appended,
+    is_preallocated,
     layout_of_result,
     projection_sources,
     resolve_operands,
@@ -194,6 +195,8 @@ def _site(
     sources = [axis_origin(n, axes.index(letter)) for n, axes, letter in tokens_of(spelling)]
     if {"features"} in [source.kinds for source in sources[:2]]:
         problem = "attends over features (channels or heads), not over tokens"
+    if is_preallocated(key.node):
+        problem = "reads a preallocated cache; prepare(model, config) brings one of its own"
     if problem:
         return MissedSite(place=place, reason=problem)
     key_length = _key_length(shape_of_heads(key)[2], terms)

@@ -265,6 +265,18 @@ def is_appended(key: fx.Node, query: fx.Node) -> bool:
     return same and same_size(shape_of(new)[2], shape_of(query)[2])
 
 
+def is_preallocated(key: fx.Node) -> bool:
+    """Return whether ``key`` is read from a tensor that new keys were written into by index.
+
+    That is how caches of a fixed size work. Prefill reads the part that it has just written and
+    looks like any self-attention; the steps after it do not, and both must compute one function.
+    """
+    current = _strip(key)
+    while op_name(current) in {"slice", "narrow"} | CASTS | VIEWS:
+        current = current.args[0]
+    return op_name(current) in {"index_copy", "index_copy_", "index_put", "index_put_"}
+
+
 def _is_weight_product(node: fx.Node) -> bool:
     return op_name(node) in {"matmul", "bmm", "einsum", "convolution", "conv2d"}
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 import flasheva_compile as fe
 from flasheva_compile.config import EvaConfig, HybridConfig
@@ -106,6 +107,29 @@ def test_other_modules_are_refused():
         fe.prepare(nn.Linear(2, 2), SMALL)
 
 
+def test_the_report_counts_every_layer():
+    model = fe.prepare(llama().bfloat16(), {"default": SMALL, 0: "full"})
+    totals = fe.explain(model).totals(64)
+    assert totals.attentions == 2
+    assert totals.full_cache_bytes == 2 * 2 * 64 * 2 * 8 * 2
+
+
+def test_a_call_that_fails_half_way_leaves_nothing_behind():
+    model = fe.prepare(llama(), SMALL)
+    want = model(tokens(1, 30), use_cache=False).logits
+    cache = fe.FlashEvaCache.for_model(model)
+    model(tokens(1, 12, seed=5), past_key_values=cache)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("x")
+
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(tokens(1, 1), past_key_values=cache)
+    handle.remove()
+    assert torch.equal(model(tokens(1, 30), use_cache=False).logits, want)
+
+
 # --- compiled -------------------------------------------------------------------------------------
 
 
@@ -175,3 +199,34 @@ def test_compiled_generation_with_inductor():
     model.compile(backend="flasheva")
     got = model.generate(tokens(1, 21), max_new_tokens=30, cache_implementation="static", **GREEDY)
     assert torch.equal(got, want)
+
+
+# --- models that are not prepared -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_prefill_and_decoding_agree_without_prepare(implementation):
+    """Over a growing cache both are FlashEVA, over a preallocated one both stay full."""
+    options = {"cache_implementation": implementation}
+    reference = llama() if implementation else fe.prepare(llama(), SMALL)
+    want = generate(reference, tokens(1, 21), **options)
+    model = llama()
+    model.compile(backend="flasheva", options={"inner_backend": "eager", **SMALL})
+    got = generate(model, tokens(1, 21), **options)
+    torch.testing.assert_close(
+        torch.stack(got.logits), torch.stack(want.logits), rtol=1e-4, atol=1e-4
+    )
+    reasons = {row.reason for row in fe.explain(model).layers if row.decision == "full"}
+    assert any("preallocated cache" in reason for reason in reasons) == bool(implementation)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_compiling_decoding_alone(prepared):
+    """``compile_config`` leaves prefill eager: a prepared model is FlashEVA there, too."""
+    build = (lambda: fe.prepare(llama(), SMALL)) if prepared else llama
+    want = generate(build(), tokens(1, 21), cache_implementation="static").sequences
+    options = {"inner_backend": "eager", **({} if prepared else SMALL)}
+    how = CompileConfig(backend="flasheva", mode=None, options=options)
+    how._compile_all_devices = True
+    got = generate(build(), tokens(1, 21), cache_implementation="static", compile_config=how)
+    assert torch.equal(got.sequences, want)

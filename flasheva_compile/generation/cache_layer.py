@@ -8,9 +8,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from flasheva_compile import _torch_compat as compat
-from flasheva_compile.cache_ops import cache_options, new_state
+from flasheva_compile.cache_ops import cache_options, cache_settings, new_state
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.kernels.blocked.cache_state import CacheState
+from flasheva_compile.kernels.blocked.cache_state import CacheState, visible_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +63,12 @@ class EvaCacheLayer(CacheLayerMixin):
         """Allocate for the first tokens."""
         k, v = key_states.detach(), value_states.detach()
         self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
-        c = self.config.chunk_size
-        tokens = self.max_cache_len or k.shape[2] + _FIRST_CHUNKS * c
-        self.state = new_state(k, v, -(-tokens // c), cache_options(self.config, 1.0))
+        options = cache_options(self.config, 1.0)
+        if self.max_cache_len is not None:
+            chunks = visible_chunks(self.max_cache_len, cache_settings(options))
+        else:
+            chunks = -(-k.shape[2] // self.config.chunk_size) + _FIRST_CHUNKS
+        self.state = new_state(k, v, max(1, chunks), options)
         if self.max_cache_len is not None:
             compat.mark_static_addresses(self.state)
         self.is_initialized = True
@@ -243,7 +246,11 @@ class EvaCacheLayer(CacheLayerMixin):
         first, self.is_empty = self.is_empty, False
         self.seen += k.shape[2] if self.max_cache_len is None else 0
         if not first or k.shape[2] == 1:
-            return torch.ops.flasheva.decode(q, k, v, parameters, key_mask, *self.state, **options)
+            new = (x.detach() for x in qkv)
+            out, lse = torch.ops.flasheva.decode(*new, parameters, key_mask, *self.state, **options)
+            if torch.is_grad_enabled() and q.requires_grad:
+                out = _NoGradient.apply(out, q)
+            return out, lse
         result = eva.attend_all(qkv, key_mask, None, scale=scale, softcap=softcap)
         new = (x.detach() for x in qkv)
         torch.ops.flasheva.cache_append(*new, parameters, key_mask, *self.state, **options)
@@ -263,6 +270,7 @@ class EvaCacheLayer(CacheLayerMixin):
     def _make_room(self, tokens: int) -> None:
         """Grow the chunk tokens of a layer that is not preallocated."""
         assert self.state is not None
+        # All that are complete, for some become visible only after the layer has grown further.
         chunks, capacity = (self.seen + tokens) // self.config.chunk_size, self.state.rfa_k.shape[2]
         if self.max_cache_len is not None or chunks <= capacity:
             return
@@ -272,6 +280,24 @@ class EvaCacheLayer(CacheLayerMixin):
             for name in ("rfa_k", "rfa_v", "rfa_bias")
         }
         self.state = self.state._replace(**grown)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hand ``out`` on, and refuse to differentiate it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:  # noqa: ANN401
+        """Return ``out``; ``q`` connects it to what it was computed from."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ANN401
+        """Raise."""
+        raise ConfigError(
+            "what was attended through a compressed cache has no gradient",
+            subject="past_key_values",
+            hint="train with use_cache=False",
+        )
 
 
 class _Replay:

@@ -48,6 +48,12 @@ def ring_size(s: AttentionSettings) -> int:
     return s.window_size + s.chunk_size if s.window == "sliding" else s.window_size
 
 
+def visible_chunks(tokens: int, s: AttentionSettings) -> int:
+    """Return how many chunk tokens the last of ``tokens`` queries may see: the room they need."""
+    lo, _ = exact_interval(max(0, tokens - 1), tokens, s)
+    return lo // s.chunk_size
+
+
 def slot_of(position: Tensor, s: AttentionSettings) -> Tensor:
     """Return the slot of each position ``>= 0``."""
     later = s.sink_tokens + (position - s.sink_tokens) % ring_size(s)

@@ -286,3 +286,34 @@ def test_a_reset_cache_is_an_empty_one():
         first = generate(model, tokens(1, 21), past_key_values=cache).sequences
         cache.reset()
         assert torch.equal(generate(model, tokens(1, 21), past_key_values=cache).sequences, first)
+
+
+def test_no_gradient_goes_through_a_cache():
+    model = fe.prepare(llama(), SMALL)
+    cache = fe.FlashEvaCache.for_model(model)
+    model(tokens(1, 21), past_key_values=cache)
+    loss = model(tokens(1, 1), past_key_values=cache).logits.sum()
+    with pytest.raises(ConfigError, match="has no gradient"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("window", ["sliding", "block"])
+def test_a_preallocated_cache_holds_exactly_its_length(window):
+    model = fe.prepare(llama(), {**SMALL, "window": window})
+    for length in (60, 61, 62, 63, 64):
+        cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)
+        result = generate(model, tokens(1, 21), past_key_values=cache, steps=length - 20)
+        expect_same_logits(result, model, 21)
+        assert cache.get_seq_length() == length
+
+
+def test_a_growing_cache_forgets_nothing():
+    model = fe.prepare(llama(1), {"window_size": 64, "chunk_size": 2, "sink_tokens": 0})
+    ids = tokens(1, 400)
+    cache = fe.FlashEvaCache.for_model(model)
+    with torch.no_grad():
+        steps = [
+            model(x, past_key_values=cache).logits for x in (ids[:, :9], *ids[:, 9:].split(1, 1))
+        ]
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)

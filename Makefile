@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test check bench gallery quickstart clean
+.PHONY: help setup fmt lint types arch test check bench gallery survey quickstart clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ bench:  ## Measure time and memory; writes benchmarks/results/
 
 gallery:  ## Survey every architecture of the installed transformers; writes docs/gallery.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.gallery
+
+survey:  ## Survey generation with every causal language model; writes docs/generation_survey.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.generation_survey
 
 quickstart:  ## Install and run the example on a real pretrained model
 	scripts/quickstart.sh

@@ -71,6 +71,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self.state = new_state(k, v, max(1, chunks), options)
         if self.max_cache_len is not None:
             compat.mark_static_addresses(self.state)
+        self.keys = self.values = k.new_empty(0)  # models ask whether there are any
         self.is_initialized = True
 
     def update(

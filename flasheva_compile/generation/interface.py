@@ -63,16 +63,7 @@ def attention_forward(
     if eva is None:
         inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
         return _kept_forward(module, query, key, value, attention_mask, inputs)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ConfigError(
-            f"a mask of shape {tuple(attention_mask.shape)}; a prepared attention takes the "
-            "model's own causal mask",
-            subject=eva.path,
-            hint="pass a 2-D attention_mask or none, or leave the layer full",
-        )
-    refused = unsupported_inputs(kwargs)
-    if refused:
-        raise ConfigError(f"was called with {', '.join(refused)}", subject=eva.path)
+    _expect_causal(eva.path, module, attention_mask, query.shape[2], kwargs)
     out, lse = eva(
         query,
         key,
@@ -86,6 +77,33 @@ def attention_forward(
     if sink is not None:
         out = _with_sink_logits(out, lse, sink, eva.path)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _expect_causal(
+    path: str, module: nn.Module, mask: Tensor | None, queries: int, inputs: dict[str, Any]
+) -> None:
+    """Refuse calls that mean anything but causal attention, as they would be for the model's own.
+
+    Without a mask, transformers' attentions are causal or not by a flag.
+    """
+    if mask is not None and mask.dim() != 2:
+        raise ConfigError(
+            f"a mask of shape {tuple(mask.shape)}; a prepared attention takes the model's own "
+            "causal mask",
+            subject=path,
+            hint="pass a 2-D attention_mask or none, or leave the layer full",
+        )
+    causal = inputs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is None and not causal and queries > 1:
+        raise ConfigError(
+            "was called without a mask, and not as causal attention",
+            subject=path,
+            hint="pass attention_mask if the model is causal, or leave the layer full",
+        )
+    refused = unsupported_inputs(inputs)
+    if refused:
+        raise ConfigError(f"was called with {', '.join(refused)}", subject=path)
 
 
 def _with_sink_logits(out: Tensor, lse: Tensor, sink: Tensor, path: str) -> Tensor:
@@ -113,7 +131,9 @@ def _kept_forward(
         message = f"{type(module).__name__} was not part of the model when it was prepared"
         raise ConfigError(message, hint="call prepare(model, config) again")
     layer, kept.cache_layer = kept.cache_layer, None
-    if kept.causal:
+    # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
+    ours = mask is not None and mask.dim() == 2 and "flash" not in kept.implementation
+    if kept.causal or ours:
         mask = _causal_mask(module, kept.implementation, query, key, mask, layer)
     function = own_attention_function(module, kept.implementation)
     return function(module, query, key, value, mask, **inputs)
@@ -166,8 +186,8 @@ def own_attention_function(module: nn.Module, implementation: str) -> Callable[.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if implementation == "eager" and eager is not None:
         return eager
-    found: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    return found
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    return functions.get_interface(implementation, eager)
 
 
 # --- masks ----------------------------------------------------------------------------------------

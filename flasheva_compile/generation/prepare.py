@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
-_VERSION = 1
-
 
 def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transformers model
     """Convert a transformers model's attentions to FlashEVA, in place.

@@ -252,8 +252,8 @@ def _attention(
     seen.calls += 1
     known = run.masks.get(id(attention_mask))
     seen.causal = known is not None and not known[1]
-    seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
     _note_sharing(run, seen, key)
+    seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
     if not seen.reason and attention_mask is not None:
         ours = _ours(query, key, value, attention_mask, scaling, kwargs)
         seen.reason = _difference(ours, out, attention_mask)

@@ -22,6 +22,8 @@ from flasheva_compile.errors import (  # noqa: E402
 from flasheva_compile.report import CompileReport  # noqa: E402
 
 if _TYPE_CHECKING:
+    from flasheva_compile.adaptation.calibrate import calibrate
+    from flasheva_compile.adaptation.select_layers import select_full_layers
     from flasheva_compile.api import explain
     from flasheva_compile.generation.cache import FlashEvaCache
     from flasheva_compile.generation.checkpoint import from_pretrained
@@ -32,11 +34,13 @@ if _TYPE_CHECKING:
 # they are used.
 _WHERE = {
     "FlashEvaCache": "flasheva_compile.generation.cache",
+    "calibrate": "flasheva_compile.adaptation.calibrate",
     "explain": "flasheva_compile.api",
     "flasheva_attention": "flasheva_compile.ops",
     "from_pretrained": "flasheva_compile.generation.checkpoint",
     "prepare": "flasheva_compile.generation.prepare",
     "revert": "flasheva_compile.generation.prepare",
+    "select_full_layers": "flasheva_compile.adaptation.select_layers",
 }
 
 __all__ = [
@@ -50,11 +54,13 @@ __all__ = [
     "LoweringError",
     "PlanError",
     "RewriteError",
+    "calibrate",
     "explain",
     "flasheva_attention",
     "from_pretrained",
     "prepare",
     "revert",
+    "select_full_layers",
 ]
 
 

@@ -89,8 +89,6 @@ class EvaCacheLayer(CacheLayerMixin):
                 hint="pass the cache to the model that FlashEvaCache.for_model was called with",
             )
         self.announced = False
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -205,14 +203,15 @@ class EvaCacheLayer(CacheLayerMixin):
         removed = sum(call[1].shape[2] for call in self.recorded)
         for x, old in zip(_small(self.state), _small(self.snapshot), strict=True):
             x.copy_(old)
-        self.seen -= removed
+        growing = self.max_cache_len is None
+        self.seen -= removed if growing else 0
         q, k, v = (torch.cat([call[i] for call in self.recorded], 2)[:, :, :keep] for i in range(3))
         masks = [call[3] for call in self.recorded]
         if keep:
             mask = None if masks[0] is None else torch.cat(masks, 1)[:, :keep]
             self.replay(q, k, v, mask, self.state)
-            self.seen += keep
-        self.is_empty = self.max_cache_len is None and self.seen == 0
+            self.seen += keep if growing else 0
+        self.is_empty = growing and self.seen == 0
 
     def _record(self, call: tuple[Tensor | None, ...], replay: Callable[..., None]) -> None:
         if not self.recorded:
@@ -234,6 +233,8 @@ class EvaCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append new tokens and attend from them; see :meth:`EvaAttention.forward`."""
         q, k, v = qkv
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
         assert self.state is not None
         key_mask = self._new_columns(mask, k.shape[2])
         parameters = [x.detach() for x in eva.rule_parameters()]

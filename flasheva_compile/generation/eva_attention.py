@@ -78,6 +78,7 @@ class EvaAttention(nn.Module):
             ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``.
         """
         layer, self.cache_layer = self.cache_layer, None
+        query, key, value = _autocast(query, key, value)
         if layer is not None:
             return layer.attend(self, (query, key, value), mask, scale, softcap)
         key_mask, segment_ids = self._masks(mask, key.shape[2])
@@ -121,6 +122,15 @@ class EvaAttention(nn.Module):
             )
         mask = mask[:, :columns]
         return (mask, None) if mask.dtype == torch.bool else (None, mask)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for SDPA: rotary embeddings hand over fp32 beside low precision."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def _initial_parameters(config: EvaConfig, heads: int, size: int) -> dict[str, Tensor]:

@@ -197,11 +197,12 @@ def test_a_crop_without_recording_is_refused():
         cache.crop(-2)
 
 
-def test_a_rollback_leaves_no_trace():
+@pytest.mark.parametrize("length", [None, 64])
+def test_a_rollback_leaves_no_trace(length):
     model = fe.prepare(llama(), SMALL)
     ids, step = tokens(1, 30), tokens(1, 9, seed=4)
     with torch.no_grad():
-        rolled, never = (fe.FlashEvaCache.for_model(model) for _ in range(2))
+        rolled, never = (fe.FlashEvaCache.for_model(model, max_cache_len=length) for _ in "ab")
         for cache in (rolled, never):
             model(ids, past_key_values=cache)
         rolled.activate_past_recording()

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 import flasheva_compile as fe
 from flasheva_compile.config import EvaConfig, HybridConfig
 from flasheva_compile.errors import ConfigError
-from tests.models.test_generate import GREEDY, SMALL, generate, llama, tokens
+from tests.models.test_generate import GREEDY, SMALL, generate, llama, perturb, tokens
 
 
 def test_reverting_restores_the_model():
@@ -55,6 +55,42 @@ def test_parameters_train():
     assert phi.grad is not None
     assert phi.grad.abs().max() > 0
     assert "model.layers.0.self_attn.flasheva.phi" in model.state_dict()
+
+
+def gradients(model, step=None):
+    ids = tokens(2, 40)
+    call = model if step is None else step
+    loss = call(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "backend", "backend and checkpointing"])
+def test_gradients_are_those_of_plain_training(how):
+    model = fe.prepare(llama(), {"default": SMALL, 1: "full"}).train()
+    perturb(model)
+    want, step = gradients(model), None
+    assert "model.layers.0.self_attn.flasheva.phi" in want
+    if "checkpointing" in how:
+        model.gradient_checkpointing_enable()
+    if "backend" in how:
+        step = torch.compile(model, backend="flasheva", options={"inner_backend": "aot_eager"})
+    got = gradients(model, step)
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast():
+    model = fe.prepare(llama(), SMALL)
+    want = model(tokens(1, 40), use_cache=False).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = generate(model, tokens(1, 21), steps=5)
+        got = model(tokens(1, 40), use_cache=False).logits
+    assert result.sequences.shape == (1, 26)
+    assert (got.float() - want).abs().max() < 0.1 * want.abs().max()
 
 
 def test_a_copy_is_independent():

@@ -24,6 +24,7 @@ from flasheva_compile.report import CompileReport  # noqa: E402
 if _TYPE_CHECKING:
     from flasheva_compile.adaptation.calibrate import calibrate
     from flasheva_compile.adaptation.select_layers import select_full_layers
+    from flasheva_compile.adaptation.train import adapt
     from flasheva_compile.api import explain
     from flasheva_compile.generation.cache import FlashEvaCache
     from flasheva_compile.generation.checkpoint import from_pretrained
@@ -34,6 +35,7 @@ if _TYPE_CHECKING:
 # they are used.
 _WHERE = {
     "FlashEvaCache": "flasheva_compile.generation.cache",
+    "adapt": "flasheva_compile.adaptation.train",
     "calibrate": "flasheva_compile.adaptation.calibrate",
     "explain": "flasheva_compile.api",
     "flasheva_attention": "flasheva_compile.ops",
@@ -54,6 +56,7 @@ __all__ = [
     "LoweringError",
     "PlanError",
     "RewriteError",
+    "adapt",
     "calibrate",
     "explain",
     "flasheva_attention",

@@ -193,7 +193,7 @@ def model_inputs(model: Any, batches: Iterable[Any]) -> Iterator[dict[str, Any]]
         raise ConfigError(message, subject="batches", hint="put a single batch into a list")
     device = model.get_input_embeddings().weight.device
     index = -1
-    for index, batch in enumerate(batches):  # noqa: B007 - whether there was one
+    for index, batch in enumerate(batches):
         inputs = _checked(batch, f"batches[{index}]")
         yield {
             name: value.to(device) if isinstance(value, torch.Tensor) else value

@@ -123,7 +123,7 @@ class LayerSelection:
         placed = [("placement", "loss", "recovered", "full layers")]
         placed.append(("none (all FlashEVA)", f"{self.eva_loss:.4f}", "0 %", ""))
         for row in self.placements:
-            share = "-" if row.recovered is None else f"{100 * row.recovered:.0f} %"
+            share = "-" if row.recovered is None else f"{round(100 * row.recovered)} %"
             indices = ", ".join(map(str, row.indices))
             placed.append((row.name, f"{row.loss:.4f}", share, indices))
         placed.append(("all", f"{self.full_loss:.4f}", "100 %", ""))
@@ -199,39 +199,53 @@ def select_full_layers(
     _expect_range(keep, len(evas))
     expect_choice("mode", mode, get_args(Mode))
     trials = _Trials(model, evas, list(model_inputs(model, batches)))
-    every = frozenset(range(len(evas)))
-    full, eva = trials.loss(every), trials.loss(frozenset())
+    scores = _score(model, trials, mode)
+    best = sorted(range(len(evas)), key=lambda place: -scores[place].gain)[:keep]
+    placements = _place(trials, scores, sorted(best))
+    return LayerSelection(
+        mode=mode,
+        tokens=trials.tokens,
+        full_loss=trials.loss(trials.every),
+        eva_loss=trials.loss(frozenset()),
+        scores=scores,
+        chosen=placements[0].indices,
+        layers=_layers(model, [scores[place].path for place in sorted(best)]),
+        placements=placements,
+    )
+
+
+def _score(model: Any, trials: _Trials, mode: Mode) -> tuple[LayerScore, ...]:  # noqa: ANN401
     names, scores = _names(model), []
-    for place, attention in enumerate(evas):
+    full, eva = trials.loss(trials.every), trials.loss(frozenset())
+    for place, path in enumerate(trials.paths):
         alone = frozenset({place})
-        loss = trials.loss(alone if mode == "restore" else every - alone)
+        loss = trials.loss(alone if mode == "restore" else trials.every - alone)
         gain = eva - loss if mode == "restore" else loss - full
-        index = names[attention.path].index
+        index = names[path].index
         index = place if index is None else index
-        scores.append(LayerScore(path=attention.path, index=index, loss=loss, gain=gain))
-        log.info("%s: loss %.4f, gain %+.4f", attention.path, loss, gain)
-    best = sorted(every, key=lambda place: -scores[place].gain)[:keep]
+        scores.append(LayerScore(path=path, index=index, loss=loss, gain=gain))
+        log.info("%s: loss %.4f, gain %+.4f", path, loss, gain)
+    return tuple(scores)
+
+
+def _place(
+    trials: _Trials, scores: Sequence[LayerScore], selected: list[int]
+) -> tuple[Placement, ...]:
+    """Evaluate the selection and as many full layers elsewhere."""
+    keep, count = len(selected), len(scores)
     places = {
-        "selected": sorted(best),
-        "periodic": [(step + 1) * len(evas) // keep - 1 for step in range(keep)],
-        "first/last": [*range(-(-keep // 2)), *range(len(evas) - keep // 2, len(evas))],
+        "selected": selected,
+        "periodic": [(step + 1) * count // keep - 1 for step in range(keep)],
+        "first/last": [*range(-(-keep // 2)), *range(count - keep // 2, count)],
     }
+    full, eva = trials.loss(trials.every), trials.loss(frozenset())
     placements: list[Placement] = []
     for name, chosen in places.items():
         loss = trials.loss(frozenset(chosen))
         recovered = (eva - loss) / (eva - full) if eva > full else None
         indices = tuple(scores[place].index for place in chosen)
         placements.append(Placement(name=name, indices=indices, loss=loss, recovered=recovered))
-    return LayerSelection(
-        mode=mode,
-        tokens=trials.tokens,
-        full_loss=full,
-        eva_loss=eva,
-        scores=tuple(scores),
-        chosen=placements[0].indices,
-        layers=_layers(model, [scores[place].path for place in places["selected"]]),
-        placements=tuple(placements),
-    )
+    return tuple(placements)
 
 
 def _expect_range(keep: object, count: int) -> None:
@@ -255,16 +269,20 @@ class _Trials:
 
     Attributes:
         tokens: How many tokens the batches predict.
+        every: All places.
+        paths: Module paths of the attentions, by place.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Any,  # noqa: ANN401
         evas: Sequence[EvaAttention],
-        batches: list[dict[str, Any]],  # noqa: ANN401
+        batches: list[dict[str, Any]],
     ) -> None:
         self._model, self._evas = model, evas
         self._batches = [(_without(inputs, "labels"), _targets(inputs)) for inputs in batches]
+        self.every = frozenset(range(len(evas)))
+        self.paths = [eva.path for eva in evas]
         self._found: dict[frozenset[int], float] = {}
         self.tokens = sum(int((targets != _IGNORED).sum()) for _, targets in self._batches)
         if not self.tokens:

@@ -81,7 +81,7 @@ class EvaAttention(nn.Module):
         query, key, value = _autocast(query, key, value)
         if layer is not None:
             return layer.attend(self, (query, key, value), mask, scale, softcap)
-        key_mask, segment_ids = self._masks(mask, key.shape[2])
+        key_mask, segment_ids = self.masks(mask, key.shape[2])
         options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
         return self.attend_all((query, key, value), key_mask, segment_ids, **options)
 
@@ -111,7 +111,8 @@ class EvaAttention(nn.Module):
             **options,  # pyright: ignore[reportArgumentType]
         )
 
-    def _masks(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    def masks(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the key mask and the documents' ids that a mask of ``columns`` keys means."""
         if mask is None:
             return None, None
         if mask.shape[1] < columns:

@@ -1,0 +1,138 @@
+"""Recipes: each phase lowers its loss, trains what it says, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import flasheva_compile as fe
+from flasheva_compile.adaptation.losses import attention_output_loss, logit_loss
+from flasheva_compile.adaptation.recipes import Phase
+from flasheva_compile.errors import ConfigError
+from tests.models.test_generate import SMALL, llama, perturb, tokens
+
+FAST = {"learning_rate": 3e-2, "warmup": 2}
+RULES = Phase(name="r", loss="attention_outputs", trains="rules", steps=12, **FAST)
+LOGITS = Phase(name="l", loss="logits", trains="attention", steps=6, learning_rate=1e-3, warmup=2)
+
+
+def prepared():
+    model = fe.prepare(llama(), SMALL)
+    perturb(model)
+    return model
+
+
+def batches(count=3):
+    return [tokens(2, 48, seed=seed) for seed in range(count)]
+
+
+def run(model, recipe, **options):
+    return fe.adapt(model, batches(), recipe, progress=False, **options)
+
+
+PHASES = [("attention_outputs", "rules")]
+PHASES += [
+    (loss, x) for loss in ("logits", "language_model") for x in ("rules", "attention", "all")
+]
+
+
+@pytest.mark.parametrize(("loss", "trains"), PHASES)
+def test_a_phase_lowers_its_loss_and_trains_what_it_says(loss, trains):
+    model = prepared()
+    before = copy.deepcopy(model.state_dict())
+    rate = 3e-2 if trains == "rules" else 1e-3
+    phase = Phase(name="p", loss=loss, trains=trains, steps=24, learning_rate=rate, warmup=2)
+    steps = run(model, [phase]).steps
+    first, last = (sum(s.loss for s in part) / 3 for part in (steps[:3], steps[-3:]))
+    assert last < first
+    for name, weight in model.state_dict().items():
+        rule, attention = ".flasheva." in name, ".self_attn." in name
+        trained = {"rules": rule, "attention": attention, "all": True}[trains]
+        assert trained or torch.equal(weight, before[name]), name
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_attention_output_gradients_are_those_of_the_loss():
+    """Differentiating layer by layer is differentiating the mean."""
+    model, ids = prepared(), tokens(2, 48)
+    loss = attention_output_loss(model, {"input_ids": ids})
+    phi = model.model.layers[1].self_attn.flasheva.phi
+    step = 1e-2 * phi.grad / phi.grad.norm()
+    want = float((phi.grad * step).sum())
+    with torch.no_grad():
+        phi.sub_(step)
+        low = attention_output_loss(model, {"input_ids": ids})
+        phi.add_(2 * step)
+        high = attention_output_loss(model, {"input_ids": ids})
+    assert float(loss) == pytest.approx(float(low + high) / 2, rel=1e-2)
+    assert float(high - low) / 2 == pytest.approx(want, rel=2e-2)
+
+
+def test_a_window_over_everything_has_nothing_to_learn():
+    model, ids = fe.prepare(llama(), {"window_size": 64, "chunk_size": 4}), tokens(2, 48)
+    assert float(attention_output_loss(model, {"input_ids": ids})) < 1e-9
+    assert float(logit_loss(model, {"input_ids": ids}, {})) < 1e-6
+
+
+def test_padding_has_no_loss():
+    model, ids = prepared(), tokens(1, 48)
+    mask = torch.ones(1, 60, dtype=torch.long)
+    mask[:, 48:] = 0
+    padded = {"input_ids": torch.cat([ids, tokens(1, 12, seed=9)], 1), "attention_mask": mask}
+    want, got = (float(logit_loss(model, x, {})) for x in ({"input_ids": ids}, padded))
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_the_teacher_is_the_model_as_it_was():
+    model = prepared()
+    with torch.no_grad():
+        teacher = llama()(tokens(2, 48)).logits.log_softmax(-1)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = {"model.layers.0.self_attn.q_proj.weight": weight.detach().clone()}
+    with torch.no_grad():
+        weight.mul_(1.5)
+        student = model(tokens(2, 48), use_cache=False).logits.log_softmax(-1)
+        want = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        got = logit_loss(model, {"input_ids": tokens(2, 48)}, before)
+    assert float(got) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path):
+    want = run(prepared(), [RULES, LOGITS]).steps
+    model = prepared()
+    data = batches()
+
+    class Interrupted(list):
+        def __iter__(self):
+            for _ in range(3):
+                yield from data
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fe.adapt(model, Interrupted(), [RULES, LOGITS], out=tmp_path, save_every=4, progress=False)
+    again = run(prepared(), [RULES, LOGITS], out=tmp_path, save_every=4).steps
+    assert [s.loss for s in again] == pytest.approx([s.loss for s in want], rel=1e-5)
+    with pytest.raises(ConfigError, match="another recipe"):
+        run(prepared(), [RULES], out=tmp_path)
+
+
+def test_steps_that_are_not_finite_are_skipped():
+    model = prepared()
+    handle = model.lm_head.register_forward_hook(lambda *_: _[2] * torch.nan)
+    before = copy.deepcopy(model.state_dict())
+    steps = run(model, [LOGITS]).steps
+    handle.remove()
+    assert all("nan" in step.skipped for step in steps)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_attention_outputs_train_rules_alone():
+    with pytest.raises(ConfigError, match="rules' parameters alone"):
+        Phase(name="p", loss="attention_outputs", trains="all", steps=1, learning_rate=1.0)
+
+
+def test_a_model_that_is_not_prepared_is_refused():
+    with pytest.raises(ConfigError, match="not prepared"):
+        fe.adapt(llama(), batches(), progress=False)

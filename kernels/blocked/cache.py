@@ -105,7 +105,6 @@ def _pool_complete(
     slot = slot_of(position, s).clamp(max=state.exact_mask.shape[1] - 1)
     valid = torch.ones_like(old) if key_mask is None else key_mask.gather(1, index)
     valid = torch.where(old, state.exact_mask.gather(1, slot), valid)
-    valid &= position < after[:, None]
     open_slot = position % c
     held = ((state.open_q, open_slot), (state.exact_k, slot), (state.exact_v, slot))
     qkv = (

@@ -50,7 +50,7 @@ class FlashEvaCache(Cache):
             config: As for :func:`flasheva_compile.prepare`.
             max_batch_size: Rows to preallocate for; None = at the first call.
             max_cache_len: Tokens to preallocate for; None = grow.
-            offloading: Keep the layers on the host while others run (growing caches).
+            offloading: Keep full layers on the host while others run; FlashEVA layers stay.
 
         Raises:
             ConfigError: The model is not prepared, or the sizes contradict each other.

@@ -148,17 +148,10 @@ class EvaCacheLayer(CacheLayerMixin):
         ]
 
     def offload(self) -> None:
-        """Move the state to the host."""
-        self._move(torch.device("cpu"))
+        """Stay: the attention reads the state after ``update``, when transformers offloads."""
 
     def prefetch(self) -> None:
-        """Move the state back to its device."""
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if self.state is not None:
-            self.state = CacheState(*(x.to(device, non_blocking=True) for x in self.state))
+        """Do nothing: the state has not left its device."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EvaCacheLayer:
         copy = type(self)(self.path, self.config, self.max_cache_len)

@@ -99,6 +99,33 @@ def test_the_teacher_is_the_model_as_it_was():
     assert float(got) == pytest.approx(float(want), rel=1e-4)
 
 
+def test_weights_that_change_before_or_during_logits_are_kept_for_the_teacher():
+    quick = {"learning_rate": 3e-2, "warmup": 0}
+    first = Phase(name="a", loss="language_model", trains="attention", steps=6, **quick)
+    rules = Phase(name="r", loss="logits", trains="rules", steps=1, learning_rate=1e-9)
+    model = prepared()
+    steps = fe.adapt(model, [tokens(2, 48)], [first, rules], progress=False).steps
+    attentions = {n: p for n, p in llama().named_parameters() if ".self_attn." in n}
+    want = logit_loss(model, {"input_ids": tokens(2, 48)}, attentions)
+    drifted = logit_loss(model, {"input_ids": tokens(2, 48)}, {})
+    assert steps[-1].loss == pytest.approx(float(want), rel=1e-3)
+    assert steps[-1].loss != pytest.approx(float(drifted), rel=1e-2)
+
+
+def test_a_sudden_gradient_is_skipped():
+    model, calls = prepared(), []
+
+    def jump(module, args, output):
+        calls.append(1)
+        return output * (1e3 if len(calls) == 31 else 1)
+
+    phase = Phase(name="l", loss="language_model", trains="attention", steps=32, learning_rate=1e-5)
+    handle = model.lm_head.register_forward_hook(jump)
+    steps = run(model, [phase]).steps
+    handle.remove()
+    assert [i for i, step in enumerate(steps) if step.skipped] == [30]
+
+
 def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path):
     want = run(prepared(), [RULES, LOGITS]).steps
     model = prepared()

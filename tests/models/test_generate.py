@@ -134,6 +134,26 @@ def test_beams_equal_the_uncached_search():
     assert torch.equal(cached, static)
 
 
+def test_sampling_equals_the_uncached_one():
+    model = fe.prepare(llama(), SMALL)
+    options = {"do_sample": True, "top_k": 20, "max_new_tokens": 25, "pad_token_id": 0}
+    made = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        made.append(model.generate(tokens(2, 15), use_cache=use_cache, **options))
+    assert torch.equal(*made)
+
+
+def test_offloading_leaves_a_layer_usable():
+    """transformers offloads between ``update`` and the attention."""
+    model = fe.prepare(llama(), SMALL)
+    cache = fe.FlashEvaCache.for_model(model)
+    model(tokens(1, 12), past_key_values=cache)
+    state = cache.layers[0].state
+    cache.offload(0)
+    assert cache.layers[0].state is state
+
+
 def test_prefill_in_chunks():
     model = fe.prepare(llama(), SMALL)
     result = generate(model, tokens(1, 45), prefill_chunk_size=7)

@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from flasheva_compile.adaptation.calibrate import converted_attentions, exact_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from flasheva_compile.generation.eva_attention import EvaAttention
 
 _IGNORED = -100  # transformers' label of a token without loss
+_AT_ONCE = 1 << 26  # fp32 logits in memory, each slice anew in the backward pass
 
 
 def language_model_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
     """Return the mean next-token cross-entropy over tokens that are not padding."""
-    labels = _labels(inputs)
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    return functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
-    )
+    targets = _labels(inputs)[:, 1:].flatten()
+    logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return _sum_of_slices(_cross_entropy, logits, targets) / (targets != _IGNORED).sum()
 
 
 def logit_loss(
@@ -43,15 +43,36 @@ def logit_loss(
             the model itself with these and exact attention: what is not trained is not copied.
     """
     evas = converted_attentions(model)
-    with torch.no_grad(), exact_attention(evas):
-        result = torch.func.functional_call(
-            model, dict(before), kwargs={**inputs, "use_cache": False}
-        )
-        teacher = functional.log_softmax(result.logits.float(), -1)
-    student = functional.log_softmax(model(**inputs, use_cache=False).logits.float(), -1)
-    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    counted = _labels(inputs) != _IGNORED
-    return divergence[counted].mean()
+    kwargs = {**inputs, "use_cache": False}
+    with torch.no_grad(), exact_attention(evas), torch.compiler.set_stance("force_eager"):
+        teacher = torch.func.functional_call(model, dict(before), kwargs=kwargs).logits
+    student = model(**kwargs).logits
+    counted = (_labels(inputs) != _IGNORED).flatten()
+    total = _sum_of_slices(_divergence, student.flatten(0, 1), teacher.flatten(0, 1), counted)
+    return total / counted.sum()
+
+
+def _sum_of_slices(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Sum a loss over slices of its rows; only one slice's fp32 logits exist at a time."""
+    size = max(1, _AT_ONCE // rows[0].shape[-1])
+    slices = zip(*(x.split(size) for x in rows), strict=True)
+    return torch.stack([_recomputed(function, part) for part in slices]).sum()
+
+
+def _recomputed(function: Callable[..., Tensor], part: Sequence[Tensor]) -> Tensor:
+    result = checkpoint(function, *part, use_reentrant=False)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum")
+
+
+def _divergence(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    mine, wanted = (functional.log_softmax(x.float(), -1) for x in (student, teacher))
+    rows = functional.kl_div(mine, wanted, reduction="none", log_target=True).sum(-1)
+    return rows.masked_fill(~counted, 0).sum()
 
 
 def attention_output_loss(
@@ -71,7 +92,13 @@ def attention_output_loss(
         scale: Multiplies the gradients.
     """
     evas = converted_attentions(model)
-    with _compared(evas, scale / len(evas)) as errors, exact_attention(evas), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")
+    with (
+        _compared(evas, scale / len(evas)) as errors,
+        exact_attention(evas),
+        torch.no_grad(),
+        eager,
+    ):
         model(**inputs, use_cache=False)
     return torch.stack(errors).mean()
 
@@ -82,13 +109,10 @@ def _compared(evas: Sequence[EvaAttention], weight: float) -> Iterator[list[Tens
     configs = {id(eva): eva.config for eva in evas}
 
     def compare(eva: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
-        query, key, value, mask = args
         exact, eva.config = eva.config, configs[id(eva)]
         try:
             with torch.enable_grad():
-                masks = eva.masks(mask, key.shape[2])
-                options = {name: kwargs[name] for name in ("scale", "softcap")}
-                out, _ = eva.attend_all((query, key, value), *masks, **options)
+                out, _ = eva.forward(*args, **kwargs)  # past the hooks that make it exact
                 want = result[0].float()
                 error = (out.float() - want).square().mean() / want.square().mean()
                 if error.requires_grad:

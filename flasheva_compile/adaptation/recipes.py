@@ -10,6 +10,7 @@ from flasheva_compile.validation import expect_choice, expect_integer
 
 Loss: TypeAlias = Literal["attention_outputs", "logits", "language_model"]
 Trains: TypeAlias = Literal["rules", "attention", "all"]
+Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,12 @@ class Phase:
             the converted attentions; ``"all"``: every weight.
         steps: Optimizer steps.
         learning_rate: After warm-up; it then falls along a cosine to a tenth.
+        rule_learning_rate: That of the chunk rules' parameters; None = ``learning_rate``. They are
+            few and as large as keys, so they need more.
         warmup: Steps in which it rises.
         accumulate: Batches per optimizer step.
+        precision: ``"bf16"``: forward and backward under autocast; weights and optimizer keep
+            their dtypes.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range.
@@ -38,12 +43,15 @@ class Phase:
     trains: Trains
     steps: int
     learning_rate: float
+    rule_learning_rate: float | None = None
     warmup: int = 20
     accumulate: int = 1
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         expect_choice("loss", self.loss, get_args(Loss))
         expect_choice("trains", self.trains, get_args(Trains))
+        expect_choice("precision", self.precision, get_args(Precision))
         for name, least in (("steps", 0), ("warmup", 0), ("accumulate", 1)):
             expect_integer(name, getattr(self, name), least)
         if self.loss == "attention_outputs" and self.trains != "rules":

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ class _Run:
             log.warning("%s, step %d skipped: %s", phase.name, position, skipped)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(phase, position)
+                group["lr"] = group["peak"] * learning_rate_share(phase, position)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
@@ -205,12 +206,13 @@ class _Run:
 
     def _gradients(self, phase: Phase, inputs: dict[str, Any]) -> float:
         share = 1 / phase.accumulate
-        if phase.loss == "attention_outputs":
-            return float(attention_output_loss(self.model, inputs, share))
-        if phase.loss == "logits":
-            loss = logit_loss(self.model, inputs, self.before)
-        else:
-            loss = language_model_loss(self.model, inputs)
+        with _precision(phase, inputs["input_ids"].device):
+            if phase.loss == "attention_outputs":
+                return float(attention_output_loss(self.model, inputs, share))
+            if phase.loss == "logits":
+                loss = logit_loss(self.model, inputs, self.before)
+            else:
+                loss = language_model_loss(self.model, inputs)
         (loss * share).backward()
         return float(loss.detach())
 
@@ -236,7 +238,8 @@ class _Run:
             for name, p in self.model.named_parameters():
                 p.requires_grad_(name in trained)
             self.model.train()
-            self.optimizer = torch.optim.AdamW(trained.values(), lr=1.0, weight_decay=0.0)
+            groups = _parameter_groups(phase, trained)
+            self.optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0)
         return phase, position
 
     def _endless(self) -> Iterator[dict[str, Any]]:
@@ -302,12 +305,33 @@ def _teacher_weights(model: Any, phases: Sequence[Phase]) -> dict[str, Tensor]: 
     }
 
 
-def learning_rate(phase: Phase, position: int) -> float:
-    """Return the learning rate of a phase's step ``position``: warm-up, then a cosine."""
+def _parameter_groups(phase: Phase, trained: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weights, and chunk rules' parameters with a rate of their own."""
+    rules = [p for name, p in trained.items() if ".flasheva." in name]
+    weights = [p for name, p in trained.items() if ".flasheva." not in name]
+    rate = phase.learning_rate
+    rule_rate = rate if phase.rule_learning_rate is None else phase.rule_learning_rate
+    groups = [{"params": weights, "peak": rate}, {"params": rules, "peak": rule_rate}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_share(phase: Phase, position: int) -> float:
+    """Return a step's share of the highest learning rate: warm-up, then a cosine to a tenth."""
     if position < phase.warmup:
-        return phase.learning_rate * (position + 1) / phase.warmup
+        return (position + 1) / phase.warmup
     share = (position - phase.warmup) / max(1, phase.steps - phase.warmup)
-    return phase.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
+
+
+def _precision(phase: Phase, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of a phase's forward passes.
+
+    Autocast may keep no casts: those that a teacher made without gradients would be taken for the
+    student's.
+    """
+    if phase.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def _progress(run: _Run, *, shown: bool) -> Any:  # noqa: ANN401 - a tqdm bar

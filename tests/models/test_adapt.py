@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import flasheva_compile as fe
-from flasheva_compile.adaptation.losses import attention_output_loss, logit_loss
+from flasheva_compile.adaptation.losses import (
+    attention_output_loss,
+    language_model_loss,
+    logit_loss,
+)
 from flasheva_compile.adaptation.recipes import Phase
 from flasheva_compile.errors import ConfigError
 from tests.models.test_generate import SMALL, llama, perturb, tokens
@@ -163,3 +167,52 @@ def test_attention_outputs_train_rules_alone():
 def test_a_model_that_is_not_prepared_is_refused():
     with pytest.raises(ConfigError, match="not prepared"):
         fe.adapt(llama(), batches(), progress=False)
+
+
+def test_chunk_rules_have_a_learning_rate_of_their_own():
+    """Adam's first step is as long as its learning rate wherever there is a gradient."""
+    rates = {"learning_rate": 1e-4, "rule_learning_rate": 1e-1, "warmup": 0}
+    model = prepared()
+    before = copy.deepcopy(model.state_dict())
+    run(model, [Phase(name="p", loss="language_model", trains="all", steps=1, **rates)])
+    for name, weight in model.state_dict().items():
+        longest = float((weight - before[name]).abs().max())
+        rate = rates["rule_learning_rate" if ".flasheva." in name else "learning_rate"]
+        assert longest == pytest.approx(rate, rel=0.05), name
+
+
+@pytest.mark.parametrize("loss", ["attention_outputs", "logits", "language_model"])
+def test_low_precision_trains_the_same_parameters_nearly_alike(loss):
+    trains = "rules" if loss == "attention_outputs" else "all"
+    found = []
+    for precision in ("fp32", "bf16"):
+        model = prepared()
+        phase = Phase(
+            name="p", loss=loss, trains=trains, steps=8, learning_rate=1e-3, precision=precision
+        )
+        steps = run(model, [phase]).steps
+        assert all(step.gradient_norm > 0 and not step.skipped for step in steps)
+        assert all(x.dtype == torch.float32 for x in model.parameters())
+        found.append(torch.tensor([step.loss for step in steps]))
+    bits = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(found[1], found[0], rtol=8 * bits, atol=bits)
+    assert not torch.equal(*found)
+
+
+def test_slices_of_logits_change_no_loss_and_no_gradient(monkeypatch):
+    """Slices bound memory; they are recomputed in the backward pass."""
+    found = []
+    for at_once in (1 << 26, 1 << 8):
+        monkeypatch.setattr("flasheva_compile.adaptation.losses._AT_ONCE", at_once)
+        for loss in (language_model_loss, lambda *a: logit_loss(*a, {})):
+            model = prepared().double()
+            value = loss(model, {"input_ids": tokens(2, 48)})
+            value.backward()
+            gradient = model.model.embed_tokens.weight.grad
+            found.append((value.detach(), gradient))
+    for whole, sliced in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(sliced, whole)
+    logits = prepared().double()
+    ids = tokens(2, 48)
+    plain = logits(ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(found[0][0].float(), plain.detach().float())

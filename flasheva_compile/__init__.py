@@ -29,23 +29,46 @@ if _TYPE_CHECKING:
     from flasheva_compile.generation.cache import FlashEvaCache
     from flasheva_compile.generation.checkpoint import from_pretrained
     from flasheva_compile.generation.prepare import prepare, revert
+    from flasheva_compile.integrations.accelerate_backend import (
+        register_with_accelerate,
+        unregister_from_accelerate,
+    )
+    from flasheva_compile.integrations.trainer import (
+        AdaptingTrainer,
+        PhaseCallback,
+        PhaseMixin,
+        phase_arguments,
+    )
+    from flasheva_compile.integrations.transformers_loading import (
+        register_with_transformers,
+        unregister_from_transformers,
+    )
     from flasheva_compile.ops import flasheva_attention
 
 # Loading the compiler loads torch.compile's own machinery, and generation transformers: only when
 # they are used.
 _WHERE = {
+    "AdaptingTrainer": "flasheva_compile.integrations.trainer",
     "FlashEvaCache": "flasheva_compile.generation.cache",
+    "PhaseCallback": "flasheva_compile.integrations.trainer",
+    "PhaseMixin": "flasheva_compile.integrations.trainer",
     "adapt": "flasheva_compile.adaptation.train",
     "calibrate": "flasheva_compile.adaptation.calibrate",
     "explain": "flasheva_compile.api",
     "flasheva_attention": "flasheva_compile.ops",
     "from_pretrained": "flasheva_compile.generation.checkpoint",
+    "phase_arguments": "flasheva_compile.integrations.trainer",
     "prepare": "flasheva_compile.generation.prepare",
+    "register_with_accelerate": "flasheva_compile.integrations.accelerate_backend",
+    "register_with_transformers": "flasheva_compile.integrations.transformers_loading",
     "revert": "flasheva_compile.generation.prepare",
     "select_full_layers": "flasheva_compile.adaptation.select_layers",
+    "unregister_from_accelerate": "flasheva_compile.integrations.accelerate_backend",
+    "unregister_from_transformers": "flasheva_compile.integrations.transformers_loading",
 }
 
 __all__ = [
+    "AdaptingTrainer",
     "CaptureError",
     "CompileReport",
     "ConfigError",
@@ -54,6 +77,8 @@ __all__ = [
     "FlashEvaError",
     "HybridConfig",
     "LoweringError",
+    "PhaseCallback",
+    "PhaseMixin",
     "PlanError",
     "RewriteError",
     "adapt",
@@ -61,9 +86,14 @@ __all__ = [
     "explain",
     "flasheva_attention",
     "from_pretrained",
+    "phase_arguments",
     "prepare",
+    "register_with_accelerate",
+    "register_with_transformers",
     "revert",
     "select_full_layers",
+    "unregister_from_accelerate",
+    "unregister_from_transformers",
 ]
 
 

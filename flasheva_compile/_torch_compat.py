@@ -16,6 +16,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_optimize_ddp_mode
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
@@ -42,6 +43,7 @@ __all__ = [
     "plain_execution",
     "real_attribute",
     "register_backend",
+    "splits_for_ddp",
     "symbol_hints",
     "through_dynamo",
     "trace_pre_dispatch",
@@ -174,6 +176,12 @@ def modules_on_stack() -> list[nn.Module]:
             found.append(module)
         frame = frame.f_back
     return found
+
+
+def splits_for_ddp() -> bool:
+    """Return whether Dynamo splits the running graph where DistributedDataParallel has buckets."""
+    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return active is not None and get_optimize_ddp_mode() == "ddp_optimizer"
 
 
 def register_backend(name: str, backend: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ from flasheva_compile.analysis import analyse, describe
 from flasheva_compile.backend import reports_of
 from flasheva_compile.config import parse_options
 from flasheva_compile.errors import CaptureError, ConfigError, FlashEvaError
+from flasheva_compile.generation.prepared import ATTRIBUTE
 from flasheva_compile.report import CompileReport
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _dry_run(
 
 
 def _compiled_so_far(model: object) -> CompileReport:
-    prepared = getattr(model, "_flasheva_prepared", None)
+    inner = getattr(model, "module", None)  # of DistributedDataParallel
+    prepared = getattr(model, ATTRIBUTE, None) or getattr(inner, ATTRIBUTE, None)
     if prepared is not None:
         return prepared.report
     reports = reports_of(model) if isinstance(model, nn.Module) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from flasheva_compile.report import CompileReport
 
 log = logging.getLogger(__name__)
+
+_SPLIT = (
+    "DistributedDataParallel: Dynamo compiles this model in parts, and a mask that another part "
+    "makes cannot be understood. Set torch._dynamo.config.optimize_ddp = False, or prepare(model)"
+)
 
 _reports: WeakKeyDictionary[nn.Module, list[CompileReport]] = WeakKeyDictionary()
 
@@ -98,7 +104,10 @@ def _edit(analysis: Analysis, settings: Options, warnings: tuple[str, ...]) -> C
         expect_rewritten(done)
     guard_rules(analysis.scope, analysis.places, settings.hybrid)
     seconds = {**analysis.seconds, "rewrite": time.perf_counter() - start}
-    return describe(done, seconds, (*analysis.warnings, *warnings))
+    report = describe(done, seconds, (*analysis.warnings, *warnings))
+    if report.unexpected and compat.splits_for_ddp():
+        report = dataclasses.replace(report, warnings=(*report.warnings, _SPLIT))
+    return report
 
 
 def _inner_backend(settings: Options, inputs: Sequence[Any]) -> tuple[str, tuple[str, ...]]:

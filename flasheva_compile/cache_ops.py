@@ -19,6 +19,7 @@ from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch_decode
 from flasheva_compile.lowering.launch import kernel_rule
 from flasheva_compile.op_checks import OP_VERSION, check_cache
+from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.ops import eva_features
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 _STATE = tuple(CacheState._fields)
 _STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(_STATE))
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
-# Registered directly: custom_op adds 0.3 ms of Python to a call, for every layer and token.
-_ops = torch.library.Library("flasheva", "FRAGMENT")
 _OPTIONS = (
     "str rule, int window_size, int chunk_size, int sink_tokens, str window, float scale, "
     "float softcap, str version"
@@ -89,21 +88,17 @@ def new_state(k: Tensor, v: Tensor, chunks: int, o: dict[str, Any]) -> CacheStat
 # --- flasheva::cache_append -----------------------------------------------------------------------
 
 
-_ops.define(f"cache_append({_INPUTS}, *, {_OPTIONS}) -> ()")
-_ops.define(f"decode({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_ops, "cache_append", "CompositeExplicitAutograd")
+@implements("cache_append", f"({_INPUTS}, *, {_OPTIONS}) -> ()")
 def _cache_append(*args: Any, **options: Any) -> None:
     q, k, v, parameters, key_mask, *state = args
     check_cache((q, k, v), key_mask, state, options)
     new = (_group_mean(q, k), k, v)
-    pool_chunks = partial(_pool_chunks, parameters, options)
+    pool_new = partial(pool_chunks, parameters, options)
     settings = cache_settings(options)
-    blocked.cache_append(new, key_mask, CacheState(*state), pool_chunks, settings)
+    blocked.cache_append(new, key_mask, CacheState(*state), pool_new, settings)
 
 
-@torch.library.register_fake("flasheva::cache_append", lib=_ops)
+@fakes("cache_append")
 def _(*args: Any, **options: Any) -> None:
     check_cache(args[:3], args[4], args[5:], options)
 
@@ -111,7 +106,7 @@ def _(*args: Any, **options: Any) -> None:
 # --- flasheva::decode -----------------------------------------------------------------------------
 
 
-@torch.library.impl(_ops, "decode", "CompositeExplicitAutograd")
+@implements("decode", f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
 def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
     q, k, v, parameters, key_mask, *state = args
@@ -122,11 +117,11 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         given = tuple(parameters)
         return launch_decode.decode(q, k, v, key_mask, given, CacheState(*state), settings, rule)
     new = (_group_mean(q, k), k, v)
-    pool_chunks = partial(_pool_chunks, parameters, options)
-    return blocked.decode(q, new, key_mask, CacheState(*state), pool_chunks, settings)
+    pool_new = partial(pool_chunks, parameters, options)
+    return blocked.decode(q, new, key_mask, CacheState(*state), pool_new, settings)
 
 
-@torch.library.register_fake("flasheva::decode", lib=_ops)
+@fakes("decode")
 def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, _, v = args[:3]
     check_cache(args[:3], args[4], args[5:], options)
@@ -142,7 +137,7 @@ def _group_mean(q: Tensor, k: Tensor) -> Tensor:
     return q.unflatten(1, (k.shape[1], -1)).mean(2)
 
 
-def _pool_chunks(
+def pool_chunks(
     parameters: Sequence[Tensor], o: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pool ``n c`` keys into ``n`` chunk tokens, every chunk as a row of its own.

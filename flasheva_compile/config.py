@@ -40,6 +40,9 @@ WindowKind: TypeAlias = Literal["sliding", "block"]
 AssumedMask: TypeAlias = Literal["causal", "bidirectional"]
 InnerBackend: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 
+_LEAST = dict.fromkeys(("window_size", "chunk_size", "retrieve_block"), 1)
+_LEAST |= dict.fromkeys(("sink_tokens", "retrieve_chunks"), 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaConfig:
@@ -51,6 +54,8 @@ class EvaConfig:
         sink_tokens: First keys of the sequence that every query sees exactly [tokens].
         chunk_rule: How a chunk becomes its chunk token.
         window: ``"sliding"`` moves with the query; ``"block"`` starts anew every ``window_size``.
+        retrieve_chunks: Best-scoring chunks that each query also sees exactly; 0 = none.
+        retrieve_block: Consecutive queries that share the selection of the first of them [tokens].
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -61,9 +66,11 @@ class EvaConfig:
     sink_tokens: int = 1
     chunk_rule: ChunkRule = "tangent"
     window: WindowKind = "sliding"
+    retrieve_chunks: int = 0
+    retrieve_block: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("window_size", 1), ("chunk_size", 1), ("sink_tokens", 0)):
+        for name, least in _LEAST.items():
             expect_integer(name, getattr(self, name), least)
         expect_choice("chunk_rule", self.chunk_rule, get_args(ChunkRule))
         expect_choice("window", self.window, get_args(WindowKind))
@@ -75,6 +82,9 @@ class EvaConfig:
                 subject="window_size",
                 hint=f"use {' or '.join(near)}",
             )
+        if self.retrieve_block > 1 and not self.retrieve_chunks:
+            message = f"{self.retrieve_block} without retrieve_chunks"
+            raise ConfigError(message, subject="retrieve_block", hint="set both, or neither")
 
     @classmethod
     def paper(cls) -> EvaConfig:

@@ -20,7 +20,18 @@ from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
     TokenGradients,
     chunk_tokens_backward,
 )
-from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
+from flasheva_compile.kernels.blocked.geometry import (
+    AttentionSettings,
+    attention_geometry,
+    exact_interval,
+)
+from flasheva_compile.kernels.blocked.retrieval import retrieval_forward
+from flasheva_compile.kernels.blocked.retrieval_backward import retrieval_backward
+from flasheva_compile.kernels.blocked.retrieval_select import (
+    Retrieval,
+    group_size,
+    select_chunks,
+)
 from flasheva_compile.lowering import launch, launch_pooling
 from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
@@ -261,3 +272,60 @@ def pool_and_attend_backward(
     dq, dk, dv, *dtokens = attend_backward(dout, result, qkv, pooled[:3], masks, o)
     pool_dk, pool_dv, *dparameters = pool_backward(dtokens, k, v, parameters, masks, o)
     return [dq, dk + pool_dk, dv + pool_dv, *dparameters]
+
+
+# --- retrieval tier -------------------------------------------------------------------------------
+
+
+def selection_shape(
+    q: Tensor, tokens: Sequence[Tensor], masks: Masks, o: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the shape of a selection, ``[B, Hkv, groups, chunks]``."""
+    uniform = masks.key_mask is None and masks.segment_ids is None
+    group = group_size(o["retrieve_block"], uniform=uniform)
+    batch, kv_heads, slots = tokens[2].shape
+    groups = (q.shape[2] + group - 1) // group
+    return batch, kv_heads, groups, torch.sym_min(o["retrieve_chunks"], slots)
+
+
+def _nothing_to_retrieve(k: Tensor, s: AttentionSettings) -> bool:
+    """Whether sinks and window cover every key, so that no query sees any chunk token."""
+    return exact_interval(k.shape[2] - 1, k.shape[2], s)[0] <= s.sink_tokens
+
+
+def retrieve(
+    qkv: Sequence[Tensor], tokens: Sequence[Tensor], masks: Masks, o: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend exactly inside the best chunks too: ``out``, ``lse`` and the selection."""
+    q, k, _ = qkv
+    settings, t = attention_settings(o), _operands(qkv, tokens, masks)
+    if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
+        out, lse = attend(qkv, tokens, masks, o)
+        return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
+    geometry = attention_geometry(
+        q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
+    )
+    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
+    selected = select_chunks(t, geometry, settings, retrieval)
+    return *retrieval_forward(t, geometry, settings, retrieval, selected), selected
+
+
+def retrieve_backward(
+    dout: Tensor,
+    result: tuple[Tensor, Tensor, Tensor],
+    qkv: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    masks: Masks,
+    o: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """Differentiate :func:`retrieve` with respect to its six tensors, the selection given."""
+    q, k, _ = qkv
+    out, lse, selected = result
+    settings, t = attention_settings(o), _operands(qkv, tokens, masks)
+    if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
+        return attend_backward(dout, (out, lse), qkv, tokens, masks, o)
+    geometry = attention_geometry(
+        q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
+    )
+    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
+    return tuple(retrieval_backward(dout, out, lse, t, geometry, settings, retrieval, selected))

@@ -92,10 +92,13 @@ def _check_options(op: str, o: dict[str, Any]) -> None:
 
 
 def check_attention(
-    tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...], o: dict[str, Any]
+    tensors: tuple[Tensor, ...],
+    optional: tuple[Tensor | None, ...],
+    o: dict[str, Any],
+    op: str = "flasheva::attention",
 ) -> None:
     """Check ``(q, k, v, rfa_k, rfa_v, rfa_bias)``, the optional tensors and the options."""
-    op, (q, k, v) = "flasheva::attention", tensors[:3]
+    q, k, v = tensors[:3]
     _check_keys(op, k, v)
     _check_call(op, q, k, optional, o)
     slots = (k.shape[2] + o["chunk_size"] - 1) // o["chunk_size"]
@@ -105,6 +108,21 @@ def check_attention(
         message = f"{name} is {tuple(x.shape)}, not {tuple(shape)}"
         require(tuple(x.shape) == tuple(shape), message, op, "use chunk_tokens of these k and v")
     _check_masks(op, k, *optional[:2])
+
+
+def check_retrieval(
+    tensors: tuple[Tensor, ...], optional: tuple[Tensor | None, ...], o: dict[str, Any]
+) -> None:
+    """Check the arguments of ``flasheva::retrieval_attention``."""
+    op = "flasheva::retrieval_attention"
+    for name in ("retrieve_chunks", "retrieve_block"):
+        require(o[name] >= 1, f"{name}={o[name]}", op, "at least 1")
+    hint = "leave retrieve_chunks out"
+    require(o["causal"], "retrieve_chunks with bidirectional attention", op, hint)
+    check_attention(tensors, optional, o, op)
+    if o["retrieve_block"] > 1:
+        message = "retrieve_block > 1 needs the first query of every block: q_offset == 0"
+        require(o["q_offset"] == 0, message, op, "use retrieve_block=1")
 
 
 def check_eva_attention(
@@ -155,7 +173,10 @@ def check_cache(
     state: Sequence[Tensor],
     o: dict[str, Any],
 ) -> None:
-    """Check the arguments of ``flasheva::cache_append`` and ``flasheva::decode``."""
+    """Check the arguments of the ops that write a cache's state, and attend to it.
+
+    The state's first two tensors are keys and values.
+    """
     op, (q, k, v) = "flasheva::decode", qkv
     _check_keys(op, k, v)
     _check_options(op, {**o, "dropout_p": 0.0})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 import torch
 from torch.nn import functional
 
+import flasheva_compile.retrieval_ops  # noqa: F401 - registers flasheva::retrieval_attention
 from flasheva_compile.implementations import (
     Masks,
     Pooled,
@@ -31,6 +32,7 @@ from flasheva_compile.op_checks import (
     check_eva_attention,
     require,
 )
+from flasheva_compile.op_registration import differentiates, fakes, implements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,18 +56,14 @@ def _accumulator(x: Tensor) -> torch.dtype:
 # --- flasheva::chunk_tokens -----------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "flasheva::chunk_tokens",
-    mutates_args=(),
-    schema=f"({_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-)
+@implements("chunk_tokens", f"({_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 def _chunk_tokens(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_chunk_tokens(*args, options)  # pyright: ignore[reportCallIssue]
     k, v, parameters, *masks = args
     return pool(k, v, parameters, Masks(*masks), options)[:3]
 
 
-@_chunk_tokens.register_fake
+@fakes("chunk_tokens")
 def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_chunk_tokens(*args, options)  # pyright: ignore[reportCallIssue]
     k, v = args[:2]
@@ -75,10 +73,9 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return k.new_empty(*head, k.shape[3]), v.new_empty(*head, v.shape[3]), rfa_bias
 
 
-@torch.library.custom_op(
-    "flasheva::chunk_tokens_backward",
-    mutates_args=(),
-    schema=f"(Tensor drfa_k, Tensor drfa_v, Tensor drfa_bias, {_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS})"
+@implements(
+    "chunk_tokens_backward",
+    f"(Tensor drfa_k, Tensor drfa_v, Tensor drfa_bias, {_CHUNK_INPUTS}, *, {_CHUNK_OPTIONS})"
     " -> Tensor[]",
 )
 def _chunk_tokens_backward(*args: Any, **options: Any) -> list[Tensor]:
@@ -86,7 +83,7 @@ def _chunk_tokens_backward(*args: Any, **options: Any) -> list[Tensor]:
     return pool_backward(args[:3], k, v, parameters, Masks(*masks), options)
 
 
-@_chunk_tokens_backward.register_fake
+@fakes("chunk_tokens_backward")
 def _(*args: Any, **options: Any) -> list[Tensor]:
     k, v, parameters = args[3:6]
     return [x.new_empty(x.shape) for x in (k, v, *parameters)]
@@ -101,27 +98,23 @@ def _chunk_tokens_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, outpu
 def _chunk_tokens_gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     k, v, key_mask, segment_ids, *parameters = ctx.saved_tensors
     inputs = (k, v, parameters, key_mask, segment_ids)
-    dk, dv, *dp = _chunk_tokens_backward(*grads, *inputs, **ctx.options)
+    dk, dv, *dp = torch.ops.flasheva.chunk_tokens_backward(*grads, *inputs, **ctx.options)
     return dk, dv, dp, None, None
 
 
-_chunk_tokens.register_autograd(_chunk_tokens_gradient, setup_context=_chunk_tokens_context)
+differentiates("chunk_tokens", _chunk_tokens_gradient, _chunk_tokens_context)
 
 
 # --- flasheva::attention --------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "flasheva::attention",
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)",
-)
+@implements("attention", f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)")
 def _attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     check_attention(args[:6], args[6:], options)
     return attend(args[:3], args[3:6], Masks(*args[6:]), options)
 
 
-@_attention.register_fake
+@fakes("attention")
 def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, _, v = args[:3]
     check_attention(args[:6], args[6:], options)
@@ -129,10 +122,9 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@torch.library.custom_op(
-    "flasheva::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONAL}, *, {_OPTIONS})"
+@implements(
+    "attention_backward",
+    f"(Tensor dout, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONAL}, *, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
@@ -141,7 +133,7 @@ def _attention_backward(
     return attend_backward(dout, (out, lse), args[:3], args[3:6], Masks(*args[6:]), options)
 
 
-@_attention_backward.register_fake
+@fakes("attention_backward")
 def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in args[3:9])
 
@@ -156,11 +148,11 @@ def _attention_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: 
 
 
 def _attention_gradient(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
-    grads = _attention_backward(dout, *ctx.saved_tensors, **ctx.options)
+    grads = torch.ops.flasheva.attention_backward(dout, *ctx.saved_tensors, **ctx.options)
     return *grads, None, None, None, None
 
 
-_attention.register_autograd(_attention_gradient, setup_context=_attention_context)
+differentiates("attention", _attention_gradient, _attention_context)
 
 
 # --- flasheva::eva_attention ----------------------------------------------------------------------
@@ -170,10 +162,9 @@ _POOLED = "Tensor rfa_k, Tensor rfa_v, Tensor rfa_bias, Tensor mass_k, Tensor ma
 _EVA_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, {_OPTIONAL}"
 
 
-@torch.library.custom_op(
-    "flasheva::eva_attention",
-    mutates_args=(),
-    schema=f"({_EVA_INPUTS}, *, str rule, {_OPTIONS})"
+@implements(
+    "eva_attention",
+    f"({_EVA_INPUTS}, *, str rule, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _eva_attention(*args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -183,7 +174,7 @@ def _eva_attention(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return out, lse, *pooled
 
 
-@_eva_attention.register_fake
+@fakes("eva_attention")
 def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     check_eva_attention(args[:3], args[3], args[4:], options)
     q, k, v = args[:3]
@@ -196,10 +187,9 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return q.new_empty(*q.shape[:3], v.shape[3]), lse, *tokens, lse.new_empty(head), *masses
 
 
-@torch.library.custom_op(
-    "flasheva::eva_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, {_POOLED}, {_EVA_INPUTS}, *, str rule, "
+@implements(
+    "eva_attention_backward",
+    f"(Tensor dout, Tensor out, Tensor lse, {_POOLED}, {_EVA_INPUTS}, *, str rule, "
     f"{_OPTIONS}) -> Tensor[]",
 )
 def _eva_attention_backward(
@@ -210,7 +200,7 @@ def _eva_attention_backward(
     return pool_and_attend_backward(dout, result, pooled, qkv, parameters, masks, options)
 
 
-@_eva_attention_backward.register_fake
+@fakes("eva_attention_backward")
 def _(dout: Tensor, out: Tensor, lse: Tensor, *args: Any, **options: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (*args[5:8], *args[8])]
 
@@ -229,11 +219,13 @@ def _eva_attention_gradient(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ..
     saved = ctx.saved_tensors
     output, qkv, masks, parameters = saved[:7], saved[7:10], saved[10:14], list(saved[14:])
     inputs = (*qkv, parameters, *masks)
-    dq, dk, dv, *dp = _eva_attention_backward(dout, *output, *inputs, **ctx.options)
+    dq, dk, dv, *dp = torch.ops.flasheva.eva_attention_backward(
+        dout, *output, *inputs, **ctx.options
+    )
     return dq, dk, dv, dp, None, None, None, None
 
 
-_eva_attention.register_autograd(_eva_attention_gradient, setup_context=_eva_attention_context)
+differentiates("eva_attention", _eva_attention_gradient, _eva_attention_context)
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -253,6 +245,8 @@ class AttentionOptions(TypedDict, total=False):
         scale: Score scale; None = ``D ** -0.5``.
         softcap: ``softcap * tanh(score / softcap)``; 0 = none.
         dropout_p: Probability of dropping a weight.
+        retrieve_chunks: Best-scoring chunks that a query attends exactly; causal only; 0.
+        retrieve_block: Consecutive queries that share the selection of the first of them; 1.
     """
 
     window_size: Required[int]
@@ -265,6 +259,8 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | None
     softcap: float
     dropout_p: float
+    retrieve_chunks: int
+    retrieve_block: int
 
 
 def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
@@ -275,6 +271,7 @@ def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
     require(not unknown, f"unknown option {', '.join(sorted(unknown))}", op, f"there are {names}")
     defaults = {"sink_tokens": 0, "window": "sliding", "chunk_rule": "tangent", "causal": True}
     defaults |= {"q_offset": 0, "scale": None, "softcap": 0.0, "dropout_p": 0.0}
+    defaults |= {"retrieve_chunks": 0, "retrieve_block": 1}
     merged = {**defaults, **options, "version": OP_VERSION}
     return merged if merged["scale"] is not None else {**merged, "scale": head_dim**-0.5}
 
@@ -329,6 +326,10 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
     if o["dropout_p"] > 0 and dropout_seed is None:
         dropout_seed = torch.randint(2**62, (1,), device=q.device)
     masks = (key_mask, segment_ids, alibi_slopes, dropout_seed)
+    if o["retrieve_chunks"] != 0:
+        pooled = tokens(rule, v, parameters)
+        return torch.ops.flasheva.retrieval_attention(q, k, v, *pooled, *masks, **o)[:2]
+    del o["retrieve_chunks"], o["retrieve_block"]
     return torch.ops.flasheva.eva_attention(q, k, v, list(parameters), *masks, rule=rule, **o)[:2]
 
 
@@ -372,7 +373,8 @@ def eva_features(
         mean_q = _feature_map(mean_q, *parameters[:4])
         mean_k = _feature_map(mean_k, *parameters[4:])
     omega = mean_q + mean_k
-    return mean_k, omega if noise is None else omega + noise.clamp(-1, 1)
+    omega = omega if noise is None else omega + noise.clamp(-1, 1)
+    return mean_k.to(k.dtype), omega.to(k.dtype)  # feature maps compute in their weights' dtype
 
 
 def _feature_map(

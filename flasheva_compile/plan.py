@@ -101,7 +101,7 @@ def _decide(
         return Keep(site=site, layer=layer, reason=site.reason)
     geometry = _geometry(site, mask, options)
     if isinstance(geometry, _Geometry):
-        geometry = _refuse_combination(site, config) or geometry
+        geometry = _refuse_combination(site, geometry, config) or geometry
     if isinstance(geometry, _Refusal):
         return Keep(
             site=site,
@@ -223,12 +223,18 @@ def _bidirectional(
     return _Geometry(causal=False, has_key_mask=has_key_mask)
 
 
-def _refuse_combination(site: AttentionSite, config: EvaConfig) -> _Refusal | None:
+def _refuse_combination(
+    site: AttentionSite, geometry: _Geometry, config: EvaConfig
+) -> _Refusal | None:
     """Refuse what the ops do not compute."""
     if site.dtype not in _DTYPES:
         return _Refusal(f"dtype {site.dtype} is not a floating type that the ops support")
     if config.chunk_rule == "eva" and not site.lengths_equal:
         return _Refusal("chunk rule eva needs as many queries as keys")
+    if config.retrieve_chunks and not geometry.causal:
+        return _Refusal("retrieve_chunks needs causal attention")
+    if config.retrieve_block > 1 and not site.lengths_equal:
+        return _Refusal("retrieve_block > 1 needs as many queries as keys")
     return None
 
 
@@ -249,4 +255,6 @@ def _op(site: AttentionSite, geometry: _Geometry, config: EvaConfig) -> EvaOp:
         kv_heads=site.key.heads,
         head_dim=site.query.dim,
         value_dim=site.value.dim,
+        retrieve_chunks=config.retrieve_chunks,
+        retrieve_block=config.retrieve_block,
     )

@@ -19,6 +19,7 @@ _VERSION = 1
 _WIDTH = 100
 _NARROWEST = 30
 _HEADER = ("attention", "decision (window/chunk/sinks)", "heads/kv x dim", "mask")
+_GEOMETRY = ("window_size", "chunk_size", "chunk_rule", "window", "retrieve_chunks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +58,14 @@ class LayerReport:
     sink_tokens: int | None = None
     chunk_rule: str | None = None
     window: str | None = None
+    retrieve_chunks: int = 0
+    retrieve_block: int = 1
 
     @classmethod
     def rewritten(cls, path: str, op: EvaOp, **facts: Any) -> LayerReport:  # noqa: ANN401
         """Describe an attention that now computes ``op``."""
         shared = ("causal", "heads", "kv_heads", "head_dim", "value_dim", "scale")
-        geometry = ("window_size", "chunk_size", "chunk_rule", "window")
+        geometry = (*_GEOMETRY, "retrieve_block")
         fields = {name: getattr(op, name) for name in shared + geometry}
         return cls(path=path, decision="eva", sink_tokens=op.sink_size, **fields, **facts)
 
@@ -190,9 +193,8 @@ def _cost(layer: LayerReport, shape: _Shape, length: int) -> tuple[int, int, int
     form = cost.full_cache_bytes(kv_heads=shape.kv_heads, itemsize=layer.itemsize, **dims)
     cache = eva_cache = cost.evaluate(form, length) if shape.causal else 0
     if layer.decision == "eva":
-        geometry = ("window_size", "chunk_size", "chunk_rule", "window")
         op = EvaOp(
-            **{name: getattr(layer, name) for name in geometry},
+            **{name: getattr(layer, name) for name in _GEOMETRY},
             **dataclasses.asdict(shape),
             sink_size=layer.sink_tokens or 0,
             scale=layer.scale or 1.0,
@@ -244,6 +246,8 @@ def _facts(layer: LayerReport) -> tuple[str, str, str]:
     if decision == "eva":
         geometry = f"{layer.window_size}/{layer.chunk_size}/{layer.sink_tokens}"
         decision = f"eva {geometry} {layer.window} {layer.chunk_rule}"
+        if layer.retrieve_chunks:
+            decision += f" top-{layer.retrieve_chunks}"
     heads = "-" if layer.heads is None else f"{layer.heads}/{layer.kv_heads} x {layer.head_dim}"
     return decision, heads, layer.mask or "-"
 

@@ -100,26 +100,42 @@ class _Editor:
                 return f"mask cannot be rebuilt: {masks.reason}"
             parameters = self._parameters(query, key, masks)
             seed = self._seed(query) if op.dropout_p else None
-            results = self._call(
-                torch.ops.flasheva.eva_attention.default,
-                (query, key, value, parameters, *masks, None, seed),
-                rule=op.chunk_rule,
-                window_size=op.window_size,
-                chunk_size=op.chunk_size,
-                sink_tokens=op.sink_size,
-                window=op.window,
-                causal=op.causal,
-                q_offset=self._offset(query, key),
-                scale=op.scale,
-                softcap=op.softcap,
-                dropout_p=op.dropout_p,
-                version=ops.OP_VERSION,
-            )
+            results = self._attention((query, key, value), parameters, masks, seed)
             result = self._laid_out(self._call(operator.getitem, (results, 0)), site.result_layout)
             result.meta = dict(self.output.meta)
         self.output.replace_all_uses_with(result)
         _erase_dead(self.graph, self.output)
         return None
+
+    def _attention(
+        self,
+        qkv: tuple[fx.Node, fx.Node, fx.Node],
+        parameters: list[fx.Node],
+        masks: _Masks,
+        seed: fx.Node | None,
+    ) -> fx.Node:
+        """Call the op that the plan wants; its first result is the attention's."""
+        op, (query, key, value) = self.decision.op, qkv
+        optional = (*masks, None, seed)
+        options = {
+            "window_size": op.window_size,
+            "chunk_size": op.chunk_size,
+            "sink_tokens": op.sink_size,
+            "window": op.window,
+            "causal": op.causal,
+            "q_offset": self._offset(query, key),
+            "scale": op.scale,
+            "softcap": op.softcap,
+            "dropout_p": op.dropout_p,
+            "version": ops.OP_VERSION,
+        }
+        if not op.retrieve_chunks:
+            target = torch.ops.flasheva.eva_attention.default
+            return self._call(target, (*qkv, parameters, *optional), rule=op.chunk_rule, **options)
+        tokens = self._pool(key, value, parameters, masks, op.chunk_rule)
+        retrieve = {"retrieve_chunks": op.retrieve_chunks, "retrieve_block": op.retrieve_block}
+        target = torch.ops.flasheva.retrieval_attention.default
+        return self._call(target, (*qkv, *tokens, *optional), **retrieve, **options)
 
     def _call(self, target: object, args: tuple, **kwargs: object) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ keeps nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import sympy
@@ -40,12 +41,24 @@ def exact_pairs(op: EvaOp) -> sympy.Expr:
 
 
 def chunk_pairs(op: EvaOp) -> sympy.Expr:
-    """Count the pairs of a query with a chunk token."""
+    """Count the pairs of a query with a chunk token that it sees, retrieved ones included."""
     before = _sliding_before(op) if op.window == "sliding" else _block_before(op)
     if op.causal:
         return before
     after = _sliding_after(op) if op.window == "sliding" else _block_after(op)
     return before + after
+
+
+def retrieved_pairs(op: EvaOp) -> sympy.Expr:
+    """Count the pairs of a query with a chunk that it retrieves: ``min(k, visible)`` each.
+
+    What is beyond the ``k`` chunks is what ``k`` more chunks of sinks would leave. Queries that
+    share a selection count as if each had its own, which is slightly more.
+    """
+    if not op.retrieve_chunks:
+        return sympy.Integer(0)
+    sinks = op.sink_size + op.retrieve_chunks * op.chunk_size
+    return chunk_pairs(op) - chunk_pairs(dataclasses.replace(op, sink_size=sinks))
 
 
 def full_flops(*, causal: bool, heads: int, head_dim: int, value_dim: int) -> sympy.Expr:
@@ -56,12 +69,15 @@ def full_flops(*, causal: bool, heads: int, head_dim: int, value_dim: int) -> sy
 def eva_flops(op: EvaOp) -> sympy.Expr:
     """Count the FLOPs of FlashEVA's forward pass, chunk tokens included, one row.
 
-    The pooling of queries that the ``eva`` rule adds is left out.
+    A retrieved chunk is ``chunk_size`` keys instead of one token; selecting costs the products of
+    queries with all chunk tokens once more. The pooling of queries that the ``eva`` rule adds is
+    left out.
     """
-    pairs = exact_pairs(op) + chunk_pairs(op)
+    pairs = exact_pairs(op) + chunk_pairs(op) + (op.chunk_size - 1) * retrieved_pairs(op)
     dims = op.head_dim + op.value_dim
+    selecting = chunk_pairs(op) * 2 * op.head_dim * op.heads if op.retrieve_chunks else 0
     pooling = N * (2 * dims + _weight_flops(op)) * op.kv_heads
-    return pairs * 2 * dims * op.heads + pooling
+    return pairs * 2 * dims * op.heads + pooling + selecting
 
 
 def full_cache_bytes(*, kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> sympy.Expr:
@@ -70,7 +86,10 @@ def full_cache_bytes(*, kv_heads: int, head_dim: int, value_dim: int, itemsize: 
 
 
 def eva_cache_bytes(op: EvaOp, *, itemsize: int) -> sympy.Expr:
-    """Count the bytes that FlashEVA keeps for decoding, one row: what the last query sees."""
+    """Count the bytes that FlashEVA keeps for decoding, one row: what the last query sees.
+
+    With retrieval every key may be selected, so all are kept exactly, beside the chunk tokens.
+    """
     if not op.causal:
         return sympy.Integer(0)
     last = sympy.Max(0, N - 1)
@@ -80,7 +99,8 @@ def eva_cache_bytes(op: EvaOp, *, itemsize: int) -> sympy.Expr:
         past = _floor(last, op.window_size) * op.window_size
     chunks = sympy.Max(0, past - op.sink_size) / op.chunk_size
     token = (op.head_dim + op.value_dim) * itemsize
-    return op.kv_heads * ((N - chunks * op.chunk_size) * token + chunks * (token + _BIAS_BYTES))
+    exact = N if op.retrieve_chunks else N - chunks * op.chunk_size
+    return op.kv_heads * (exact * token + chunks * (token + _BIAS_BYTES))
 
 
 def _weight_flops(op: EvaOp) -> sympy.Expr:

@@ -29,6 +29,8 @@ class EvaOp:
         kv_heads: Key and value heads ``Hkv``; divides ``heads``.
         head_dim: Size ``D`` of queries and keys.
         value_dim: Size ``Dv`` of values.
+        retrieve_chunks: Best-scoring chunks that a query sees exactly too; 0 = none.
+        retrieve_block: Consecutive queries that share a selection.
     """
 
     window_size: int
@@ -46,3 +48,5 @@ class EvaOp:
     kv_heads: int
     head_dim: int
     value_dim: int
+    retrieve_chunks: int = 0
+    retrieve_block: int = 1

@@ -10,11 +10,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from flasheva_compile.adaptation.calibrate import converted_attentions, exact_attention
+from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from flasheva_compile.generation.eva_attention import EvaAttention
 
@@ -41,7 +42,12 @@ def logit_loss(
         inputs: Its inputs.
         before: Weights of the teacher that differ from the model's by now, by name. The teacher is
             the model itself with these and exact attention: what is not trained is not copied.
+
+    Raises:
+        ConfigError: FSDP has sharded the model and ``before`` is not empty.
     """
+    if before:
+        _expect_whole_weights(model, "a teacher's weights cannot take the place of sharded ones")
     evas = converted_attentions(model)
     kwargs = {**inputs, "use_cache": False}
     with torch.no_grad(), exact_attention(evas), torch.compiler.set_stance("force_eager"):
@@ -90,7 +96,11 @@ def attention_output_loss(
         model: The prepared model.
         inputs: Its inputs.
         scale: Multiplies the gradients.
+
+    Raises:
+        ConfigError: FSDP has sharded the model: it would see none of these gradients.
     """
+    _expect_whole_weights(model, "differentiates each attention by itself, unseen by FSDP")
     evas = converted_attentions(model)
     eager = torch.compiler.set_stance("force_eager")
     with (
@@ -127,6 +137,21 @@ def _compared(evas: Sequence[EvaAttention], weight: float) -> Iterator[list[Tens
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether FSDP, of either kind, holds weights of the model."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+
+
+def _expect_whole_weights(model: nn.Module, message: str) -> None:
+    if is_sharded(model):
+        hint = "use one process or DDP, or the loss of the language model"
+        raise ConfigError(message, subject=type(model).__name__, hint=hint)
 
 
 def _labels(inputs: Mapping[str, Tensor]) -> Tensor:

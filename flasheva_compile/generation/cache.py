@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.prepared import cached_layers
+from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class FlashEvaCache(Cache):
     """A cache whose FlashEVA layers keep sinks, window and chunk tokens, whose others keep all.
+
+    Layers with ``retrieve_chunks`` keep every key too, and read few of them.
 
     Build it by :meth:`for_model`; ``generate`` of a prepared model does so by itself. It grows, or
     is preallocated and then fit for CUDA graphs.
@@ -69,7 +72,8 @@ class FlashEvaCache(Cache):
         else:
             layers = list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
         for index, layer in converted.items():
-            layers[index] = EvaCacheLayer(layer.path, layer.config, max_cache_len)
+            kind = RetrievalCacheLayer if layer.config.retrieve_chunks else EvaCacheLayer
+            layers[index] = kind(layer.path, layer.config, max_cache_len)
         cache = cls(layers, offloading=offloading)
         if max_batch_size is not None:
             cache._allocate(model, converted, max_batch_size)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flasheva_compile.config import EvaConfig
     from flasheva_compile.generation.eva_attention import EvaAttention
 
-_FIRST_CHUNKS = 64  # room of a growing layer beyond its first tokens
+FIRST_CHUNKS = 64  # room of a growing layer beyond its first tokens
 
 
 class EvaCacheLayer(CacheLayerMixin):
@@ -38,17 +38,20 @@ class EvaCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    state_type: type[Any] = CacheState
+    # What a rollback restores: chunk tokens that do not exist yet are never visible.
+    restored = ("exact_k", "exact_v", "exact_mask", "open_q", "start", "length")
 
     def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
         super().__init__()
         self.path, self.config, self.max_cache_len = path, config, max_cache_len
         self.is_compileable = max_cache_len is not None
-        self.state: CacheState | None = None
+        self.state: Any = None
         self.is_empty = True
         self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
         self.announced = False
         self.record_past = False
-        self.snapshot: CacheState | None = None
+        self.snapshot: Any = None
         self.recorded: list[tuple[Tensor, ...]] = []
         self.replay: Callable[..., None] | None = None
 
@@ -63,16 +66,29 @@ class EvaCacheLayer(CacheLayerMixin):
         """Allocate for the first tokens."""
         k, v = key_states.detach(), value_states.detach()
         self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
-        options = cache_options(self.config, 1.0)
-        if self.max_cache_len is not None:
-            chunks = visible_chunks(self.max_cache_len, cache_settings(options))
-        else:
-            chunks = -(-k.shape[2] // self.config.chunk_size) + _FIRST_CHUNKS
-        self.state = new_state(k, v, max(1, chunks), options)
+        self.state = self._new_state(k, v)
         if self.max_cache_len is not None:
             compat.mark_static_addresses(self.state)
         self.keys = self.values = k.new_empty(0)  # models ask whether there are any
         self.is_initialized = True
+
+    def _new_state(self, k: Tensor, v: Tensor) -> Any:  # noqa: ANN401 - of state_type
+        options = self._options(1.0, 0.0)
+        if self.max_cache_len is not None:
+            chunks = visible_chunks(self.max_cache_len, cache_settings(options))
+        else:
+            chunks = -(-k.shape[2] // self.config.chunk_size) + FIRST_CHUNKS
+        return new_state(k, v, max(1, chunks), options)
+
+    def _options(self, scale: float, softcap: float) -> dict[str, Any]:
+        """Return the keyword arguments of the ops."""
+        return cache_options(self.config, scale, softcap)
+
+    def _append(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as of the op
+        torch.ops.flasheva.cache_append(*args, **options)
+
+    def _decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        return torch.ops.flasheva.decode(*args, **options)
 
     def update(
         self,
@@ -128,8 +144,8 @@ class EvaCacheLayer(CacheLayerMixin):
         self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        def rows(state: CacheState) -> CacheState:
-            changed = CacheState._make(change(x) for x in (*state[:-1], state.start))
+        def rows(state: Any) -> Any:  # noqa: ANN401 - of state_type
+            changed = self.state_type._make(change(x) for x in (*state[:-1], state.start))
             changed = changed._replace(length=state.length)
             same = changed.start.shape == state.start.shape
             if self.max_cache_len is None or not same:
@@ -194,8 +210,8 @@ class EvaCacheLayer(CacheLayerMixin):
         assert self.snapshot is not None
         assert self.replay is not None
         removed = sum(call[1].shape[2] for call in self.recorded)
-        for x, old in zip(_small(self.state), _small(self.snapshot), strict=True):
-            x.copy_(old)
+        for name in self.restored:
+            getattr(self.state, name).copy_(getattr(self.snapshot, name))
         growing = self.max_cache_len is None
         self.seen -= removed if growing else 0
         q, k, v = (torch.cat([call[i] for call in self.recorded], 2)[:, :, :keep] for i in range(3))
@@ -209,8 +225,8 @@ class EvaCacheLayer(CacheLayerMixin):
     def _record(self, call: tuple[Tensor | None, ...], replay: Callable[..., None]) -> None:
         if not self.recorded:
             assert self.state is not None
-            small = {id(x) for x in _small(self.state)}
-            self.snapshot = CacheState(*(x.clone() if id(x) in small else x for x in self.state))
+            small = {name: getattr(self.state, name).clone() for name in self.restored}
+            self.snapshot = self.state._replace(**small)
         self.recorded.append(call)  # pyright: ignore[reportArgumentType]
         self.replay = replay
 
@@ -231,10 +247,10 @@ class EvaCacheLayer(CacheLayerMixin):
         assert self.state is not None
         key_mask = self._new_columns(mask, k.shape[2])
         parameters = [x.detach() for x in eva.rule_parameters()]
-        options = cache_options(self.config, scale, softcap)
+        options = self._options(scale, softcap)
         self._make_room(k.shape[2])
         if self.record_past:
-            replay = _Replay(parameters, options)
+            replay = _Replay(self._append, parameters, options)
             self._record(
                 (q.detach().clone(), k.detach().clone(), v.detach().clone(), key_mask), replay
             )
@@ -242,13 +258,13 @@ class EvaCacheLayer(CacheLayerMixin):
         self.seen += k.shape[2] if self.max_cache_len is None else 0
         if not first or k.shape[2] == 1:
             new = (x.detach() for x in qkv)
-            out, lse = torch.ops.flasheva.decode(*new, parameters, key_mask, *self.state, **options)
+            out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
             if torch.is_grad_enabled() and q.requires_grad:
                 out = _NoGradient.apply(out, q)
             return out, lse
         result = eva.attend_all(qkv, key_mask, None, scale=scale, softcap=softcap)
         new = (x.detach() for x in qkv)
-        torch.ops.flasheva.cache_append(*new, parameters, key_mask, *self.state, **options)
+        self._append(*new, parameters, key_mask, *self.state, **options)
         return result
 
     def _new_columns(self, mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -269,11 +285,12 @@ class EvaCacheLayer(CacheLayerMixin):
         chunks, capacity = (self.seen + tokens) // self.config.chunk_size, self.state.rfa_k.shape[2]
         if self.max_cache_len is not None or chunks <= capacity:
             return
-        more = max(chunks, capacity + capacity // 4 + _FIRST_CHUNKS) - capacity
-        grown = {
-            name: _extended(getattr(self.state, name), more)
-            for name in ("rfa_k", "rfa_v", "rfa_bias")
-        }
+        more = max(chunks, capacity + capacity // 4 + FIRST_CHUNKS) - capacity
+        self._extend({"rfa_k": more, "rfa_v": more, "rfa_bias": more})
+
+    def _extend(self, room: dict[str, int]) -> None:
+        """Append slots to the third axis of tensors of the state."""
+        grown = {name: _extended(getattr(self.state, name), n) for name, n in room.items()}
         self.state = self.state._replace(**grown)
 
 
@@ -298,27 +315,29 @@ class _NoGradient(torch.autograd.Function):
 class _Replay:
     """Append again what was rolled back too far."""
 
-    def __init__(self, parameters: list[Tensor], options: dict[str, Any]) -> None:
-        self.parameters, self.options = parameters, options
+    def __init__(
+        self, append: Callable[..., None], parameters: list[Tensor], options: dict[str, Any]
+    ) -> None:
+        self.append, self.parameters, self.options = append, parameters, options
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: CacheState
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        state: Any,  # noqa: ANN401
     ) -> None:
-        torch.ops.flasheva.cache_append(q, k, v, self.parameters, mask, *state, **self.options)
+        self.append(q, k, v, self.parameters, mask, *state, **self.options)
 
 
 def _extended(x: Tensor, more: int) -> Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2)
 
 
-def _small(state: CacheState) -> tuple[Tensor, ...]:
-    """Return what a rollback restores: chunk tokens that do not exist yet are never visible."""
-    return tuple(x for name, x in state._asdict().items() if not name.startswith("rfa_"))
-
-
 def _copied(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, CacheState):
-        return CacheState(*(x.detach().clone() for x in value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
+        return type(value)(*(x.detach().clone() for x in value))
     if isinstance(value, list):
         return [tuple(x if x is None else x.detach().clone() for x in call) for call in value]
     return value

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache import FlashEvaCache
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
-from flasheva_compile.kernels.blocked.cache_state import CacheState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
 _VERSION = "1"
+# Arguments of from_pretrained that say where a checkpoint is.
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _SAMPLE = 64  # elements of each parameter that identify a model's weights
 _NUMBERS = ("cumulative_length", "seen", "is_empty")
 
@@ -34,39 +36,122 @@ def from_pretrained(path: str | Path, *args: Any, **kwargs: Any) -> Any:  # noqa
     """Load a model that was saved while it was prepared, and prepare it again.
 
     Args:
-        path: What ``save_pretrained`` wrote.
-        *args: As of ``AutoModelForCausalLM.from_pretrained``.
-        **kwargs: As of ``AutoModelForCausalLM.from_pretrained``.
+        path: What ``save_pretrained`` wrote: a folder, or a name that transformers can resolve.
+        *args: As of transformers' ``from_pretrained``.
+        **kwargs: As of transformers' ``from_pretrained``.
 
     Returns:
         The prepared model, with the chunk rules' parameters as saved.
 
     Raises:
-        ConfigError: The checkpoint was not written by a prepared model, or lacks parameters.
+        ConfigError: The checkpoint was not written by a prepared model, or its parameters are not
+            those of the attentions that are converted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.from_pretrained(path)
-    if not getattr(config, "flasheva", None):
+    config = checkpoint_config(path, kwargs)
+    if not config.get("flasheva"):
         raise ConfigError(
             "its config.json has no FlashEVA configuration",
             subject=str(path),
             hint="load it with transformers and call prepare(model, config)",
         )
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    name = (config.get("architectures") or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ConfigError(
+            f"is a {name!r}, which transformers does not have",
+            subject=str(path),
+            hint="call register_with_transformers() and load it by its own class",
+        )
+    return load_prepared(model_class.from_pretrained, model_class, path, *args, **kwargs)
+
+
+def checkpoint_config(path: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint's ``config.json``, as ``from_pretrained`` with these arguments does."""
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(path, **_only(kwargs, _LOCATION))[0]
+
+
+def load_prepared(
+    load: Callable[..., Any],
+    model_class: Any,  # noqa: ANN401 - a class of transformers
+    path: str | Path,
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Load what a prepared model saved by a function that knows nothing of FlashEVA.
+
+    Args:
+        load: ``from_pretrained`` of a class of transformers.
+        model_class: The class of the model that it returns.
+        path: Of the checkpoint.
+        *args: Of ``load``.
+        **kwargs: Of ``load``.
+
+    Returns:
+        What ``load`` returns, with the model prepared.
+
+    Raises:
+        ConfigError: As of :func:`from_pretrained`.
+    """
+    # The checkpoint names an attention that only a prepared model has.
+    named = kwargs.get("attn_implementation")
+    kwargs["attn_implementation"] = None if named == interface.NAME else named
     with _ignoring_our_keys(model_class):
-        model = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+        loaded = load(path, *args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     training = model.training
-    model = prepare(model).train(training)
+    prepare(model).train(training)
+    saved = kwargs.get("state_dict") or _our_tensors(path, kwargs)
+    _set_parameters(model, saved, str(path))
+    return loaded
+
+
+def _set_parameters(model: Any, saved: Mapping[str, Tensor], subject: str) -> None:  # noqa: ANN401
+    """Copy the saved chunk-rule parameters into a prepared model; all of them, or none."""
     own = {name: x for name, x in model.named_parameters() if ".flasheva." in name}
-    saved = _our_tensors(Path(path))
-    missing = sorted(set(own) - set(saved))
+    known = {_relative(model, name): x for name, x in saved.items() if ".flasheva." in name}
+    wanted = {_relative(model, _name_on_disk(model, name)): x for name, x in own.items()}
+    hint = "save the prepared model again with save_pretrained"
+    missing, unknown = sorted(set(wanted) - set(known)), sorted(set(known) - set(wanted))
     if missing:
-        raise ConfigError(f"lacks {missing[0]} and {len(missing) - 1} more", subject=str(path))
+        message = f"lacks {missing[0]}{_and_more(missing)}"
+        raise ConfigError(message, subject=subject, hint=hint)
+    if unknown:
+        path = unknown[0].rpartition(".flasheva.")[0]
+        rows = prepared_of(model).report.layers
+        reason = next((row.reason for row in rows if row.path.endswith(path)), "")
+        raise ConfigError(
+            f"holds {unknown[0]}{_and_more(unknown)}, but that attention stays full: "
+            f"{reason or 'there is no such attention'}",
+            subject=subject,
+            hint="load it with the versions of torch and transformers that it was saved with",
+        )
+    for name, parameter in wanted.items():
+        if parameter.shape != known[name].shape:
+            message = f"{name} is {tuple(known[name].shape)}, not {tuple(parameter.shape)}"
+            raise ConfigError(message, subject=subject, hint=hint)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
-    return model
+        for name, parameter in wanted.items():
+            parameter.copy_(known[name])
+
+
+def _name_on_disk(model: Any, name: str) -> str:  # noqa: ANN401
+    """Return the name that a parameter has in checkpoints: transformers renames some modules."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return next(iter(revert_weight_conversion(model, {name: model.get_parameter(name)})))
+
+
+def _relative(model: Any, name: str) -> str:  # noqa: ANN401
+    """Return a name without the base model's: a checkpoint fits its model with and without head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 @contextmanager
@@ -80,15 +165,38 @@ def _ignoring_our_keys(model_class: Any) -> Iterator[None]:  # noqa: ANN401
         model_class._keys_to_ignore_on_load_unexpected = before
 
 
-def _our_tensors(path: Path) -> dict[str, Tensor]:
+def _our_tensors(path: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the chunk-rule parameters of a checkpoint of one file or of several."""
     from safetensors import safe_open
 
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    index = _file(path, f"model.safetensors.index{variant}.json", kwargs)
+    if index is None:
+        files = {f"model{variant}.safetensors"}
+    else:
+        places = json.loads(Path(index).read_text())["weight_map"]
+        files = {file for name, file in places.items() if ".flasheva." in name}
     tensors: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for name in sorted(files):
+        file = _file(path, name, kwargs)
+        if file is None:
+            raise ConfigError(f"has no {name}", subject=str(path), hint="save it as safetensors")
         with safe_open(file, framework="pt") as stored:
-            ours = [name for name in stored.keys() if ".flasheva." in name]  # noqa: SIM118
-            tensors |= {name: stored.get_tensor(name) for name in ours}
+            ours = [key for key in stored.keys() if ".flasheva." in key]  # noqa: SIM118
+            tensors |= {key: stored.get_tensor(key) for key in ours}
     return tensors
+
+
+def _file(path: str | Path, name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """Return where a file of a checkpoint is, in a folder or in the cache of the Hub."""
+    from transformers.utils.hub import cached_file
+
+    location = {**_only(kwargs, _LOCATION), "_raise_exceptions_for_missing_entries": False}
+    return cached_file(path, name, **location)
+
+
+def _only(kwargs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 # --- caches ---------------------------------------------------------------------------------------
@@ -183,8 +291,8 @@ def _restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) ->
     if not tensors:
         return
     if isinstance(layer, EvaCacheLayer):
-        layer.lazy_initialization(tensors["exact_k"], tensors["exact_v"])
-        state = CacheState(**tensors)
+        layer.lazy_initialization(*(tensors[name] for name in layer.state_type._fields[:2]))
+        state = layer.state_type(**tensors)
         if layer.max_cache_len is not None and layer.state is not None:
             for x, stored in zip(layer.state, state, strict=True):
                 x.copy_(stored)

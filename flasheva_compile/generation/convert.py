@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from flasheva_compile.generation.probe import ProbedAttention
     from flasheva_compile.report import CompileReport
 
+# In config.json: transformers refuses it, unless FlashEVA loads the checkpoint. Not the name of the
+# running attention, which is known in every process that has prepared a model.
+SAVED_NAME = "FlashEVA"
+
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 _VERSION = 1
 
@@ -88,6 +92,7 @@ def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]
     before = {id(config): (config, name) for config, name in attention_configs(model)}
     for config, name in before.values():
         config._attn_implementation = interface.NAME
+        config.attn_implementation = SAVED_NAME
         config.flasheva = {
             "version": _VERSION,
             "layers": hybrid.to_dict(),
@@ -106,6 +111,9 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
         return
+    if not isinstance(eva, EvaAttention):
+        # peft's wrapper hands reading on to the module that runs, but not writing.
+        eva = eva.rule_parameters.__self__
     eva.cache_layer = None  # a call that failed half-way has left its own
     if isinstance(layer, EvaCacheLayer):
         if layer.path != eva.path or layer.config != eva.config:

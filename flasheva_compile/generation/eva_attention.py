@@ -45,7 +45,8 @@ class EvaAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
         c = self.config
-        return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
+        retrieved = f", top-{c.retrieve_chunks}" if c.retrieve_chunks else ""
+        return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}{retrieved}"
 
     def rule_parameters(self) -> list[Tensor]:
         """Return the rule's parameters in the order of the ops."""
@@ -108,6 +109,8 @@ class EvaAttention(nn.Module):
             window=c.window,
             chunk_rule=c.chunk_rule,
             q_offset=k.shape[2] - q.shape[2],
+            retrieve_chunks=c.retrieve_chunks,
+            retrieve_block=c.retrieve_block,
             **options,  # pyright: ignore[reportArgumentType]
         )
 

@@ -84,6 +84,7 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
     for config, name in prepared.implementations.values():
         config._attn_implementation = name
         config.__dict__.pop("flasheva", None)
+        config.__dict__.pop("attn_implementation", None)
     del model._flasheva_prepared
     model.__dict__.pop("_prepare_cache_for_generation", None)
     return model

@@ -62,12 +62,13 @@ class Prepared:
 
 
 def prepared_of(model: Any) -> Prepared:  # noqa: ANN401 - a transformers model
-    """Return what :func:`prepare` left on a model.
+    """Return what :func:`prepare` left on a model, which DDP may have wrapped since.
 
     Raises:
         ConfigError: It is not prepared.
     """
-    prepared = getattr(model, ATTRIBUTE, None)
+    inner = getattr(model, "module", None)
+    prepared = getattr(model, ATTRIBUTE, None) or getattr(inner, ATTRIBUTE, None)
     if prepared is None:
         message = f"{type(model).__name__} is not prepared"
         raise ConfigError(message, hint="call prepare(model, config) first")

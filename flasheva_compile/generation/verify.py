@@ -66,7 +66,8 @@ def _does_not_run(model: Any, error: Exception) -> ConfigError:  # noqa: ANN401
 
 def _over_everything(config: EvaConfig) -> EvaConfig:
     c = config.chunk_size
-    return config.replace(window_size=-(-16 // c) * c)  # the probe's rows are shorter
+    # The probe's rows are shorter than the window: nothing is left to retrieve.
+    return config.replace(window_size=-(-16 // c) * c, retrieve_chunks=0, retrieve_block=1)
 
 
 def _logits(model: Any, cache: Any) -> torch.Tensor:  # noqa: ANN401

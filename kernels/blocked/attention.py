@@ -46,13 +46,13 @@ def attention_forward(
         for first in range(0, length, block_size):
             queries = (first, min(length, first + block_size))
             block = QueryBlock(rows, where, settings, work, queries)
-            block_out, block_lse = _attend(block)
+            block_out, block_lse = attend_block(block)
             block.unfold_into(out[lo:hi], block_out)
             block.unfold_into(lse[lo:hi], block_lse)
     return out, lse.squeeze(-1)
 
 
-def _attend(block: QueryBlock) -> tuple[Tensor, Tensor]:
+def attend_block(block: QueryBlock) -> tuple[Tensor, Tensor]:
     """Softmax over the block's columns, times values, and the log-sum-exp."""
     rows = block.q.shape[:2]
     if block.columns.size == 0:  # amax of nothing is an error

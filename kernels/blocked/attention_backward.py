@@ -69,14 +69,16 @@ def attention_backward(
             queries = (first, min(t.q.shape[2], first + block_size))
             block = QueryBlock(rows, where, settings, work, queries)
             if block.columns.size:
-                _add_block(sums.rows(lo, hi), block, dout[lo:hi], out[lo:hi], lse[lo:hi])
+                part = sums.rows(lo, hi)
+                dq = add_block(part, block, dout[lo:hi], out[lo:hi], lse[lo:hi])
+                block.unfold_into(part.q, dq)
     return AttentionGradients(*(s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)))
 
 
-def _add_block(
+def add_block(
     sums: AttentionGradients, block: QueryBlock, dout: Tensor, out: Tensor, lse: Tensor
-) -> None:
-    """Add the contributions of one block of queries."""
+) -> Tensor:
+    """Add what one block of queries gives to keys, values and chunk tokens; return its ``dq``."""
     do = block.fold(dout, "do")
     delta = torch.linalg.vecdot(do, block.fold(out, "out"))[..., None]
     weights = block.scores(tanh_name="tanh").sub_(block.fold(lse, "lse")).exp_()
@@ -94,10 +96,10 @@ def _add_block(
         tanh = block.work.take("tanh", *weights.shape)
         dscores.mul_(tanh.square_().neg_().add_(1))
     dq = torch.bmm(dscores, block.k, out=block.work.take("dq", *block.q.shape))
-    block.unfold_into(sums.q, dq.mul_(block.settings.scale))
     # block.q already carries the scale.
     dk = torch.bmm(dscores.mT, block.q, out=block.work.take("dk", *block.k.shape))
     _scatter(sums, block, dk, dv, dbias)
+    return dq.mul_(block.settings.scale)
 
 
 def _scatter(

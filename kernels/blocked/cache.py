@@ -45,7 +45,7 @@ def cache_append(
         pool: Maps ``q, k, v [B, Hkv, n c, ...]`` and a mask ``[B, n c]`` to ``n`` chunk tokens.
         s: The layer's settings.
     """
-    start, before, after = advance(state, key_mask, new[1].shape[2])
+    start, before, after = advance(state.start, state.length, key_mask, new[1].shape[2])
     _pool_complete(new, key_mask, state, (before, after), pool, s)
     _write(new, key_mask, state, (before, after), s)
     state.start.copy_(start)
@@ -68,7 +68,7 @@ def decode(
         block = slice(lo, lo + step)
         part = tuple(x[:, :, block] for x in new)
         mask = None if key_mask is None else key_mask[:, block]
-        start, before, after = advance(state, mask, part[1].shape[2])
+        start, before, after = advance(state.start, state.length, mask, part[1].shape[2])
         _pool_complete(part, mask, state, (before, after), pool, s)  # pyright: ignore[reportArgumentType]
         parts.append(_attend(q[:, :, block], part[1:], mask, state, before, s))  # pyright: ignore[reportArgumentType]
         _write(part, mask, state, (before, after), s)  # pyright: ignore[reportArgumentType]

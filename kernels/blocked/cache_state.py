@@ -86,12 +86,13 @@ def first_exact(position: Tensor, s: AttentionSettings) -> Tensor:
 
 
 def advance(
-    state: CacheState, key_mask: Tensor | None, tokens: int
+    start: Tensor, length: Tensor, key_mask: Tensor | None, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place ``tokens`` new columns.
 
     Args:
-        state: The layer's state before the call.
+        start: ``[B]``, of the layer's state before the call.
+        length: ``[1]``, of that state.
         key_mask: ``[B, L]`` bool of the new columns; None = all valid.
         tokens: ``L``.
 
@@ -99,12 +100,12 @@ def advance(
         ``start [B]`` after the call, and each row's number of positions before (negative if the row
         starts within the call) and after it, ``[B]``.
     """
-    started = state.start < state.length
+    started = start < length
     if key_mask is None:
-        first = torch.zeros_like(state.start)
+        first = torch.zeros_like(start)
     else:
         column = torch.arange(tokens, device=key_mask.device)
         first = torch.where(key_mask, column, tokens).amin(-1)
-    start = torch.where(started, state.start, state.length + first)
-    before = state.length - start
+    start = torch.where(started, start, length + first)
+    before = length - start
     return start, before, before + tokens

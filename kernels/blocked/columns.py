@@ -70,7 +70,7 @@ def block_columns(geometry: Geometry, s: AttentionSettings, first: int, last: in
     )
     g = geometry
     bounds = [t[:, first:last, None] for t in (g.begin, g.sink_end, g.lo, g.hi)]
-    masks = [_chunk_mask(piece, geometry, s, bounds) for piece in masked_chunks]
+    masks = [chunk_mask(piece, geometry, s, bounds) for piece in masked_chunks]
     masks += [_key_mask(piece, geometry, bounds) for piece in masked_keys]
     shape = (geometry.lo.shape[0], last - first)
     masks = [mask.expand(*shape, -1) for mask in masks]
@@ -182,9 +182,13 @@ def _key_mask(piece: Piece, geometry: Geometry, bounds: list[Tensor]) -> Tensor:
     return mask
 
 
-def _chunk_mask(
+def chunk_mask(
     piece: Piece, geometry: Geometry, s: AttentionSettings, bounds: list[Tensor]
 ) -> Tensor:
+    """Return which of a piece's chunks queries see, ``[B or 1, queries, n]``.
+
+    ``bounds`` are begin, sink end, first and last window column, ``[B or 1, queries, 1]``.
+    """
     _, sink_end, lo, hi = bounds
     first = geometry.chunk_first[:, None, piece.lo : piece.hi]
     outside = first + s.chunk_size <= lo

@@ -33,7 +33,8 @@ def keep_mask(
         row: ``[B]``, index in the batch.
         head: ``[Hq]``, query head.
         query_column: ``[L]``.
-        key_id: ``[B or 1, n]``: ``2 * column`` of a key, ``2 * slot + 1`` of a chunk token.
+        key_id: ``[B or 1, n]``: ``2 * column`` of a key, ``2 * slot + 1`` of a chunk token; or
+            ``[B, Hq or 1, L, n]`` where they differ by query.
         dropout_p: Probability of dropping.
 
     Returns:
@@ -44,5 +45,6 @@ def keep_mask(
     state = _mix(state ^ row.long()[:, None, None])
     state = _mix((state + _GOLDEN & _WORD) ^ head.long()[:, None])
     state = _mix((state + _GOLDEN & _WORD) ^ (query_column.long() & _WORD))
-    word = _mix(state[..., None] + (key_id.long() * _GOLDEN)[:, None, None, :] & _WORD)
+    by_query = key_id if key_id.dim() == 4 else key_id[:, None, None, :]
+    word = _mix(state[..., None] + by_query.long() * _GOLDEN & _WORD)
     return word >= int(dropout_p * 2**32)

@@ -127,19 +127,50 @@ def eva_attention_from_chunk_tokens(
         causal=causal,
     )
     seen = torch.cat([chunk, exact], -1)[:, None]
-    all_k = torch.cat([rfa_k, k], 2).repeat_interleave(group, 1)
-    all_v = torch.cat([rfa_v, v], 2).repeat_interleave(group, 1)
-    bias = torch.cat([rfa_bias, torch.zeros_like(k[..., 0])], 2).repeat_interleave(group, 1)
+    scores = joint_scores(
+        q,
+        k,
+        rfa_k,
+        rfa_bias,
+        chunks.members,
+        seen=seen,
+        q_offset=q_offset,
+        scale=factor,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    return masked_attention(scores, seen, torch.cat([rfa_v, v], 2).repeat_interleave(group, 1))
 
-    scores = factor * (q @ all_k.mT)
+
+def joint_scores(
+    q: Tensor,
+    k: Tensor,
+    rfa_k: Tensor,
+    rfa_bias: Tensor,
+    members: Tensor,
+    *,
+    seen: Tensor,
+    q_offset: int,
+    scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Return the scores of chunk tokens, then of keys, ``[B, Hq, L, C + S]``; masks come later.
+
+    ``seen`` says where biases matter: those of empty chunks are infinite.
+    """
+    group, length = q.shape[1] // k.shape[1], q.shape[2]
+    all_k = torch.cat([rfa_k, k], 2).repeat_interleave(group, 1)
+    bias = torch.cat([rfa_bias, torch.zeros_like(k[..., 0])], 2).repeat_interleave(group, 1)
+    scores = scale * (q @ all_k.mT)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias[:, :, None, :].masked_fill(~seen, 0).to(scores.dtype)
     if alibi_slopes is not None:
         query_column = q_offset + torch.arange(length, device=q.device)[:, None]
-        distance = _columns(chunks.members, k)[:, None, None, :] - query_column
+        distance = _columns(members, k)[:, None, None, :] - query_column
         scores = scores + alibi_slopes[:, None, None].to(scores.dtype) * distance
-    return _masked_attention(scores, seen, all_v)
+    return scores
 
 
 def _columns(members: Tensor, k: Tensor) -> Tensor:
@@ -149,7 +180,7 @@ def _columns(members: Tensor, k: Tensor) -> Tensor:
     return torch.cat([members.to(k.dtype) @ column / count, column.expand(k.shape[0], -1)], -1)
 
 
-def _masked_attention(scores: Tensor, seen: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def masked_attention(scores: Tensor, seen: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over what is seen, times values; 0 and ``-inf`` where nothing is seen."""
     nothing = ~seen.any(-1, keepdim=True)
     # Rows that see nothing take finite scores through the softmax, so that no NaN reaches autograd.

@@ -246,9 +246,9 @@ def dropping(case: KernelCase):
         weights, lse = plain(scores, seen, unit)
         return (weights * factor.to(values.dtype)) @ values, lse
 
-    plain = reference._masked_attention
+    plain = reference.masked_attention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_masked_attention", attend)
+        patch.setattr(reference, "masked_attention", attend)
         yield
 
 

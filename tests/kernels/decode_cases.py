@@ -122,7 +122,7 @@ class DecodeCase:
         return cache_ops.new_state(k.to(dtype), v.to(dtype), self.chunks, self.options)
 
     def pool(self, dtype: torch.dtype):
-        return partial(cache_ops._pool_chunks, [p.to(dtype) for p in self.parameters], self.options)
+        return partial(cache_ops.pool_chunks, [p.to(dtype) for p in self.parameters], self.options)
 
     def filled_state(self, dtype: torch.dtype) -> CacheState:
         """Return the state after the prefix."""

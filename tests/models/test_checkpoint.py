@@ -10,7 +10,16 @@ import torch
 
 import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
-from tests.models.test_generate import HYBRIDS, SMALL, generate, llama, perturb, tokens
+from tests.models.test_generate import (
+    HYBRIDS,
+    KINDS,
+    RETRIEVING,
+    SMALL,
+    generate,
+    llama,
+    perturb,
+    tokens,
+)
 
 LOAD = """
 import sys, torch
@@ -46,7 +55,7 @@ def test_a_reverted_model_saves_a_plain_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("length", [None, 96])
-@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"]], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"], RETRIEVING], ids=KINDS)
 def test_a_saved_cache_goes_on(tmp_path, length, config):
     model = fe.prepare(llama(), config)
     cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)

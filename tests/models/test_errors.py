@@ -19,7 +19,8 @@ MISTAKES = {
     "unknown option": (
         {"windw_size": 64},
         "windw_size: unknown option; known: layers, config, strict, assume_mask, inner_backend, "
-        "validate, window_size, chunk_size, sink_tokens, chunk_rule, window. "
+        "validate, window_size, chunk_size, sink_tokens, chunk_rule, window, "
+        "retrieve_chunks, retrieve_block. "
         'Hint: did you mean "window_size"?',
     ),
     "window no multiple of chunk": (

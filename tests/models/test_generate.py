@@ -79,7 +79,11 @@ HYBRIDS = {
     "eva": {**SMALL, "chunk_rule": "eva"},
     "hybrid": {"default": SMALL, 0: "full"},
     "two configurations": {"default": SMALL, 1: {"window_size": 4, "chunk_size": 2}},
+    "retrieval": {**SMALL, "retrieve_chunks": 2},
+    "retrieval in blocks": {**SMALL, "retrieve_chunks": 2, "retrieve_block": 4},
 }
+RETRIEVING = HYBRIDS["retrieval in blocks"]
+KINDS = ["pure", "hybrid", "retrieval"]
 
 
 @pytest.mark.parametrize("build", [llama, gpt_neox])
@@ -111,7 +115,7 @@ def test_the_result_is_not_full_attention():
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"]], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"], RETRIEVING], ids=KINDS)
 def test_left_padded_rows_are_the_rows_alone(implementation, config):
     model = fe.prepare(llama(), config)
     ids, mask = tokens(3, 21), torch.ones(3, 21, dtype=torch.long)
@@ -125,8 +129,9 @@ def test_left_padded_rows_are_the_rows_alone(implementation, config):
         assert torch.equal(alone.sequences[0], together.sequences[row, padding:])
 
 
-def test_beams_equal_the_uncached_search():
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_beams_equal_the_uncached_search(config):
+    model = fe.prepare(llama(), config)
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 25}
     cached = model.generate(tokens(2, 15), **options)
     assert torch.equal(cached, model.generate(tokens(2, 15), use_cache=False, **options))
@@ -154,13 +159,14 @@ def test_offloading_leaves_a_layer_usable():
     assert cache.layers[0].state is state
 
 
-def test_prefill_in_chunks():
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_prefill_in_chunks(config):
+    model = fe.prepare(llama(), config)
     result = generate(model, tokens(1, 45), prefill_chunk_size=7)
     expect_same_logits(result, model, 45)
 
 
-@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"]], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("config", [SMALL, HYBRIDS["hybrid"], RETRIEVING], ids=KINDS)
 def test_a_conversation_goes_on(config):
     model = fe.prepare(llama(), config)
     cache = fe.FlashEvaCache.for_model(model)
@@ -170,8 +176,9 @@ def test_a_conversation_goes_on(config):
     expect_same_logits(result, model, 41)
 
 
-def test_a_prefix_is_reused_by_copies():
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_a_prefix_is_reused_by_copies(config):
+    model = fe.prepare(llama(), config)
     prefix = tokens(1, 26)
     cache = fe.FlashEvaCache.for_model(model)
     model(prefix, past_key_values=cache, use_cache=True)
@@ -182,8 +189,9 @@ def test_a_prefix_is_reused_by_copies():
     assert cache.get_seq_length() == 26
 
 
-def test_rows_are_repeated_and_selected():
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_rows_are_repeated_and_selected(config):
+    model = fe.prepare(llama(), config)
     cache = fe.FlashEvaCache.for_model(model)
     ids = tokens(2, 26)
     with torch.no_grad():
@@ -197,8 +205,9 @@ def test_rows_are_repeated_and_selected():
 
 
 @pytest.mark.parametrize("how", ["prompt lookup", "itself", "another model"])
-def test_assisted_generation(how):
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_assisted_generation(how, config):
+    model = fe.prepare(llama(), config)
     if how == "prompt lookup":
         options = {"prompt_lookup_num_tokens": 3}
     else:
@@ -218,8 +227,9 @@ def test_a_crop_without_recording_is_refused():
 
 
 @pytest.mark.parametrize("length", [None, 64])
-def test_a_rollback_leaves_no_trace(length):
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_a_rollback_leaves_no_trace(length, config):
+    model = fe.prepare(llama(), config)
     ids, step = tokens(1, 30), tokens(1, 9, seed=4)
     with torch.no_grad():
         rolled, never = (fe.FlashEvaCache.for_model(model, max_cache_len=length) for _ in "ab")
@@ -300,8 +310,9 @@ def test_cache_bytes():
     assert cache.get_max_length() == tokens_held
 
 
-def test_a_reset_cache_is_an_empty_one():
-    model = fe.prepare(llama(), SMALL)
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+def test_a_reset_cache_is_an_empty_one(config):
+    model = fe.prepare(llama(), config)
     for length in (None, 64):
         cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)
         first = generate(model, tokens(1, 21), past_key_values=cache).sequences
@@ -328,8 +339,10 @@ def test_a_preallocated_cache_holds_exactly_its_length(window):
         assert cache.get_seq_length() == length
 
 
-def test_a_growing_cache_forgets_nothing():
-    model = fe.prepare(llama(1), {"window_size": 64, "chunk_size": 2, "sink_tokens": 0})
+@pytest.mark.parametrize("retrieval", [{}, {"retrieve_chunks": 3}], ids=KINDS[::2])
+def test_a_growing_cache_forgets_nothing(retrieval):
+    long = {"window_size": 64, "chunk_size": 2, "sink_tokens": 0}
+    model = fe.prepare(llama(1), {**long, **retrieval})
     ids = tokens(1, 400)
     cache = fe.FlashEvaCache.for_model(model)
     with torch.no_grad():

@@ -189,3 +189,31 @@ def test_inductor_options_are_passed_on():
     assert options.inductor == {"max_autotune": True}
     assert options.strict
     assert options.assume_mask == "causal"
+
+
+# --- retrieval ------------------------------------------------------------------------------------
+
+
+def test_retrieval_is_off_by_default_and_round_trips():
+    assert (EvaConfig().retrieve_chunks, EvaConfig().retrieve_block) == (0, 1)
+    config = EvaConfig(retrieve_chunks=8, retrieve_block=16)
+    assert EvaConfig.from_dict(config.to_dict()) == config
+    older = {name: x for name, x in config.to_dict().items() if not name.startswith("retrieve")}
+    assert EvaConfig.from_dict(older) == EvaConfig()
+    hybrid = parse_options({"retrieve_chunks": 8, "layers": {0: {"retrieve_chunks": 4}}}).hybrid
+    assert hybrid.default.retrieve_chunks == 8
+    assert hybrid.rules[0].config.retrieve_chunks == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"retrieve_chunks": -1}, "retrieve_chunks"),
+        ({"retrieve_chunks": 1.5}, "retrieve_chunks"),
+        ({"retrieve_chunks": 1, "retrieve_block": 0}, "retrieve_block"),
+        ({"retrieve_block": 4}, "without retrieve_chunks"),
+    ],
+)
+def test_impossible_retrieval_is_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        EvaConfig(**fields)

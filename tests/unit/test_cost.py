@@ -110,3 +110,37 @@ def test_cost_grows_linearly_beyond_the_window_but_for_chunk_tokens():
 def test_bidirectional_attention_keeps_nothing_for_decoding():
     op = make_op(causal=False)
     assert cost.evaluate(cost.eva_cache_bytes(op, itemsize=2), 100) == 0
+
+
+# --- retrieval ------------------------------------------------------------------------------------
+
+
+def visible_chunks(op, n):
+    """Chunks that each query sees."""
+    starts = range(op.sink_size, n, op.chunk_size)
+    return [sum(x + op.chunk_size <= window_of(op, n, i)[0] for x in starts) for i in range(n)]
+
+
+@pytest.mark.parametrize("window", ["sliding", "block"])
+@pytest.mark.parametrize("chunks", [0, 1, 3, 50])
+def test_retrieved_pairs_are_counted(window, chunks):
+    for (w, c, t), n in itertools.product(GEOMETRIES, LENGTHS):
+        op = make_op(w, c, t, window=window, retrieve_chunks=chunks)
+        wanted = sum(min(chunks, seen) for seen in visible_chunks(op, n))
+        assert cost.evaluate(cost.retrieved_pairs(op), n) == wanted
+
+
+def test_retrieval_costs_its_keys_and_its_selection():
+    plain, retrieving = make_op(chunk_rule="mean"), make_op(chunk_rule="mean", retrieve_chunks=2)
+    seen = visible_chunks(plain, 31)
+    keys = sum(min(2, x) for x in seen) * (plain.chunk_size - 1) * 2 * (16 + 8)
+    selecting = sum(seen) * 2 * 16
+    more = cost.evaluate(cost.eva_flops(retrieving), 31) - cost.evaluate(cost.eva_flops(plain), 31)
+    assert more == (keys + selecting) * plain.heads
+
+
+def test_retrieval_keeps_every_key_and_the_chunk_tokens():
+    op = make_op(retrieve_chunks=2)
+    tokens = count(op, 31)[2][1]
+    wanted = op.kv_heads * (31 * (16 + 8) * 2 + tokens * ((16 + 8) * 2 + 4))
+    assert cost.evaluate(cost.eva_cache_bytes(op, itemsize=2), 31) == wanted

@@ -12,7 +12,7 @@ from flasheva_compile.kernels.reference.attention import eva_attention
 from torch.library import opcheck
 
 from flasheva_compile.errors import LoweringError
-from flasheva_compile.ops import OP_VERSION, flasheva_attention
+from flasheva_compile.ops import OP_VERSION, eva_features, flasheva_attention
 from tests.attention_cases import MASKS, RULES, AttentionCase
 from tests.tolerance import assert_as_accurate_as_pytorch
 
@@ -302,3 +302,15 @@ def test_misfits_are_refused_while_compiling_too():
     compiled = torch.compile(flasheva_attention, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="multiple of chunk_size"):
         compiled(*CASE.qkv, **{**CASE.options, "window_size": 6})
+
+
+def test_features_of_the_eva_rule_have_the_dtype_of_keys():
+    """A prepared model's parameters are fp32 whatever its weights are; kernels want one dtype."""
+    q, k = (torch.randn(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2))
+    parameters = [torch.eye(4), *torch.zeros(1, 4), *torch.ones(1, 4), *torch.zeros(1, 4)] * 2
+
+    def tokens(_rule, values, _parameters):
+        return (*(x.unflatten(2, (-1, 4)).mean(3) for x in (k, values)), None)
+
+    found = eva_features(q, k, tokens, parameters, None)
+    assert [x.dtype for x in found] == [torch.bfloat16] * 2

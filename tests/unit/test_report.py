@@ -1,5 +1,6 @@
 """The report: what people read, totals, and JSON."""
 
+import dataclasses
 import json
 
 from flasheva_compile.lowering.op import EvaOp
@@ -117,3 +118,15 @@ def test_bidirectional_attention_has_no_cache():
     report = CompileReport(layers=(full("encoder.attn", causal=False),), length=64)
     assert report.totals(64).full_cache_bytes == 0
     assert "KV cache" not in str(report)
+
+
+def test_retrieval_is_shown_and_counted():
+    op = dataclasses.replace(OP, retrieve_chunks=8)
+    row = LayerReport.rewritten("model.layers.0.self_attn", op, mask="causal")
+    report = CompileReport(layers=(row,), length=8192)
+    assert "eva 256/16/16 sliding tangent top-8" in str(report)
+    plain = CompileReport(layers=(eva("model.layers.0.self_attn"),)).totals(8192)
+    totals = report.totals(8192)
+    assert plain.flops < totals.flops < totals.full_flops
+    assert totals.cache_bytes > totals.full_cache_bytes > plain.cache_bytes
+    assert CompileReport.from_dict(json.loads(report.to_json())) == report

@@ -1,0 +1,1 @@
+"""How good a causal language model is: text, retrieval, and agreement with full attention."""

@@ -1,0 +1,67 @@
+"""One layer of the cache with retrieval: every key exactly, chunk tokens beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.cache_layer import FIRST_CHUNKS, EvaCacheLayer
+from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+from flasheva_compile.retrieval_cache_ops import new_retrieval_state, retrieval_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flasheva_compile.config import EvaConfig
+
+
+class RetrievalCacheLayer(EvaCacheLayer):
+    """What one retrieving attention keeps; see :class:`RetrievalState`.
+
+    Args:
+        path: The attention's module path, for messages.
+        config: How it approximates.
+        max_cache_len: Tokens to preallocate for; None = grow.
+
+    Raises:
+        ConfigError: The chunk rule is ``eva``, whose queries this cache does not keep.
+    """
+
+    state_type = RetrievalState
+    restored = ("selected", "start", "length")  # other tensors hold nothing beyond the length
+
+    def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
+        super().__init__(path, config, max_cache_len)
+        if config.chunk_rule == "eva":
+            message = "chunk_rule='eva' with retrieve_chunks has no cache"
+            hint = "pass use_cache=False, or choose another chunk rule"
+            raise ConfigError(message, subject=path, hint=hint)
+
+    def _new_state(self, k: Tensor, v: Tensor) -> RetrievalState:
+        room = self.max_cache_len
+        if room is None:
+            room = k.shape[2] + FIRST_CHUNKS * self.config.chunk_size
+        return new_retrieval_state(k, v, room, self._options(1.0, 0.0))
+
+    def _options(self, scale: float, softcap: float) -> dict[str, Any]:
+        return retrieval_options(self.config, scale, softcap)
+
+    def _append(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as of the op
+        torch.ops.flasheva.retrieval_append(*args, **options)
+
+    def _decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        return torch.ops.flasheva.retrieval_decode(*args, **options)
+
+    def _make_room(self, tokens: int) -> None:
+        """Grow a layer that is not preallocated."""
+        needed, room, c = self.seen + tokens, self.state.mask.shape[1], self.config.chunk_size
+        if self.max_cache_len is not None or needed <= room:
+            return
+        more = max(needed, room + room // 4 + FIRST_CHUNKS * c) - room
+        chunks = -(-(room + more) // c) - self.state.rfa_k.shape[2]
+        self._extend({"keys": more, "values": more})
+        self._extend({"rfa_k": chunks, "rfa_v": chunks, "rfa_bias": chunks})
+        mask = torch.nn.functional.pad(self.state.mask, (0, more))
+        self.state = self.state._replace(mask=mask)

@@ -1,0 +1,1 @@
+"""FlashEVA in other libraries: transformers' loading and Trainer, accelerate."""

@@ -1,0 +1,107 @@
+"""The ops of generation with retrieval, ``flasheva::retrieval_append`` and ``retrieval_decode``.
+
+As of :mod:`cache_ops`, over the state of :class:`RetrievalState`; decoding token by token, in
+blocks, or everything at once computes ``kernels/reference/retrieval.py``.
+"""
+
+# ruff: noqa: ANN401 - the ops' functions are typed by their schemas
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.cache_ops import cache_options, cache_settings, pool_chunks
+from flasheva_compile.kernels.blocked import retrieval_cache as blocked
+from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+from flasheva_compile.op_checks import check_cache, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flasheva_compile.config import EvaConfig
+
+_STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(RetrievalState._fields))
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
+_OPTIONS = (
+    "int retrieve_chunks, int retrieve_block, str rule, int window_size, int chunk_size, "
+    "int sink_tokens, str window, float scale, float softcap, str version"
+)
+_ops = torch.library.Library("flasheva", "FRAGMENT")  # registered directly: see cache_ops
+_ops.define(f"retrieval_append({_INPUTS}, *, {_OPTIONS}) -> ()")
+_ops.define(f"retrieval_decode({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
+
+
+def retrieval_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> dict[str, Any]:
+    """Return the keyword arguments of both ops for a layer of ``config``."""
+    retrieve = {n: getattr(config, n) for n in ("retrieve_chunks", "retrieve_block")}
+    return retrieve | cache_options(config, scale, softcap)
+
+
+def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) -> RetrievalState:
+    """Allocate an empty state.
+
+    Args:
+        k: Any keys of the layer, ``[B, Hkv, *, D]``: gives sizes, dtype and device.
+        v: Any values, ``[B, Hkv, *, Dv]``.
+        tokens: Tokens to make room for; a chunk at least.
+        o: The ops' keyword arguments.
+    """
+    batch, heads = k.shape[:2]
+    tokens = max(tokens, o["chunk_size"])
+    chunks = -(-tokens // o["chunk_size"])
+    kept = o["retrieve_chunks"] if o["retrieve_block"] > 1 else 0
+    accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return RetrievalState(
+        keys=k.new_zeros(batch, heads, tokens, k.shape[3]),
+        values=v.new_zeros(batch, heads, tokens, v.shape[3]),
+        mask=k.new_zeros(batch, tokens, dtype=torch.bool),
+        rfa_k=k.new_zeros(batch, heads, chunks, k.shape[3]),
+        rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3]),
+        rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
+        selected=k.new_zeros(batch, heads, kept, dtype=torch.int32),
+        start=k.new_zeros(batch, dtype=torch.int64),
+        length=k.new_zeros(1, dtype=torch.int64),
+    )
+
+
+def _check(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    check_cache(args[:3], args[4], args[5:], options)
+    hint = "pass use_cache=False"
+    rule = options["rule"]
+    require(rule != "eva", "rule 'eva' with retrieve_chunks in a cache", "flasheva::decode", hint)
+
+
+def _arguments(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    q, k, v, parameters, key_mask, *state = args
+    _check(args, options)
+    retrieval = Retrieval(chunks=options["retrieve_chunks"], block=options["retrieve_block"])
+    pool = partial(pool_chunks, parameters, options)
+    settings = cache_settings(options)
+    return q, (k, v), key_mask, RetrievalState(*state), pool, settings, retrieval
+
+
+@torch.library.impl(_ops, "retrieval_append", "CompositeExplicitAutograd")
+def _append(*args: Any, **options: Any) -> None:
+    blocked.retrieval_append(*_arguments(args, options))
+
+
+@torch.library.register_fake("flasheva::retrieval_append", lib=_ops)
+def _(*args: Any, **options: Any) -> None:
+    _check(args, options)
+
+
+@torch.library.impl(_ops, "retrieval_decode", "CompositeExplicitAutograd")
+def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
+    return blocked.retrieval_decode(*_arguments(args, options))
+
+
+@torch.library.register_fake("flasheva::retrieval_decode", lib=_ops)
+def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    _check(args, options)
+    q, _, v = args[:3]
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ import torch
 
 Row = dict[str, Any]
 OUT_OF_TIME = "time budget"
+_LISTS = re.compile(r"\[[^][{}]*\]")  # innermost ones
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return " ".join(found.group().split())
 
 
 def header(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -111,7 +117,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"header": self.header, "checks": self.checks, "rows": self.rows}
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(_LISTS.sub(_one_line, json.dumps(content, indent=1)) + "\n")
         temporary.replace(self.path)
 
 

@@ -1,0 +1,164 @@
+"""The arms of ``adaptation_gpu.py`` as data: what each is, how it is prepared and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from flasheva_compile.adaptation.recipes import Phase
+
+WINDOW = 256
+SINKS = 16
+EVERYTHING = 8192  # a window of this size is full attention for all sequences here [tokens]
+LEARNING_RATE = 2e-4
+RULE_LEARNING_RATE = 1e-2
+OUTPUT_STEPS = 48  # of a distillation: attention outputs, the rules' parameters alone
+
+Placement = Literal["", "selected", "periodic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make a pretrained model cheaper.
+
+    Attributes:
+        name: Short and unique.
+        config: Fields of ``EvaConfig`` of the layers that are not full.
+        training: ``"none"``, ``"lm"``, ``"distill"`` or ``"paper"``; see :func:`recipe`.
+        chunk_tokens: False = sinks and window alone.
+        keep: How many layers stay full.
+        placement: How they are chosen.
+        compiled: Train through ``model.compile(backend="flasheva")``.
+        seed: Of the order of training sequences.
+    """
+
+    name: str
+    config: dict[str, Any]
+    training: str
+    chunk_tokens: bool = True
+    keep: int = 0
+    placement: Placement = ""
+    compiled: bool = False
+    seed: int = 0
+
+
+def recipe(arm: Arm, steps: int) -> tuple[Phase, ...]:
+    """Return the phases of an arm; every recipe sees the same tokens.
+
+    - ``lm``: next tokens, all weights.
+    - ``distill``: attention outputs (rules only; where there are parameters), then KL to the
+      pretrained model's logits, all weights.
+    - ``paper``: the attentions alone in fp32, a quarter of the steps; then all weights. The
+      learning rate is 3e-4 throughout.
+    """
+    rate = {"learning_rate": LEARNING_RATE, "rule_learning_rate": RULE_LEARNING_RATE}
+    everything = Phase(
+        name="all weights",
+        loss="language_model",
+        trains="all",
+        steps=steps,
+        precision="bf16",
+        **rate,
+    )
+    if arm.training == "lm":
+        return (everything,)
+    if arm.training == "paper":
+        first = replace(
+            everything,
+            name="attention",
+            trains="attention",
+            steps=steps // 4,
+            precision="fp32",
+            learning_rate=3e-4,
+            rule_learning_rate=None,
+        )
+        rest = replace(first, name="all weights", trains="all", precision="bf16")
+        return first, replace(rest, steps=steps - steps // 4)
+    logits = replace(everything, name="logits", loss="logits")
+    learns = arm.chunk_tokens and arm.config["chunk_rule"] != "mean"
+    if not learns or arm.config["window_size"] >= EVERYTHING:
+        return (logits,)
+    outputs = Phase(
+        name="attention outputs",
+        loss="attention_outputs",
+        trains="rules",
+        steps=min(OUTPUT_STEPS, steps // 4),
+        learning_rate=5e-2,
+        warmup=4,
+        precision="bf16",
+    )
+    return outputs, replace(logits, steps=steps - outputs.steps)
+
+
+def eva(rule: str = "tangent", chunk_size: int = 16, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return fields of ``EvaConfig``: sliding windows with sinks unless changed."""
+    fields = {"window_size": WINDOW, "chunk_size": chunk_size, "sink_tokens": SINKS}
+    return {**fields, "chunk_rule": rule, **changes}
+
+
+FULL = eva("mean", window_size=EVERYTHING)
+BLOCK = {"window": "block", "sink_tokens": 0}
+
+
+def arms() -> tuple[Arm, ...]:
+    """Return every arm, the most informative first."""
+    without = {"config": eva("evabyte"), "chunk_tokens": False}
+    found = [
+        Arm(name="full", config=FULL, training="none"),
+        Arm(name="window", training="none", **without),
+        Arm(name="tangent c16", config=eva(), training="none"),
+        Arm(name="full, lm", config=FULL, training="lm"),
+        Arm(name="window, lm", training="lm", **without),
+        Arm(name="tangent c16, lm", config=eva(), training="lm"),
+        Arm(name="tangent c16, distill", config=eva(), training="distill"),
+        Arm(name="window, distill", training="distill", **without),
+        Arm(name="tangent c4, lm", config=eva(chunk_size=4), training="lm"),
+    ]
+    for keep, share in ((4, "1/8"), (8, "1/4")):
+        for placement in ("selected", "periodic"):
+            for training in ("lm", "distill")[: 1 if placement == "periodic" else 2]:
+                name = f"tangent c16, {share} {placement}, {training}"
+                options = {"keep": keep, "placement": placement, "training": training}
+                found.append(Arm(name=name, config=eva(), **options))
+    hybrid = {"keep": 4, "placement": "selected", "training": "lm"}
+    found += [
+        Arm(name="window, 1/8 selected, lm", **without, **hybrid),
+        Arm(name="tangent c8, lm", config=eva(chunk_size=8), training="lm"),
+        Arm(name="mean c16, lm", config=eva("mean"), training="lm"),
+        Arm(name="evabyte c16, lm", config=eva("evabyte"), training="lm"),
+        Arm(name="eva c16, lm", config=eva("eva"), training="lm"),
+        Arm(name="eva c16 block, paper", config=eva("eva", **BLOCK), training="paper"),
+        Arm(name="tangent c16 block, lm", config=eva(**BLOCK), training="lm"),
+        Arm(name="tangent c16, paper", config=eva(), training="paper"),
+        Arm(name="tangent c4, distill", config=eva(chunk_size=4), training="distill"),
+        Arm(name="tangent w512 c16, lm", config=eva(window_size=512), training="lm"),
+        Arm(name="tangent w128 c16, lm", config=eva(window_size=128), training="lm"),
+        Arm(name="tangent c16, lm, compiled", config=eva(), training="lm", compiled=True),
+        Arm(name="window, 1/8 selected, distill", **without, **{**hybrid, "training": "distill"}),
+        Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),
+        Arm(name="window, lm, seed 1", **without, training="lm", seed=1),
+        Arm(name="full, lm, seed 1", config=FULL, training="lm", seed=1),
+    ]
+    return tuple(found)
+
+
+def retrieval_arms() -> tuple[Arm, ...]:
+    """Return arms of the retrieval tier without training, the most informative first."""
+    without = {"config": eva("evabyte"), "chunk_tokens": False}
+    found = [
+        Arm(name="full", config=FULL, training="none"),
+        Arm(name="window", training="none", **without),
+        Arm(name="tangent c16", config=eva(), training="none"),
+    ]
+    sizes = [(16, 8), (32, 8), (16, 32), (16, 16), (32, 16), (16, 4), (8, 16), (32, 4)]
+    for rule in ("tangent", "mean"):
+        for chunk_size, count in sizes:
+            config = eva(rule, chunk_size, retrieve_chunks=count)
+            name = f"{rule} c{chunk_size} top-{count}"
+            found.append(Arm(name=name, config=config, training="none"))
+    for block in (16, 64):
+        config = eva(retrieve_chunks=8, retrieve_block=block)
+        found.append(Arm(name=f"tangent c16 top-8 block {block}", config=config, training="none"))
+    wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
+    found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
+    return tuple(found)

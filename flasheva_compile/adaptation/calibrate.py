@@ -182,25 +182,34 @@ def _cover_all_keys(eva: Any, args: tuple[Any, ...]) -> None:  # noqa: ANN401 - 
         eva.config = eva.config.replace(window_size=size * chunks)
 
 
-def model_inputs(model: Any, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:  # noqa: ANN401
+def model_inputs(
+    model: Any,  # noqa: ANN401
+    batches: Iterable[Any],
+    subject: str = "batches",
+) -> Iterator[dict[str, Any]]:
     """Check batches one by one and yield them as keyword arguments, on the model's device.
+
+    Args:
+        model: The model.
+        batches: Token ids ``[B, N]``, or dicts of the model's inputs.
+        subject: What messages call them.
 
     Raises:
         ConfigError: There are none, or one is of the wrong type or too short.
     """
     if isinstance(batches, torch.Tensor | Mapping | str) or not isinstance(batches, Iterable):
         message = f"must be an iterable of batches, got {type(batches).__name__}"
-        raise ConfigError(message, subject="batches", hint="put a single batch into a list")
+        raise ConfigError(message, subject=subject, hint="put a single batch into a list")
     device = model.get_input_embeddings().weight.device
     index = -1
     for index, batch in enumerate(batches):
-        inputs = _checked(batch, f"batches[{index}]")
+        inputs = _checked(batch, f"{subject}[{index}]")
         yield {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
     if index < 0:
-        raise ConfigError("is empty", subject="batches")
+        raise ConfigError("is empty", subject=subject)
 
 
 def _checked(batch: Any, subject: str) -> dict[str, Any]:  # noqa: ANN401

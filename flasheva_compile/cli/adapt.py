@@ -26,6 +26,7 @@ from flasheva_compile.cli.sources import (
     save,
 )
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.evaluation.passkey import passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
 from flasheva_compile.generation.checkpoint import fingerprint
 from flasheva_compile.generation.prepare import prepare
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from flasheva_compile.cli.sources import Source
 
 _CALIBRATION_BATCHES, _SELECTION_BATCHES = 8, 4
+_PROBES, _PROBE_SEED = 8, 1  # prompts; `flasheva eval` draws others, from seed 0
 _HELD_OUT = 8  # rows of text that are not trained on, at most a tenth
 _STATE, _START = "state", "start.json"
 # A run that goes on must be the run that was started.
@@ -54,10 +56,11 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Text:
-    """Rows of tokens: batches to train on, and batches to measure on."""
+    """Rows of tokens: batches to train on, to measure on, and, if asked, to choose layers with."""
 
     training: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
+    probe: tuple[dict[str, Tensor], ...] | None = None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(source, arguments)
     rows = read_windows(model, tokenizer, arguments)
     text = _split(rows, arguments)
+    if arguments.keep_full and arguments.select == "retrieval":
+        probe = passkey_batches(tokenizer, [arguments.length], samples=_PROBES, seed=_PROBE_SEED)
+        text = dataclasses.replace(text, probe=tuple(probe))
     torch.manual_seed(arguments.seed)
     same = {"model": fingerprint(model), "tokens": [*rows.shape, int(rows.sum())]}
     if start is None:
@@ -157,10 +163,11 @@ def _place_full_layers(
     if keep >= len(evas):
         message = f"must be less than {len(evas)}, the number of converted layers, got {keep}"
         raise ConfigError(message, subject="--keep-full")
-    if arguments.select == "measured":
-        selection = select_full_layers(model, text.training[:_SELECTION_BATCHES], keep)
+    if arguments.select != "periodic":
+        batches, mode = text.training[:_SELECTION_BATCHES], "greedy" if text.probe else "restore"
+        selection = select_full_layers(model, batches, keep, probe=text.probe, mode=mode)
         sys.stdout.write(f"{selection}\n\n")
-        return {"layers": selection.layers}, {"by": "measured", **selection.to_dict()}
+        return {"layers": selection.layers}, {"by": arguments.select, **selection.to_dict()}
     layers: dict[Any, Any] = dict(prepared_of(model).hybrid.to_dict())
     paths = [evas[(step + 1) * len(evas) // keep - 1].path for step in range(keep)]
     return {"layers": layers | dict.fromkeys(paths, "full")}, {"by": "periodic", "full": paths}

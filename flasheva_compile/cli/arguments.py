@@ -62,8 +62,10 @@ def _adapt(parser: Parser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="new folder")
     add("--recipe", choices=("distill", "paper"), default="distill", help="default: %(default)s")
     add("--keep-full", type=_natural, default=0, metavar="N", help="layers that stay full")
-    placing = "which: measured on the text, or evenly spread (default)"
-    add("--select", choices=("periodic", "measured"), default="periodic", help=placing)
+    placing = "which: what the text's loss says (measured, default), what it and pass keys say, "
+    placing += "one layer beside the other (retrieval, slower), or evenly spread (periodic)"
+    choices = ("measured", "retrieval", "periodic")
+    add("--select", choices=choices, default="measured", help=placing)
     _add_count(parser, "--length", 2048, "of a row [tokens]")
     _add_count(parser, "--batch-size", 8, "rows of a step")
     _add_count(parser, "--steps", 600, "optimizer steps of all phases")

@@ -24,7 +24,10 @@ from flasheva_compile.validation import expect_integer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
 _NEW_TOKENS = 8
+_IGNORED = -100  # label of what is not predicted, as in transformers
 _DEPTHS = 5  # bins of depth in tables
 _TASK = (
     "There is important information hidden inside a lot of irrelevant text."
@@ -160,6 +163,39 @@ def passkey(
             row = {"length": length, "sample": index, "key": key, "depth": depth}
             rows.append(PasskeyRow(**row, answer=answer, found=key in answer))
     return PasskeyReport(rows=tuple(rows))
+
+
+def passkey_batches(
+    tokenizer: Any,  # noqa: ANN401
+    lengths: Sequence[int],
+    *,
+    samples: int = 8,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Return prompts with their answers, ``labels`` on the keys' tokens alone.
+
+    The likelihood of the keys says more than whether they were found: it differs between models
+    that find none. As a ``probe`` of ``select_full_layers``; take another seed than for
+    :func:`passkey`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        lengths: Tokens of the prompts, without the answers.
+        samples: Prompts of each length; each is a batch of its own.
+        seed: Of keys and depths.
+
+    Raises:
+        ConfigError: A length is too short for key and question.
+    """
+    batches = []
+    for length in lengths:
+        for index in range(samples):
+            prompt, key, _ = make_prompt(tokenizer, length, f"{seed}/{length}/{index}")
+            answer = encode(tokenizer, f" {key}")
+            labels = [_IGNORED] * len(prompt) + answer
+            pair = {"input_ids": [prompt + answer], "labels": [labels]}
+            batches.append({name: torch.tensor(rows) for name, rows in pair.items()})
+    return batches
 
 
 def make_prompt(tokenizer: Any, length: int, seed: str) -> tuple[list[int], str, float]:  # noqa: ANN401

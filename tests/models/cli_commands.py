@@ -18,7 +18,7 @@ def make_folder(path):
 
 def make_adapted(folder):
     """Adapt the model, with one full layer."""
-    assert main(adapt(folder, folder / "adapted", "--keep-full", "1")) == 0
+    assert main(adapt(folder, folder / "adapted", "--keep-full", "1", "--select", "periodic")) == 0
     return folder / "adapted"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import flasheva_compile as fe
+from flasheva_compile.adaptation.calibrate import exact_attention
 from flasheva_compile.config import HybridConfig
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.eva_attention import EvaAttention
@@ -260,6 +262,57 @@ def test_the_layer_that_matters_is_chosen(mode, layer):
     fe.prepare(model, found.layers)
     assert len(evas(model)) == 3
     assert loss_of(model, batch) == pytest.approx(selected.loss, rel=1e-4)
+
+
+def test_a_probe_counts_as_much_as_the_text():
+    """Layers 1 and 3 matter, each to one set of batches; each wins where only its set is asked."""
+    model, batch = planted(1)
+    other, probe = planted(3)
+    for name, weight in other.named_parameters():
+        if ".layers.3." in name:
+            model.get_parameter(name).data.copy_(weight)
+    with torch.no_grad():
+        answers = model(probe["input_ids"]).logits.argmax(-1)
+    probe["labels"] = torch.full_like(answers, -100)
+    probe["labels"][:, -3:] = answers[:, -4:-1]
+    fe.prepare(model, SMALL)
+    found = fe.select_full_layers(model, [batch], keep=2, probe=[probe], mode="greedy")
+    text, probed = (
+        fe.select_full_layers(model, [x], keep=2, mode="greedy") for x in (batch, probe)
+    )
+    for score, on_text, on_probe in zip(found.scores, text.scores, probed.scores, strict=True):
+        assert score.gain == on_text.gain
+        assert score.probe_gain == on_probe.gain
+    selected, *_ = found.placements
+    best = max(
+        itertools.combinations(range(4), 2),
+        key=lambda full: sum(share(model, x, full) for x in (batch, probe)),
+    )
+    assert selected.recovered + selected.probe_recovered == pytest.approx(
+        sum(share(model, x, best) for x in (batch, probe)), rel=1e-3
+    )
+    assert "of the probe" in str(found)
+
+
+def share(model, batch, full):
+    """Return the share of the loss that these full layers win back, computed from scratch."""
+    exact = [eva for place, eva in enumerate(evas(model)) if place in full]
+    losses = []
+    for chosen in ([], exact, evas(model)):
+        with exact_attention(chosen):
+            losses.append(loss_of(model, batch))
+    eva, some, best = losses
+    return (eva - some) / (eva - best)
+
+
+def test_layers_that_help_only_together_are_found_one_after_the_other():
+    """Of two layers with the same gain alone, the second best beside the first is chosen."""
+    model, batch = planted(1)
+    fe.prepare(model, SMALL)
+    found = fe.select_full_layers(model, [batch], keep=2, mode="greedy")
+    first = max(range(4), key=lambda place: found.scores[place].gain)
+    second = max(set(range(4)) - {first}, key=lambda place: share(model, batch, (first, place)))
+    assert found.chosen == tuple(sorted((first, second)))
 
 
 def test_all_layers_full_is_the_full_model():

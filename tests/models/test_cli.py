@@ -124,6 +124,17 @@ def test_measured_layers_and_the_papers_recipe(folder, tmp_path, capsys):
     assert {step["phase"] for step in report["steps"]} == {"attention", "all weights"}
 
 
+SIZES = ("--length", 240, "--batch-size", 1)  # a prompt of bytes is long
+
+
+def test_layers_chosen_by_pass_keys_too(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(adapt(folder, out, "--keep-full", 2, "--select", "retrieval", *SIZES)) == 0
+    assert "2 of 4 layers full, by 'greedy'" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert all(score["probe_gain"] is not None for score in report["selection"]["scores"])
+
+
 def test_an_interrupted_run_goes_on_to_the_same_model(folder, tmp_path, monkeypatch):
     from flasheva_compile.adaptation import train
 

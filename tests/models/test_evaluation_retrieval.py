@@ -6,10 +6,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.evaluation.extractive import ExtractiveItem, extractive, read_items
-from flasheva_compile.evaluation.passkey import make_prompt, passkey
+from flasheva_compile.evaluation.passkey import make_prompt, passkey, passkey_batches
 from flasheva_compile.evaluation.recall import associative_recall
 from tests.models.evaluation_models import Oracle, byte_llama, byte_tokenizer
 
@@ -211,3 +212,19 @@ def test_token_ids_beyond_the_vocabulary_are_refused():
     ):
         with pytest.raises(ConfigError, match="but the model has 100 tokens"):
             run()
+
+
+def test_answers_of_pass_key_batches_are_their_labels():
+    tokenizer = byte_tokenizer()
+    batches = passkey_batches(tokenizer, [300, 400], samples=2, seed=3)
+    assert len(batches) == 4
+    for batch, length in zip(batches, (300, 300, 400, 400), strict=True):
+        ids, labels = batch["input_ids"], batch["labels"]
+        assert ids.shape == labels.shape
+        assert (labels[:, :length] == -100).all()
+        assert torch.equal(labels[:, length:], ids[:, length:])
+        answer = tokenizer.decode(labels[0, length:])
+        assert len(answer.strip()) == 5
+        assert tokenizer.decode(ids[0, :length]).count(answer.strip()) == 2
+    again = passkey_batches(tokenizer, [300], samples=1, seed=3)
+    assert torch.equal(again[0]["input_ids"], batches[0]["input_ids"])

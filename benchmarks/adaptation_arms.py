@@ -14,7 +14,7 @@ LEARNING_RATE = 2e-4
 RULE_LEARNING_RATE = 1e-2
 OUTPUT_STEPS = 48  # of a distillation: attention outputs, the rules' parameters alone
 
-Placement = Literal["", "selected", "periodic"]
+Placement = Literal["", "selected", "retrieval", "periodic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Arm:
         training: ``"none"``, ``"lm"``, ``"distill"`` or ``"paper"``; see :func:`recipe`.
         chunk_tokens: False = sinks and window alone.
         keep: How many layers stay full.
-        placement: How they are chosen.
+        placement: How they are chosen: by text, by text and pass keys, or evenly spread.
         compiled: Train through ``model.compile(backend="flasheva")``.
         seed: Of the order of training sequences.
     """
@@ -97,6 +97,7 @@ def eva(rule: str = "tangent", chunk_size: int = 16, **changes: Any) -> dict[str
 
 
 FULL = eva("mean", window_size=EVERYTHING)
+PROBED = {"placement": "retrieval"}
 BLOCK = {"window": "block", "sink_tokens": 0}
 
 
@@ -133,6 +134,7 @@ def arms() -> tuple[Arm, ...]:
         Arm(name="tangent c4, distill", config=eva(chunk_size=4), training="distill"),
         Arm(name="tangent w512 c16, lm", config=eva(window_size=512), training="lm"),
         Arm(name="tangent w128 c16, lm", config=eva(window_size=128), training="lm"),
+        Arm(name="tangent c16, 1/8 retrieval, lm", config=eva(), **{**hybrid, **PROBED}),
         Arm(name="tangent c16, lm, compiled", config=eva(), training="lm", compiled=True),
         Arm(name="window, 1/8 selected, distill", **without, **{**hybrid, "training": "distill"}),
         Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),

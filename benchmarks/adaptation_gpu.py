@@ -32,7 +32,7 @@ from timing import describe
 
 import flasheva_compile as fe
 from flasheva_compile.adaptation.calibrate import converted_attentions
-from flasheva_compile.evaluation.passkey import passkey
+from flasheva_compile.evaluation.passkey import passkey, passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).parent / "results" / "adaptation_gpu.json"
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
+PROBE_LENGTHS = (2000, 6000)  # of prompts that choose layers [tokens]
 NEVER = -1e30  # bias of a chunk token that no query attends to
 SOURCES = ("austen", "faq", "linux")
 NOTHING = "skipped: time budget"
@@ -158,7 +159,7 @@ def run_arm(
     row: dict[str, Any] = {**asdict(arm), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     train = torch.from_numpy(text["train"].astype(np.int64))
     calibration = list(train[-4:, :2048].split(1))
-    layers = choose_layers(a, arm, model, calibration, row)
+    layers = choose_layers(a, arm, model, tokenizer, calibration, row)
     fe.prepare(model, layers)
     if arm.chunk_tokens and arm.config["chunk_rule"] in ("tangent", "evabyte"):
         fe.calibrate(model, calibration)
@@ -177,6 +178,7 @@ def choose_layers(
     a: argparse.Namespace,
     arm: Arm,
     model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
     calibration: list[Tensor],
     row: dict[str, Any],
 ) -> dict[str, Any]:
@@ -186,14 +188,17 @@ def choose_layers(
     if arm.placement == "periodic":
         full = [round((n + 1) * count / arm.keep) - 1 for n in range(arm.keep)]
         layers |= {str(index): "full" for index in full}
-    elif arm.placement == "selected":
+    elif arm.placement:
         fe.prepare(model, {"default": arm.config})
         if arm.chunk_tokens:
             fe.calibrate(model, calibration)
         switched = nullcontext() if arm.chunk_tokens else without_chunk_tokens(model)
         start = time.monotonic()
         with switched, autocast(a):
-            selection = fe.select_full_layers(model, calibration[: a.select], arm.keep)
+            probe = arm.placement == "retrieval"
+            prompts = passkey_batches(tokenizer, PROBE_LENGTHS, samples=4, seed=1)
+            options = {"probe": prompts, "mode": "greedy"} if probe else {}
+            selection = fe.select_full_layers(model, calibration[: a.select], arm.keep, **options)
         row["selection"] = selection.to_dict() | {"seconds": time.monotonic() - start}
         layers |= {str(index): "full" for index in selection.chosen}
         fe.revert(model)

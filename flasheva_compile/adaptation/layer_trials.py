@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from flasheva_compile.adaptation.calibrate import exact_attention, running_eagerly
+from flasheva_compile.adaptation.calibrate import exact_attention, model_inputs, running_eagerly
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -28,7 +28,7 @@ class Trials:
     Args:
         model: The prepared model.
         evas: Its converted attentions.
-        batches: Keyword arguments of the model.
+        batches: Token ids ``[B, N]``, or dicts of the model's inputs.
         subject: What messages call the batches.
 
     Attributes:
@@ -41,11 +41,13 @@ class Trials:
         self,
         model: Any,  # noqa: ANN401
         evas: Sequence[EvaAttention],
-        batches: list[dict[str, Any]],
+        batches: Iterable[Any],
         subject: str,
     ) -> None:
         self._model, self._evas = model, evas
-        self._batches = [_without_labels(inputs, subject) for inputs in batches]
+        self._batches = [
+            _without_labels(inputs, subject) for inputs in model_inputs(model, batches, subject)
+        ]
         self.every = frozenset(range(len(evas)))
         self.paths = [eva.path for eva in evas]
         self._found: dict[frozenset[int], float] = {}

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from flasheva_compile.adaptation.calibrate import converted_attentions, model_inputs
+from flasheva_compile.adaptation.calibrate import converted_attentions
 from flasheva_compile.adaptation.full_layers import attention_names, layers_with_full
 from flasheva_compile.adaptation.layer_selection import (
     LayerScore,
@@ -34,10 +34,9 @@ def select_full_layers(
 ) -> LayerSelection:
     """Score every converted attention of a prepared model and choose those to leave full.
 
-    The model is run once on the batches for every layer, and a few times more: all layers full, all
-    FlashEVA, the selection, and as many full layers placed periodically (the last of each of
-    ``keep`` equal stretches) or at both ends. Full is the same attention with a window over
-    everything, so nothing is prepared anew and the model stays as it was. Calibrate or train it
+    The model is run once on the batches for every layer, and with as many full layers placed
+    periodically (the last of each of ``keep`` equal stretches) or at both ends. Full is the same
+    attention with a window over everything, so the model stays as it was. Calibrate or train it
     first: scores are those of its present parameters.
 
     Text alone says little about retrieval: most tokens need none. With a ``probe``, layers are
@@ -72,9 +71,8 @@ def select_full_layers(
     evas = converted_attentions(model)
     _expect_range(keep, len(evas))
     expect_choice("mode", mode, get_args(Mode))
-    text = Trials(model, evas, list(model_inputs(model, batches)), "batches")
-    probed = probe if probe is None else list(model_inputs(model, probe, "probe"))
-    trials = _Both(text, None if probed is None else Trials(model, evas, probed, "probe"))
+    text = Trials(model, evas, batches, "batches")
+    trials = _Both(text, None if probe is None else Trials(model, evas, probe, "probe"))
     scores = _score(model, trials, mode)
     chosen = _greedy(trials, keep) if mode == "greedy" else _best(scores, trials, keep)
     placements = _place(trials, scores, sorted(chosen))

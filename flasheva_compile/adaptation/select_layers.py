@@ -63,10 +63,6 @@ def select_full_layers(
     Raises:
         ConfigError: The model is not prepared, ``keep`` or ``mode`` is out of range, the batches
             are of the wrong type or predict nothing, or a loss is not finite.
-
-    Example:
-        >>> selection = fe.select_full_layers(model, batches, keep=4)
-        >>> fe.prepare(model, selection.layers)
     """
     evas = converted_attentions(model)
     _expect_range(keep, len(evas))

@@ -23,6 +23,7 @@ from flasheva_compile.report import CompileReport  # noqa: E402
 
 if _TYPE_CHECKING:
     from flasheva_compile.adaptation.calibrate import calibrate
+    from flasheva_compile.adaptation.calibrate_kv import calibrate_kv
     from flasheva_compile.adaptation.select_layers import select_full_layers
     from flasheva_compile.adaptation.train import adapt
     from flasheva_compile.api import explain
@@ -44,16 +45,21 @@ if _TYPE_CHECKING:
         unregister_from_transformers,
     )
     from flasheva_compile.ops import flasheva_attention
+    from flasheva_compile.quantization.codebooks import KvCodebooks
+    from flasheva_compile.quantization.formats import KvStorage
 
 # Loading the compiler loads torch.compile's own machinery, and generation transformers: only when
 # they are used.
 _WHERE = {
     "AdaptingTrainer": "flasheva_compile.integrations.trainer",
     "FlashEvaCache": "flasheva_compile.generation.cache",
+    "KvCodebooks": "flasheva_compile.quantization.codebooks",
+    "KvStorage": "flasheva_compile.quantization.formats",
     "PhaseCallback": "flasheva_compile.integrations.trainer",
     "PhaseMixin": "flasheva_compile.integrations.trainer",
     "adapt": "flasheva_compile.adaptation.train",
     "calibrate": "flasheva_compile.adaptation.calibrate",
+    "calibrate_kv": "flasheva_compile.adaptation.calibrate_kv",
     "explain": "flasheva_compile.api",
     "flasheva_attention": "flasheva_compile.ops",
     "from_pretrained": "flasheva_compile.generation.checkpoint",
@@ -76,6 +82,8 @@ __all__ = [
     "FlashEvaCache",
     "FlashEvaError",
     "HybridConfig",
+    "KvCodebooks",
+    "KvStorage",
     "LoweringError",
     "PhaseCallback",
     "PhaseMixin",
@@ -83,6 +91,7 @@ __all__ = [
     "RewriteError",
     "adapt",
     "calibrate",
+    "calibrate_kv",
     "explain",
     "flasheva_attention",
     "from_pretrained",

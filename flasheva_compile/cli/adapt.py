@@ -28,7 +28,7 @@ from flasheva_compile.cli.sources import (
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.evaluation.passkey import passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
-from flasheva_compile.generation.checkpoint import fingerprint
+from flasheva_compile.generation.fingerprint import fingerprint
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
 

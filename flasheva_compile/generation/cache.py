@@ -9,8 +9,11 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
+from flasheva_compile.generation.full_layers import quantized_layers
 from flasheva_compile.generation.prepared import cached_layers
 from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.formats import KvStorage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flasheva_compile.generation.prepared import CachedLayer
+    from flasheva_compile.quantization.codebooks import KvCodebooks
 
 
 class FlashEvaCache(Cache):
@@ -45,6 +49,8 @@ class FlashEvaCache(Cache):
         max_batch_size: int | None = None,
         max_cache_len: int | None = None,
         offloading: bool = False,
+        full_layers: str | KvStorage | None = None,
+        codebooks: KvCodebooks | str | Path | None = None,
     ) -> FlashEvaCache:
         """Build an empty cache.
 
@@ -54,9 +60,14 @@ class FlashEvaCache(Cache):
             max_batch_size: Rows to preallocate for; None = at the first call.
             max_cache_len: Tokens to preallocate for; None = grow.
             offloading: Keep full layers on the host while others run; FlashEVA layers stay.
+            full_layers: How layers that stay full are stored: "fp8", "vq-2bit" or another format,
+                or a :class:`KvStorage`. None = as the model has them.
+            codebooks: What :func:`flasheva_compile.calibrate_kv` learned from this model, or the
+                file that it was saved in.
 
         Raises:
-            ConfigError: The model is not prepared, or the sizes contradict each other.
+            ConfigError: The model is not prepared, the arguments contradict each other, or the
+                codebooks are those of another model or format.
         """
         if config is not None:
             from flasheva_compile.generation.prepare import prepare
@@ -74,6 +85,17 @@ class FlashEvaCache(Cache):
         for index, layer in converted.items():
             kind = RetrievalCacheLayer if layer.config.retrieve_chunks else EvaCacheLayer
             layers[index] = kind(layer.path, layer.config, max_cache_len)
+        if full_layers is None and codebooks is not None:
+            message = "without full_layers, which says what they are for"
+            raise ConfigError(message, subject="codebooks")
+        if full_layers is not None:
+            if offloading:
+                message = "quantised layers stay on their device"
+                raise ConfigError(message, subject="offloading", hint="drop full_layers")
+            storage = KvStorage.of(full_layers)
+            quantized = quantized_layers(model, storage, codebooks, layers, max_cache_len)
+            for index, layer in quantized.items():
+                layers[index] = layer
         cache = cls(layers, offloading=offloading)
         if max_batch_size is not None:
             cache._allocate(model, converted, max_batch_size)
@@ -114,6 +136,6 @@ class FlashEvaCache(Cache):
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
-    if isinstance(layer, EvaCacheLayer):
+    if isinstance(layer, EvaCacheLayer | VecInferLayer):
         return list(layer.state or ())
     return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

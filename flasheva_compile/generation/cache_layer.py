@@ -260,7 +260,7 @@ class EvaCacheLayer(CacheLayerMixin):
             new = (x.detach() for x in qkv)
             out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
             if torch.is_grad_enabled() and q.requires_grad:
-                out = _NoGradient.apply(out, q)
+                out = NoGradient.apply(out, q)
             return out, lse
         result = eva.attend_all(qkv, key_mask, None, scale=scale, softcap=softcap)
         new = (x.detach() for x in qkv)
@@ -294,7 +294,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self.state = self.state._replace(**grown)
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """Hand ``out`` on, and refuse to differentiate it."""
 
     @staticmethod

@@ -15,7 +15,13 @@ from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.default_cache import prepare_cache
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.interface import KeptAttention
-from flasheva_compile.generation.prepared import CachedLayer, Prepared, attention_configs
+from flasheva_compile.generation.prepared import (
+    CachedLayer,
+    FullLayer,
+    Prepared,
+    attention_configs,
+)
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -76,10 +82,28 @@ def convert(
     model._flasheva_prepared = Prepared(
         hybrid=hybrid,
         converted=converted,
+        full=_full_layers(found, converted),
         report=report,
         implementations=_switch(model, hybrid),
     )
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+
+
+def _full_layers(
+    found: Sequence[ProbedAttention], converted: Mapping[int, CachedLayer]
+) -> dict[int, FullLayer]:
+    """Return the attentions that stay full, by their place in the cache."""
+    return {
+        seen.index: FullLayer(
+            path=seen.path,
+            reason=seen.reason,
+            kv_heads=seen.kv_heads,
+            head_dim=seen.head_dim,
+            value_dim=seen.value_dim,
+        )
+        for seen in found
+        if seen.index is not None and seen.index not in converted
+    }
 
 
 def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:
@@ -110,6 +134,8 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
         layer = cache.layers[index]
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
+        if isinstance(layer, VecInferLayer):
+            layer.announced = True
         return
     if not isinstance(eva, EvaAttention):
         # peft's wrapper hands reading on to the module that runs, but not writing.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -131,12 +132,43 @@ def _kept_forward(
         message = f"{type(module).__name__} was not part of the model when it was prepared"
         raise ConfigError(message, hint="call prepare(model, config) again")
     layer, kept.cache_layer = kept.cache_layer, None
+    if isinstance(layer, VecInferLayer):
+        return _quantized_forward(module, (query, key, value), mask, inputs, kept, layer)
     # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
     ours = mask is not None and mask.dim() == 2 and "flash" not in kept.implementation
     if kept.causal or ours:
         mask = _causal_mask(module, kept.implementation, query, key, mask, layer)
     function = own_attention_function(module, kept.implementation)
     return function(module, query, key, value, mask, **inputs)
+
+
+def _quantized_forward(
+    module: nn.Module,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    inputs: dict[str, Any],
+    kept: KeptAttention,
+    layer: VecInferLayer,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as the model itself to the first tokens, and through codes from all others."""
+    query, key, value = qkv
+    _expect_causal(layer.path, module, mask, query.shape[2], inputs)
+    if layer.is_empty:
+        layer.append(key, value, mask)
+        mask = None if mask is None else mask[:, : key.shape[2]]
+        mask = _causal_mask(module, kept.implementation, query, key, mask, None)
+        function = own_attention_function(module, kept.implementation)
+        return function(module, query, key, value, mask, **inputs)
+    if inputs.get("dropout") and module.training:
+        message = "attention through a quantised cache has no dropout"
+        raise ConfigError(message, subject=layer.path, hint="call model.eval()")
+    scale = inputs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = layer.attend(qkv, mask, scale, inputs.get("softcap") or 0.0)
+    sink = inputs.get("s_aux")
+    if sink is not None:
+        out = _with_sink_logits(out, lse, sink, layer.path)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _causal_mask(

@@ -53,7 +53,7 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
         if prepared.hybrid.to_dict() == hybrid.to_dict():
             return model
         revert(model)
-    found = probe(model)
+    found = _without_shared(probe(model))
     decisions = _decide(model, found, hybrid)
     report = _report(found, decisions)
     convert(model, found, decisions, hybrid, report)
@@ -130,6 +130,18 @@ def _expect_language_model(model: Any) -> None:  # noqa: ANN401
 # --- deciding -------------------------------------------------------------------------------------
 
 
+def _without_shared(found: Sequence[ProbedAttention]) -> tuple[ProbedAttention, ...]:
+    """Give attentions a reason that cannot have a cache layer of their own."""
+    reason = "it runs more than once in a forward pass, or shares its cache"
+    indices = [seen.index for seen in found]
+    return tuple(
+        dataclasses.replace(seen, reason=reason)
+        if not seen.reason and (seen.calls != 2 or indices.count(seen.index) != 1)
+        else seen
+        for seen in found
+    )
+
+
 def _decide(
     model: nn.Module, found: Sequence[ProbedAttention], hybrid: HybridConfig
 ) -> dict[str, EvaConfig | str]:
@@ -138,16 +150,12 @@ def _decide(
     names = name_layers([seen.path for seen in found], modules)
     hybrid.check(names, modules)
     decisions: dict[str, EvaConfig | str] = {}
-    shared = [seen.index for seen in found]
     for seen, name in zip(found, names, strict=True):
-        reason = seen.reason
-        if not reason and (seen.calls != 2 or shared.count(seen.index) != 1):
-            reason = "it runs more than once in a forward pass, or shares its cache"
         config = hybrid.resolve(name)
         if config == "full":
             decisions[seen.path] = "the configuration leaves it full"
         else:
-            decisions[seen.path] = reason or config
+            decisions[seen.path] = seen.reason or config
     if not any(isinstance(decision, EvaConfig) for decision in decisions.values()):
         raise _nothing_converted(model, decisions)
     return decisions

@@ -35,6 +35,25 @@ class CachedLayer:
     value_dim: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FullLayer:
+    """An attention of a prepared model that stays full, and has keys and values in the cache.
+
+    Attributes:
+        path: The attention's module path.
+        reason: Why it is no plain causal softmax attention; empty if it is.
+        kv_heads: ``Hkv``.
+        head_dim: ``D``.
+        value_dim: ``Dv``.
+    """
+
+    path: str
+    reason: str
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Prepared:
     """What :func:`prepare` did to a model; :func:`revert` undoes it.
@@ -42,6 +61,7 @@ class Prepared:
     Attributes:
         hybrid: The configuration.
         converted: Cache index -> converted attention.
+        full: Cache index -> attention that stays full.
         report: One row per attention.
         implementations: ``id(config)`` -> the configuration and its implementation before, a
             configuration before those inside it.
@@ -49,6 +69,7 @@ class Prepared:
 
     hybrid: HybridConfig
     converted: dict[int, CachedLayer]
+    full: dict[int, FullLayer]
     report: CompileReport
     implementations: dict[int, tuple[Any, str]]
 

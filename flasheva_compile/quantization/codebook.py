@@ -1,0 +1,104 @@
+"""Codewords: the nearest one of a vector, and a codebook learned from vectors by k-means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DISTANCES = {"cpu": 1 << 16, "cuda": 1 << 25}  # in memory at once; on a CPU they fit its cache
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest codeword of each vector; of equals, the lowest.
+
+    Distances are sums of squared differences in a fixed order, not expanded into products: so a
+    codeword's own index is always found, and a vector's index depends on nothing but itself.
+
+    Args:
+        vectors: ``[N, d]``.
+        codebook: ``[K, d]``, of the same dtype.
+
+    Returns:
+        ``[N]`` int64.
+    """
+    columns = codebook.T.contiguous()
+    found = [_distances(block, columns).argmin(1) for block in _blocks(vectors, codebook.shape[0])]
+    return torch.cat(found)
+
+
+def _distances(vectors: Tensor, columns: Tensor) -> Tensor:
+    """Return squared distances ``[N, K]`` to codewords ``[d, K]``."""
+    total = (vectors[:, :1] - columns[0]).square_()
+    for channel in range(1, columns.shape[0]):
+        difference = vectors[:, channel, None] - columns[channel]
+        total.addcmul_(difference, difference)
+    return total
+
+
+def learn_codebook(
+    vectors: Tensor, entries: int, *, iterations: int, generator: torch.Generator
+) -> Tensor:
+    """Return codewords by Lloyd's k-means from randomly chosen vectors.
+
+    Written here because the libraries that have it (scikit-learn, faiss) are large and would be
+    needed for these few lines alone. Clusters that lose all vectors begin again at the vectors that
+    are farthest from their codeword. With no more distinct vectors than entries, the codewords are
+    those vectors, and the rest repeats the first.
+
+    Args:
+        vectors: ``[N, d]``, N > 0, fp32 or fp64.
+        entries: ``K``.
+        iterations: At most this many; fewer if no vector changes its cluster.
+        generator: On the CPU; seeds the choice of the first codewords.
+
+    Returns:
+        ``[K, d]``.
+    """
+    distinct = torch.unique(vectors, dim=0)
+    if distinct.shape[0] <= entries:
+        rest = distinct[:1].expand(entries - distinct.shape[0], -1)
+        return torch.cat([distinct, rest])
+    first = torch.randperm(distinct.shape[0], generator=generator)[:entries]
+    codebook = distinct[first.to(distinct.device)]
+    before = None
+    for _ in range(iterations):
+        cluster, distance = _assigned(vectors, codebook)
+        if before is not None and torch.equal(cluster, before):
+            break
+        before = cluster
+        codebook = _means(vectors, cluster, distance, codebook)
+    return codebook
+
+
+def _assigned(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each vector's cluster and squared distance, by products: faster than `nearest`."""
+    half = codebook.square().sum(1) / 2
+    clusters, distances = [], []
+    for block in _blocks(vectors, codebook.shape[0]):
+        score, cluster = torch.addmm(-half, block, codebook.T).max(1)
+        clusters.append(cluster)
+        distances.append(block.square().sum(1) - 2 * score)
+    return torch.cat(clusters), torch.cat(distances)
+
+
+def _blocks(vectors: Tensor, entries: int) -> Iterator[Tensor]:
+    limit = _DISTANCES.get(vectors.device.type, 1 << 22)
+    yield from vectors.split(max(1, limit // entries))  # of no vectors: one empty block
+
+
+def _means(vectors: Tensor, cluster: Tensor, distance: Tensor, codebook: Tensor) -> Tensor:
+    """Return the clusters' means; empty ones take the farthest vectors."""
+    entries = codebook.shape[0]
+    total = torch.zeros_like(codebook).index_add_(0, cluster, vectors)
+    count = torch.bincount(cluster, minlength=entries)
+    means = total / count.clamp_min(1)[:, None]
+    empty = (count == 0).nonzero()[:, 0]
+    if empty.numel():
+        farthest = distance.argsort(descending=True, stable=True)[: empty.numel()]
+        means[empty] = vectors[farthest]
+    return means

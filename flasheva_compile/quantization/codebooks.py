@@ -1,0 +1,169 @@
+"""A model's scales and codebooks: in memory, and as safetensors that know their model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.quantization.formats import kv_format
+from flasheva_compile.quantization.vecinfer import LayerCodebooks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_KIND, _VERSION = "flasheva kv codebooks", "1"
+_TENSORS = ("scale", "keys", "values")
+_FLAGS = ("rotate_keys", "rotate_values")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What a layer caches per token.
+
+    Attributes:
+        kv_heads: ``Hkv``.
+        head_dim: ``D``.
+        value_dim: ``Dv``.
+    """
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.kv_heads} kv heads of {self.head_dim} and {self.value_dim} channels"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCodebooks:
+    """What :func:`flasheva_compile.calibrate_kv` learned.
+
+    Attributes:
+        format: A name of :data:`~flasheva_compile.quantization.formats.FORMATS`.
+        model: Fingerprint of the model.
+        tokens: Valid tokens that it was learned from.
+        layers: Place in the cache -> scales and codebooks.
+        shapes: Place in the cache -> shape.
+    """
+
+    format: str
+    model: str
+    tokens: int
+    layers: Mapping[int, LayerCodebooks]
+    shapes: Mapping[int, LayerShape]
+
+    def nbytes(self) -> int:
+        """Return the bytes of all scales and codebooks."""
+        return sum(layer.nbytes() for layer in self.layers.values())
+
+    def __str__(self) -> str:
+        layers, kib = len(self.layers), self.nbytes() / 1024
+        return f"{self.format} codebooks of {layers} layers, {self.tokens} tokens, {kib:.0f} KiB"
+
+    # --- on disk ----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, with what identifies format, model and layers."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{index}.{name}": getattr(layer, name).cpu().contiguous()
+            for index, layer in self.layers.items()
+            for name in _TENSORS
+        }
+        shapes = {
+            index: {
+                "kv_heads": shape.kv_heads,
+                "head_dim": shape.head_dim,
+                "value_dim": shape.value_dim,
+                **{flag: getattr(self.layers[index], flag) for flag in _FLAGS},
+            }
+            for index, shape in self.shapes.items()
+        }
+        metadata = {
+            "kind": _KIND,
+            "version": _VERSION,
+            "format": self.format,
+            "model": self.model,
+            "tokens": str(self.tokens),
+            "layers": json.dumps(shapes),
+        }
+        save_file(tensors, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> KvCodebooks:
+        """Read what :meth:`save` wrote; whose it is, is checked where it is used.
+
+        Raises:
+            ConfigError: It is no such file, of another version, or not complete.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ConfigError("is no file", subject=str(path), hint="calibrate_kv(...).save(path)")
+        try:
+            with safe_open(str(path), framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"cannot be read: {error}", subject=str(path)) from error
+        if metadata.get("kind") != _KIND:
+            raise ConfigError("holds no codebooks of a cache", subject=str(path))
+        if metadata.get("version") != _VERSION:
+            message = f"is of version {metadata.get('version')}, not {_VERSION}"
+            raise ConfigError(message, subject=str(path), hint="calibrate again")
+        layers: dict[int, LayerCodebooks] = {}
+        shapes: dict[int, LayerShape] = {}
+        for key, facts in json.loads(metadata["layers"]).items():
+            flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS}
+            missing = [name for name in _TENSORS if f"{key}.{name}" not in tensors]
+            if missing:
+                raise ConfigError(f"lacks {key}.{missing[0]}", subject=str(path))
+            own = {name: tensors[f"{key}.{name}"] for name in _TENSORS}
+            layers[int(key)] = LayerCodebooks(**own, **flags)
+            shapes[int(key)] = LayerShape(**facts)
+        return cls(
+            format=metadata["format"],
+            model=metadata["model"],
+            tokens=int(metadata["tokens"]),
+            layers=layers,
+            shapes=shapes,
+        )
+
+    # --- whose it is ------------------------------------------------------------------------------
+
+    def expect(self, format_name: str, model: str, shapes: Mapping[int, LayerShape]) -> None:
+        """Verify that the codebooks are those of a model's layers.
+
+        Args:
+            format_name: The format that is asked for.
+            model: Fingerprint of the model.
+            shapes: Place in the cache -> shape, of the layers to quantise.
+
+        Raises:
+            ConfigError: They are of another format, model or shape, or lack a layer.
+        """
+        hint = "call calibrate_kv on this model"
+        if self.format != format_name:
+            message = f"are of format {self.format!r}, not {format_name!r}"
+            raise ConfigError(message, subject="codebooks", hint=hint)
+        if self.model != model:
+            message = "were learned from another model, or other weights"
+            raise ConfigError(message, subject="codebooks", hint=hint)
+        for index, shape in shapes.items():
+            own = self.shapes.get(index)
+            if own != shape:
+                has = "nothing" if own is None else str(own)
+                message = f"have {has} for layer {index} of the cache, which has {shape}"
+                raise ConfigError(message, subject="codebooks", hint=hint)
+        form = kv_format(self.format)
+        for index in shapes:
+            layer = self.layers[index]
+            for name, part in (("keys", form.key), ("values", form.value)):
+                got = tuple(getattr(layer, name).shape[1:])
+                if got != (part.entries, part.vector):
+                    message = f"{index}.{name} has codewords {got}, {part} has others"
+                    raise ConfigError(message, subject="codebooks", hint=hint)

@@ -1,0 +1,376 @@
+"""Prepared models whose full layers are cached in few bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicCache
+
+import flasheva_compile as fe
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.codebooks import KvCodebooks
+from flasheva_compile.quantization.formats import FORMATS, KvStorage
+from flasheva_compile.quantization.learn import LearningOptions
+from tests.models.test_generate import SMALL, generate, gpt_neox, llama, perturb, tokens
+
+LENGTHS = [None, 128]
+# Codes begin early, so that short texts have many.
+FEW = {"sink_tokens": 2, "exact_tokens": 3, "block_tokens": 4}
+EVERYTHING = KvStorage(format="vq-1.5bit", **FEW)  # one code per head of 8 channels, of 4096
+COARSE = KvStorage(format="vq-1bit", **FEW)
+FLOAT8 = KvStorage(format="fp8", **FEW)
+
+
+def hybrid(full=0, build=llama):
+    model = fe.prepare(build(), {"default": SMALL, full: "full"})
+    perturb(model)
+    return model
+
+
+def cache_of(model, storage, books=None, length=None):
+    return fe.FlashEvaCache.for_model(
+        model, max_cache_len=length, full_layers=storage, codebooks=books
+    )
+
+
+def learned(model, ids, storage, **inputs):
+    return fe.calibrate_kv(model, [{"input_ids": ids, **inputs}], storage.format)
+
+
+def close(a, b):
+    return torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("build", [llama, gpt_neox])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_codewords_of_every_token_generate_what_exact_layers_do(build, full, length):
+    model, ids = hybrid(full, build), tokens(1, 21)
+    expected = generate(model, ids)
+    books = learned(model, expected.sequences, EVERYTHING)
+    result = generate(model, ids, past_key_values=cache_of(model, EVERYTHING, books, length))
+    assert torch.equal(result.sequences, expected.sequences)
+    close(torch.stack(result.logits), torch.stack(expected.logits))
+    layer = result.past_key_values.layers[full]
+    assert isinstance(layer, VecInferLayer)
+    assert layer.get_seq_length() == 50
+
+
+def test_coarse_codes_are_seen():
+    """The test above compares something: few codewords give other logits."""
+    model, ids = hybrid(), tokens(1, 21)
+    expected = generate(model, ids)
+    books = fe.calibrate_kv(
+        model, [tokens(1, 40, seed=5)], "vq-1bit", options=LearningOptions(iterations=1)
+    )
+    result = generate(model, ids, past_key_values=cache_of(model, COARSE, books))
+    assert torch.equal(result.logits[0], expected.logits[0])  # the prompt attends in full precision
+    difference = torch.stack(result.logits)[1:8] - torch.stack(expected.logits)[1:8]
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    """A hybrid model and codebooks of text that it is not tested on."""
+    model = hybrid()
+    return model, learned(model, tokens(2, 60, seed=5), COARSE)
+
+
+@pytest.mark.parametrize("storage", [COARSE, FLOAT8])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_left_padded_rows_are_the_rows_alone(coarse, storage, length):
+    model, books = coarse
+    books = None if storage is FLOAT8 else books
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :11] = 0
+    cache = cache_of(model, storage, books, length)
+    both = generate(model, ids, attention_mask=mask, past_key_values=cache)
+    for row, columns in ((0, slice(0, None)), (1, slice(11, None))):
+        cache = cache_of(model, storage, books, length)
+        alone = generate(model, ids[row : row + 1, columns], past_key_values=cache)
+        assert torch.equal(alone.sequences[0], both.sequences[row, columns])
+        close(torch.stack(alone.logits)[:, 0], torch.stack(both.logits)[:, row])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("step", [1, 3, 17])
+def test_tokens_may_come_in_any_pieces(coarse, length, step):
+    model, books = coarse
+    ids = tokens(2, 70)
+    alone, together = (cache_of(model, COARSE, books, length) for _ in range(2))
+    logits = {}
+    for name, cache, size in (("alone", alone, 1), ("together", together, step)):
+        parts = [ids[:, :19], *ids[:, 19:].split(size, 1)]
+        with torch.no_grad():
+            outs = [model(part, past_key_values=cache).logits for part in parts]
+        logits[name] = torch.cat(outs, 1)
+    close(logits["together"], logits["alone"])
+
+
+def test_beams_are_those_of_exact_layers():
+    model, ids = hybrid(), tokens(2, 21)
+    options = {"num_beams": 3, "steps": 20}
+    expected = generate(model, ids, **options)
+    # Codewords of whatever the beams may hold: keys of this layer depend on token and position.
+    every = torch.arange(97)[:, None].expand(-1, 41)
+    options_of_learning = LearningOptions(per_head=True)  # 97 * 41 keys a head, of 4096
+    books = fe.calibrate_kv(model, every.split(1), "vq-1.5bit", options=options_of_learning)
+    storage = KvStorage(format="vq-1.5bit", **{**FEW, "exact_tokens": 8})
+    result = generate(model, ids, past_key_values=cache_of(model, storage, books), **options)
+    assert torch.equal(result.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_rows_are_reordered_repeated_and_selected(coarse, length):
+    model, books = coarse
+    ids, more = tokens(2, 40), tokens(3, 5, seed=3)
+    cache = cache_of(model, COARSE, books, length)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        changed = copy.deepcopy(cache)
+        changed.batch_repeat_interleave(2)
+        changed.batch_select_indices(torch.tensor([3, 0, 1]))
+        changed.reorder_cache(torch.tensor([1, 0, 2]))
+        together = model(more, past_key_values=changed).logits
+        for row, source in enumerate([0, 1, 0]):
+            alone = cache_of(model, COARSE, books, length)
+            model(ids[source : source + 1], past_key_values=alone)
+            close(model(more[row : row + 1], past_key_values=alone).logits[0], together[row])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prompt_lookup_rolls_back(coarse, length):
+    model, books = coarse
+    ids = tokens(1, 7).repeat(1, 5)
+    plain = generate(model, ids, past_key_values=cache_of(model, COARSE, books, length))
+    cache = cache_of(model, COARSE, books, length)
+    cache.activate_past_recording()
+    looked = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4)
+    assert torch.equal(looked.sequences, plain.sequences)
+
+
+def test_a_rollback_into_codes_is_refused(coarse):
+    model, books = coarse
+    cache = cache_of(model, COARSE, books)
+    cache.activate_past_recording()
+    layer = cache.layers[0]
+    with torch.no_grad():
+        model(tokens(1, 80), past_key_values=cache)
+    with pytest.raises(ConfigError, match=r"crop\(-60\) of 80 tokens: what became codes"):
+        layer.crop(-60)
+    with pytest.raises(ConfigError, match=r"crop\(3\): a number of tokens to remove is negative"):
+        layer.crop(3)
+    layer.crop(-32)
+    assert layer.get_seq_length() == 48
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_cache_that_was_reset_is_empty(coarse, length):
+    model, books = coarse
+    cache = cache_of(model, COARSE, books, length)
+    first = generate(model, tokens(1, 30), past_key_values=cache)
+    cache.reset()
+    again = generate(model, tokens(1, 30), past_key_values=cache)
+    assert torch.equal(again.sequences, first.sequences)
+
+
+def test_a_quantised_layer_is_smaller():
+    model = hybrid()
+    books = learned(model, tokens(2, 60), KvStorage(format="vq-2bit"))
+    sizes = {}
+    for storage in (None, "fp8", "vq-2bit"):
+        given = None if storage in (None, "fp8") else books
+        cache = cache_of(model, storage, given)
+        with torch.no_grad():
+            model(tokens(1, 2000), past_key_values=cache)
+            assert cache.layers[1].state is not None
+        own = cache.layers[0]
+        tensors = [own.keys, own.values] if storage is None else own.state
+        sizes[storage] = sum(x.numel() * x.element_size() for x in tensors)
+        assert cache.nbytes() >= sizes[storage]
+    exact = (16 + 128 + 128 + 32) * 2 * 2 * 8 * 4  # sinks and ring, two heads of 8 channels, fp32
+    room = 2000 + 256 - 16
+    assert sizes["fp8"] == exact + room * 2 * 2 * 9 + 16
+    assert sizes["vq-2bit"] == exact + room * 2 * 2 * 2 + 16
+
+
+def test_tables_give_the_tokens_that_decoding_does(coarse):
+    model, books = coarse
+    table = KvStorage(format="vq-1bit", lookup=True, **FEW)
+    by_table, by_decoding = (
+        generate(model, tokens(1, 30), past_key_values=cache_of(model, storage, books))
+        for storage in (table, COARSE)
+    )
+    assert torch.equal(by_table.sequences, by_decoding.sequences)
+    close(torch.stack(by_table.logits), torch.stack(by_decoding.logits))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_compiled_model_generates_the_same(coarse, length):
+    """Attention through codes runs uncompiled between the graphs of the rest."""
+    model, books = coarse
+    expected = generate(
+        model, tokens(1, 30), past_key_values=cache_of(model, COARSE, books, length)
+    )
+    compiled = hybrid()
+    compiled.compile(backend="flasheva", options={"inner_backend": "aot_eager"})
+    cache = cache_of(compiled, COARSE, books, length)
+    result = generate(compiled, tokens(1, 30), past_key_values=cache)
+    close(torch.stack(result.logits), torch.stack(expected.logits))
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def test_calibration_sees_what_the_cache_holds():
+    model, ids = hybrid(), tokens(1, 30)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    books = fe.calibrate_kv(model, [ids[:, :10], ids], "vq-1bit")
+    assert list(books.layers) == [0]
+    assert books.tokens == 40
+    largest = cache.layers[0].keys[0].abs().amax(1)
+    torch.testing.assert_close(books.layers[0].scale, largest.sqrt())
+
+
+def test_padding_is_not_learned_from():
+    model, ids = hybrid(), tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[:, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = learned(model, ids, COARSE, attention_mask=mask, position_ids=positions)
+    alone = learned(model, ids[:, 9:], COARSE)
+    assert padded.tokens == alone.tokens == 42
+    close(padded.layers[0].scale, alone.layers[0].scale)
+    for name in ("keys", "values"):
+        got, want = (getattr(books.layers[0], name) for books in (padded, alone))
+        close(got.sort(1).values, want.sort(1).values)
+
+
+def test_a_model_is_calibrated_before_or_after_it_is_prepared():
+    model, ids = llama(), tokens(2, 40)
+    before = fe.calibrate_kv(model, [ids], "vq-2bit")
+    assert list(before.layers) == [0, 1]
+    fe.prepare(model, {"default": SMALL, 0: "full"})
+    after = fe.calibrate_kv(model, [ids], "vq-2bit")
+    assert torch.equal(before.layers[0].keys, after.layers[0].keys)
+    assert cache_of(model, "vq-2bit", before).layers[0].path == "model.layers.0.self_attn"
+
+
+def test_calibration_is_repeatable_and_samples_all_batches():
+    model, ids = llama(), tokens(40, 120)
+    one, two = (fe.calibrate_kv(model, ids.split(8), "vq-1bit", layers=[1]) for _ in range(2))
+    assert torch.equal(one.layers[1].keys, two.layers[1].keys)
+    assert one.tokens == 4800
+    head = fe.calibrate_kv(model, ids[:8].split(8), "vq-1bit", layers=[1])
+    assert not torch.equal(one.layers[1].keys, head.layers[1].keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"format": "vq-3bit"}, "format: 'vq-3bit' is not one of 'vq-4bit'"),
+        ({"layers": [0, 7]}, "layers: layer 7 has no keys and values in its cache"),
+        ({"batches": []}, "batches: is empty"),
+        ({"batches": [{"input_ids": tokens(1, 9), "attention_mask": torch.zeros(1, 9)}]}, "valid"),
+    ],
+)
+def test_wrong_calibration_is_refused(options, match):
+    options = {"batches": [tokens(1, 9)], **options}
+    with pytest.raises(ConfigError, match=match):
+        fe.calibrate_kv(llama(), **options)
+
+
+# --- codebooks on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codebooks_are_loaded_as_they_were_saved(name, tmp_path):
+    model, path = hybrid(), tmp_path / "books.safetensors"
+    options = LearningOptions(rotate_values=True, per_head=True)
+    books = fe.calibrate_kv(model, [tokens(1, 30)], name, options=options)
+    books.save(path)
+    loaded = KvCodebooks.load(path)
+    assert (loaded.format, loaded.model, loaded.tokens) == (name, books.model, 30)
+    assert loaded.shapes == books.shapes
+    for part in ("scale", "keys", "values"):
+        assert torch.equal(getattr(loaded.layers[0], part), getattr(books.layers[0], part))
+    assert loaded.layers[0].rotate_values
+    assert cache_of(model, name, path).layers[0].codec.codebooks.rotate_values
+
+
+def test_codebooks_fit_the_model_in_another_precision():
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "vq-2bit")
+    model.to(torch.bfloat16)
+    result = generate(model, tokens(1, 30), past_key_values=cache_of(model, "vq-2bit", books))
+    assert result.past_key_values.layers[0].state.tail_k.dtype == torch.bfloat16
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "vq-2bit")
+    other = hybrid()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    every, pure = hybrid(full=1), fe.prepare(llama(), SMALL)
+    nothing = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, nothing)
+    refusals = [
+        (other, "vq-2bit", books, "were learned from another model, or other weights"),
+        (every, "vq-2bit", books, "have nothing for layer 1 of the cache, which has 2 kv heads"),
+        (model, "vq-1bit", books, "are of format 'vq-2bit', not 'vq-1bit'"),
+        (model, "vq-2bit", None, "codebooks: 'vq-2bit' needs them"),
+        (model, "fp8", books, "codebooks: fp8 has none"),
+        (model, None, books, "codebooks: without full_layers"),
+        (model, "int4", None, "full_layers: 'int4' is not one of"),
+        (pure, "fp8", None, "no full attention of the model can be quantised"),
+        (model, "vq-2bit", nothing, "holds no codebooks of a cache"),
+        (model, "vq-2bit", tmp_path / "none", "is no file"),
+    ]
+    for owner, storage, given, match in refusals:
+        with pytest.raises(ConfigError, match=match):
+            cache_of(owner, storage, given)
+
+
+def test_codebooks_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "books.safetensors"
+    save_file({}, path, {"kind": "flasheva kv codebooks", "version": "0"})
+    with pytest.raises(ConfigError, match="is of version 0, not 1"):
+        KvCodebooks.load(path)
+    (tmp_path / "text").write_text("no safetensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KvCodebooks.load(tmp_path / "text")
+
+
+# --- wrong use ------------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_refused(tmp_path):
+    model = hybrid()
+    with pytest.raises(ConfigError, match="offloading: quantised layers stay on their device"):
+        fe.FlashEvaCache.for_model(model, full_layers="fp8", offloading=True)
+    cache = cache_of(model, "fp8", length=16)
+    with pytest.raises(ConfigError, match="updated outside of a prepared attention"):
+        cache.layers[0].update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
+    with pytest.raises(ConfigError, match="17 tokens in a cache of 16"):
+        model(tokens(1, 17), past_key_values=cache)
+    with pytest.raises(ConfigError, match="cannot be written to a file yet"):
+        cache_of(model, "fp8").save(model, tmp_path / "cache")
+
+
+def test_gradients_through_codes_are_refused(coarse):
+    model, books = coarse
+    cache = cache_of(model, COARSE, books)
+    model(tokens(1, 30), past_key_values=cache)
+    logits = model(tokens(1, 2), past_key_values=cache).logits
+    with pytest.raises(ConfigError, match="has no gradient"):
+        logits.sum().backward()

@@ -32,7 +32,7 @@ from flasheva_compile.kernels.blocked.retrieval_select import (
     group_size,
     select_chunks,
 )
-from flasheva_compile.lowering import launch, launch_pooling
+from flasheva_compile.lowering import launch, launch_pooling, launch_retrieval
 from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
 
@@ -297,15 +297,19 @@ def retrieve(
     qkv: Sequence[Tensor], tokens: Sequence[Tensor], masks: Masks, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend exactly inside the best chunks too: ``out``, ``lse`` and the selection."""
-    q, k, _ = qkv
+    q, k, v = qkv
     settings, t = attention_settings(o), _operands(qkv, tokens, masks)
     if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
         out, lse = attend(qkv, tokens, masks, o)
         return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
+    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
+    if runs_kernels(k, v, settings.dropout_p):
+        rows = _rows(k, masks, settings.chunk_size)
+        if launch_retrieval.covers(t, rows, settings, retrieval):
+            return launch_retrieval.retrieval_forward(t, rows, settings, retrieval)
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
-    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
     selected = select_chunks(t, geometry, settings, retrieval)
     return *retrieval_forward(t, geometry, settings, retrieval, selected), selected
 

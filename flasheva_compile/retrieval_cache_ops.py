@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.cache_ops import cache_options, cache_settings, pool_chunks
+from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.kernels.blocked import retrieval_cache as blocked
 from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+from flasheva_compile.lowering import launch_retrieval_decode
+from flasheva_compile.lowering.launch import kernel_rule
 from flasheva_compile.op_checks import check_cache, require
 
 if TYPE_CHECKING:
@@ -96,6 +99,17 @@ def _(*args: Any, **options: Any) -> None:
 @torch.library.impl(_ops, "retrieval_decode", "CompositeExplicitAutograd")
 def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
+    q, k, v, parameters, key_mask, *tensors = args
+    state, chunks = RetrievalState(*tensors), options["retrieve_chunks"]
+    single = q.shape[2] == 1 and options["retrieve_block"] == 1
+    if single and runs_kernels(k, v) and launch_retrieval_decode.covers(state, chunks):
+        _check(args, options)
+        rule, given = kernel_rule(options["rule"], list(parameters)), tuple(parameters)
+        settings = cache_settings(options)
+        out, lse, _ = launch_retrieval_decode.retrieval_decode(
+            q, k, v, key_mask, given, state, settings, rule, chunks
+        )
+        return out, lse
     return blocked.retrieval_decode(*_arguments(args, options))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.offline import TARGETS, resources
 from flasheva_compile.lowering.schedule import choose, known_target
+from flasheva_compile.lowering.schedule_retrieval import RETRIEVAL_KINDS
 from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _STARTING_POINT: dict[str, Any] = {
     "chunk_size": 16,
     "window_size": 256,
 }
+
+_RETRIEVED = 8  # chunks, unless told
 
 
 def describe(spec: KernelSpec, target: str, schedule: Schedule | None = None) -> str:
@@ -106,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fields = _read(parsed, KernelSpec)
     fields["value_dim"] = fields["value_dim"] or fields["head_dim"]
     fields["key_mask"] = fields["key_mask"] or fields["documents"] == "padded"
+    if fields["kind"] in RETRIEVAL_KINDS:
+        fields["selection_group"] = fields["selection_group"] or 1
+        fields["retrieve_chunks"] = fields["retrieve_chunks"] or _RETRIEVED
     spec = KernelSpec(**fields)
     spec = spec.of_kind(spec.kind)
     given = {name: x for name, x in _read(parsed, Schedule).items() if x is not None}

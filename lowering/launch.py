@@ -128,7 +128,7 @@ def attention_forward(
     batch, heads, length, _ = t.q.shape
     out = t.q.new_empty(batch, heads, length, t.v.shape[3])
     lse = t.q.new_empty((batch, heads, length), dtype=torch.float32)
-    values = {**_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
+    values = {**call_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
     run(attention_spec(t, s, rows, pooled), _query_programs(t), values)
     return out, lse
 
@@ -138,7 +138,7 @@ def _query_programs(t: Operands) -> Callable[[Schedule], int]:
     return lambda schedule: batch * heads * -(-length // schedule.block_m)
 
 
-def _values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]:
+def call_values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]:
     """Return what kernels of this call may read, by argument name."""
     assert s.dropout_p < 1  # 2 ** 32 is no 32-bit threshold: the caller runs the blocked code
     q, k, v = (unit_stride(x) for x in (t.q, t.k, t.v))
@@ -204,7 +204,7 @@ def attention_backward(
     batch, heads, length, size = t.q.shape
     kv_rows = batch * t.k.shape[1]
     do = unit_stride(dout)
-    values = _values(t, rows, s) | {"do_ptr": do}
+    values = call_values(t, rows, s) | {"do_ptr": do}
     # Kernels compute their addresses; a compiler between the passes may have laid them out anew.
     values |= {"out_ptr": out.contiguous(), "lse_ptr": lse.contiguous()}
     values |= strides("g", do, "bhm")

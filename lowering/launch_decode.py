@@ -122,7 +122,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
     device, count, masked = q.device, len(parameters), key_mask is not None
     chunks = state.rfa_k.shape[2]
     shape = _Shape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked)
-    with _on_device(device):
+    with on_device(device):
         plan = _plan(shape, settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
         batch, heads = q.shape[:2]
@@ -149,7 +149,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
     return out, lse
 
 
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make the tensors' device the current one, which it nearly always is."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

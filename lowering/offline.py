@@ -88,12 +88,17 @@ _FP32 = {
     *("rfa_bias_ptr", "mass_k_ptr", "mass_v_ptr", "lse_ptr", "lse2_ptr", "delta_ptr"),
     *("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr", "dk_sink_ptr", "dv_sink_ptr"),
     *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr", "partial_ptr"),
+    "scores_ptr",
 }
-_INT32 = {"start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr"}
+_INT32 = {
+    *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr"),
+    *("selected_ptr", "bits_ptr"),
+}
 _VALUES = {"v", "rfa_v", "do"}
 _OTHER = {
     "valid_ptr": "*u8",
     "seed_ptr": "*i64",
+    "candidates_ptr": "*i64",
     "drop_below": "i64",
     **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
     **dict.fromkeys(("row_start_ptr", "length_ptr"), "*i64"),

@@ -14,6 +14,12 @@ import torch
 from flasheva_compile.lowering import schedule_cost
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
+from flasheva_compile.lowering.schedule_retrieval import RETRIEVAL_KINDS, retrieval_schedule
+from flasheva_compile.lowering.schedule_retrieval_decode import (
+    SELECTING_KINDS,
+    gathering_schedule,
+    selecting_schedule,
+)
 from flasheva_compile.lowering.spec import Schedule, parts
 
 if TYPE_CHECKING:
@@ -47,6 +53,13 @@ def choose(spec: KernelSpec, target: Target | None = None) -> Schedule:
 
 @cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
+    if spec.kind in RETRIEVAL_KINDS:
+        return retrieval_schedule(spec, target)
+    if spec.kind in SELECTING_KINDS:
+        return selecting_schedule(spec)
+    if spec.kind == "retrieval_decode":
+        decode = dataclasses.replace(spec, kind="decode", retrieve_chunks=0)
+        return gathering_schedule(spec, _choose(decode, target))
     for schedule in (tuned(spec, target), shipped(spec, target)):
         if schedule and schedule_cost.rejection(spec, schedule, target) is None:
             return schedule

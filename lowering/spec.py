@@ -22,7 +22,22 @@ DecodeKind = Literal["decode", "decode_combine"]
 ``decode_combine`` adds the parts up.
 """
 
-AnyKind = Literal[KernelKind, DecodeKind]
+RetrievalKind = Literal["select", "retrieve"]
+"""Kernels of the retrieval tier, around ``forward``.
+
+``select`` finds the chunks that each group of queries attends exactly; ``retrieve`` attends to
+their keys and goes on with the softmax of ``forward``.
+"""
+
+RetrievalDecodeKind = Literal["retrieval_scores", "retrieval_select", "retrieval_decode"]
+"""Kernels of one step of generation with retrieval, before ``decode_combine``.
+
+``retrieval_scores`` appends the token and scores the chunk tokens, each program a tile of them;
+``retrieval_select`` finds the best among what the tiles propose; ``retrieval_decode`` attends to a
+part of what the token sees.
+"""
+
+AnyKind = Literal[KernelKind, RetrievalKind, DecodeKind, RetrievalDecodeKind]
 
 Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
@@ -34,7 +49,10 @@ _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softc
 _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
-_COMBINE_FIELDS = ("key_mask", "chunk_size", *_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS)
+_COMBINE_FIELDS = (
+    *("key_mask", "chunk_size", "retrieve_chunks"),
+    *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
+)
 _NEUTRAL = {
     "documents": "dense",
     "key_mask": False,
@@ -53,6 +71,7 @@ _NEUTRAL = {
     "chunk_rule": None,
     "parameters": 0,
     "accumulate": False,
+    "retrieve_chunks": 0,
 }
 
 
@@ -84,6 +103,10 @@ class KernelSpec:
         tf32: Products of fp32 run in TF32.
         whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
             bias ``ln c``: no bias is read, and none gets a gradient.
+        selection_group: Queries that share a selection of chunks, whose chunk tokens ``forward``
+            leaves out; 0 = nothing is retrieved.
+        retrieve_chunks: Chunks that a query attends exactly, at most.
+        retrieve_block: Positions for which the first one selects; ``select`` alone asks.
     """
 
     kind: AnyKind
@@ -107,6 +130,9 @@ class KernelSpec:
     accumulate: bool = False
     tf32: bool = False
     whole_chunks: bool = False
+    selection_group: int = 0
+    retrieve_chunks: int = 0
+    retrieve_block: int = 1
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""
@@ -117,11 +143,19 @@ class KernelSpec:
             ignored = _DECODE_FIELDS
         elif kind == "decode_combine":
             ignored = _COMBINE_FIELDS
+        elif kind == "retrieval_scores":
+            ignored = _DECODE_FIELDS
+        elif kind == "retrieval_select":
+            ignored = tuple(n for n in _COMBINE_FIELDS if n not in ("group", "retrieve_chunks"))
+        elif kind == "retrieval_decode":
+            ignored = ("key_mask", *_POOLING_FIELDS, *_DECODE_FIELDS)
         elif kind != "dkv":
             ignored = _POOLING_FIELDS
         neutral = {name: _NEUTRAL[name] for name in ignored}
         if kind == "decode_combine":
             neutral["head_dim"] = self.value_dim  # it reads values alone
+        elif kind == "retrieval_select":
+            neutral |= {"dtype": "fp32", "head_dim": 1, "value_dim": 1}  # it reads scores alone
         return dataclasses.replace(self, kind=kind, **neutral)
 
 

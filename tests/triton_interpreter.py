@@ -178,11 +178,13 @@ def _watch_memory() -> None:
 
 @contextmanager
 def poisoned_buffers():
-    """Fill every new uninitialised tensor with NaN, or with a huge integer."""
+    """Fill every new uninitialised tensor with NaN, a huge integer or True."""
 
     def poisoning(new):
         def poisoned(*arguments, **options):
             x = new(*arguments, **options)
+            if x.dtype == torch.bool:
+                return x.fill_(True)
             return x.fill_(torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
 
         return poisoned

@@ -14,6 +14,7 @@ POINTERS = (
     *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "key_mask_ptr"),
     *("row_start_ptr", "length_ptr", "partial_ptr"),
+    *("selected_ptr", "bits_ptr", "scores_ptr", "candidates_ptr"),
 )
 
 DESCRIPTORS = tuple(
@@ -27,7 +28,10 @@ STRIDES = (
     "stride_mask",
 )
 
-LENGTHS = ("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks")
+LENGTHS = (
+    *("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks"),
+    *("picks", "words", "candidates"),
+)
 """Integers that are not specialised: a new length is no new kernel."""
 
 NUMBERS = ("score_scale", "scale", "softcap", "drop_below", "keep_scale")

@@ -17,7 +17,7 @@ from flasheva_compile.lowering.emit.source import Dim, Source
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import KernelSpec
 
-_LOWEST = "-3.4028234663852886e38"
+LOWEST = "-3.4028234663852886e38"
 
 
 def ring_slots(spec: KernelSpec) -> int:
@@ -32,7 +32,8 @@ def emit_decode(spec: KernelSpec) -> str:
     """Return the body of ``decode``."""
     out = Source()
     d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
-    out.lines(*_program(), *_place(spec), *_ranges(spec), *_rows(spec))
+    out.line("# The first part also appends the token: start it first.")
+    out.lines(*program(), *place(spec), *_ranges(spec), *_rows(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
     out.lines(*_own_token(spec, d, e))
     out.lines("", "# Chunk tokens behind the window", *_chunk_bounds(spec))
@@ -41,14 +42,15 @@ def emit_decode(spec: KernelSpec) -> str:
     out.lines("", "# Sinks and window", *_exact_bounds())
     with out.block("for offset in range(begin, stop, BLOCK_N):"):
         out.lines(*_exact_tile(spec, d, e))
-    out.lines("", *_store_part(spec, e), "")
+    # A cache that was too small for the chunks of this row must not go unnoticed.
+    out.lines("", *store_part(spec, e, f"low // {spec.chunk_size} > chunks"), "")
     append(out, spec, d, e, ring=ring_slots(spec))
     return out.text()
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
+    """Define this program's part, ``split``, its row ``b`` and its key head ``hk``."""
     return [
-        "# The first part also appends the token: start it first.",
         "pid = tl.program_id(0)",
         "rows = tl.num_programs(0) // splits",
         "split = pid // rows",
@@ -60,7 +62,7 @@ def _program() -> list[str]:
     ]
 
 
-def _place(spec: KernelSpec) -> list[str]:
+def place(spec: KernelSpec) -> list[str]:
     """Define ``position`` of the new token, -1 in padding before the row's first valid token."""
     lines = ["length = tl.load(length_ptr)", "start = tl.load(row_start_ptr + b)"]
     if not spec.key_mask:
@@ -125,21 +127,22 @@ def _own_token(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return [
         "offs_g = tl.arange(0, BLOCK_G)",
         f"q_rows = q_ptr + b64 * stride_qb + hk * {stride} * {spec.group}",
-        *d.load("q", "q_rows", "offs_g", stride, _group_bound(spec)),
+        *d.load("q", "q_rows", "offs_g", stride, group_bound(spec)),
         *d.load_row("new_k", "k_ptr"),
         *e.load_row("new_v", "v_ptr"),
         f"is_own = {is_own}",
         f"own = ({products}) * score_scale",
         *capped,
         "# The lowest finite maximum: a part that sees nothing makes no NaN.",
-        f"m_i = tl.where(is_own, own, {_LOWEST})",
+        f"m_i = tl.where(is_own, own, {LOWEST})",
         "l_i = tl.where(is_own, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)",
         *e.zeros("acc", "BLOCK_G"),
         *(f"acc{n} += tl.where(is_own, new_v{n}.to(tl.float32), 0.0)" for n in e.indices),
     ]
 
 
-def _group_bound(spec: KernelSpec) -> str | None:
+def group_bound(spec: KernelSpec) -> str | None:
+    """Return which rows of a tile are query heads; None = all."""
     return f"offs_g < {spec.group}" if spec.group & (spec.group - 1) or spec.group < 16 else None
 
 
@@ -165,12 +168,12 @@ def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return [
         "offs_n = offset + offs_t",
         "inside = offs_n < stop",
-        *_tile_loads(d, "k", "rfa_k_ptr", "inside"),
+        *tile_loads(d, "k", "rfa_k_ptr", "inside"),
         f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
         *d.contract("s", "q", "k", scores.precision(spec)),
         *scores.scores(spec, "chunk", keys_first=False),
-        *_softmax_step(e),
-        *_tile_loads(e, "v", "rfa_v_ptr", "inside"),
+        *softmax_step(e),
+        *tile_loads(e, "v", "rfa_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
@@ -186,25 +189,27 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "offs_n = offset + offs_t",
         f"held = {held}",
         f"inside = (offs_n < stop) & {in_window}",
-        *_tile_loads(d, "k", "exact_k_ptr", "inside"),
+        *tile_loads(d, "k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *d.contract("s", "q", "k", scores.precision(spec)),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(is_key[None, :], s, float("-inf"))',
-        *_softmax_step(e),
-        *_tile_loads(e, "v", "exact_v_ptr", "inside"),
+        *softmax_step(e),
+        *tile_loads(e, "v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
 
-def _tile_loads(dim: Dim, tile: str, pointer: str, bound: str) -> list[str]:
+def tile_loads(dim: Dim, tile: str, pointer: str, bound: str) -> list[str]:
+    """Load the rows of a tile, neighbours in memory."""
     return [
         f"{tile}_tile = {pointer} + offset * tl.cast({dim.size}, tl.int64)",
         *dim.load(tile, f"{tile}_tile", "offs_t", str(dim.size), bound),
     ]
 
 
-def _softmax_step(e: Dim) -> list[str]:
+def softmax_step(e: Dim, values: str = "v_ptr") -> list[str]:
+    """Go on with the softmax by the scores ``s``; leave weights ``p`` in the dtype of values."""
     return [
         "m_new = tl.maximum(m_i, tl.max(s, 1))",
         "p = tl.exp2(s - m_new[:, None])",
@@ -212,18 +217,23 @@ def _softmax_step(e: Dim) -> list[str]:
         "l_i = l_i * alpha + tl.sum(p, 1)",
         "m_i = m_new",
         *e.scale("acc", "alpha[:, None]"),
-        "p = p.to(v_ptr.dtype.element_ty)",
+        f"p = p.to({values}.dtype.element_ty)",
     ]
 
 
-def _store_part(spec: KernelSpec, e: Dim) -> list[str]:
-    """Store sums, maxima and masses: ``[splits, B, Hq, Dv]``, then twice ``[splits, B, Hq]``."""
-    bound = _group_bound(spec)
+def store_part(spec: KernelSpec, e: Dim, lost: str) -> list[str]:
+    """Store sums, maxima and masses: ``[splits, B, Hq, Dv]``, then twice ``[splits, B, Hq]``.
+
+    Args:
+        spec: What the kernel computes.
+        e: The columns of values.
+        lost: Condition under which the result is NaN: the cache was too small.
+    """
+    bound = group_bound(spec)
     guard = f", mask={bound}" if bound else ""
-    lost = f"lost = low // {spec.chunk_size} > chunks"
     return [
-        "# A cache that was too small for the chunks of this row must not go unnoticed.",
-        lost,
+        "# A cache that was too small must not go unnoticed.",
+        f"lost = {lost}",
         *(f'acc{n} = tl.where(lost, float("nan"), acc{n})' for n in e.indices),
         f"part = pid.to(tl.int64) * {spec.group}",
         *e.store("acc", f"partial_ptr + part * {e.size}", "offs_g", str(e.size), bound),
@@ -248,7 +258,7 @@ def emit_combine(spec: KernelSpec) -> str:
         "mass_ptr = peak_ptr + heads_out * splits",
         *e.offsets(),
         "offs_t = tl.arange(0, BLOCK_N)",
-        f"m_i = tl.full([1], {_LOWEST}, tl.float32)",
+        f"m_i = tl.full([1], {LOWEST}, tl.float32)",
         "l_i = tl.zeros([1], tl.float32)",
         *e.zeros("acc", "1"),
     )
@@ -256,7 +266,7 @@ def emit_combine(spec: KernelSpec) -> str:
         out.lines(
             "inside = offset + offs_t < splits",
             "at = (offset + offs_t) * heads_out + pid",
-            f"m = tl.load(peak_ptr + at, mask=inside, other={_LOWEST})",
+            f"m = tl.load(peak_ptr + at, mask=inside, other={LOWEST})",
             "l_part = tl.load(mass_ptr + at, mask=inside, other=0.0)",
             *e.load("part", "partial_ptr", "at", str(e.size), "inside"),
             "m_new = tl.maximum(m_i, tl.max(m, 0))",

@@ -20,25 +20,55 @@ _MEMBERS = 8
 
 def append(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
     """Write token, row start and, if the token completes its chunk, the chunk token."""
-    sinks, c = spec.sink_size, spec.chunk_size
-    if spec.key_mask:
-        waiting = "(split == 0) & (hk == 0) & (position < 0)"
-        out.line(f"tl.store(row_start_ptr + b, length + 1, mask={waiting})")
+    sinks = spec.sink_size
+    _move_start(out, spec)
     slot = f"{sinks} + (position - {sinks}) % {ring}" if sinks else f"position % {ring}"
     with out.block("if (split == 0) & (position >= 0):"):
         out.lines(
             f"slot = tl.where(position < {sinks}, position, {slot})" if sinks else f"slot = {slot}",
-            *d.store_row("new_k", f"exact_k_ptr + slot * {d.size}"),
-            *e.store_row("new_v", f"exact_v_ptr + slot * {e.size}"),
-            f"tl.store(exact_mask_ptr + slot, {_is_valid(spec)}, mask=hk == 0)",
-            f"chunk = position // {c}",
+            *_store_token(spec, d, e),
+            f"chunk = position // {spec.chunk_size}",
         )
-        with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
-            out.lines(*_parameters(spec, d), *_initial(spec, d, e))
-            out.line(f"first_slot = slot - {c - 1}")
-            with out.block(f"for member in range(0, {c}, {_MEMBERS}):"):
-                out.lines(*_members(spec, d, e))
-            out.lines(*_results(spec, d, e))
+        _pool_complete(out, spec, d, e)
+
+
+def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
+    """Do the same where every token keeps its column, padding included; ``columns`` fit in."""
+    _move_start(out, spec)
+    with out.block("if (split == 0) & (length < columns):"):
+        out.lines(
+            *d.load_row("new_k", "k_ptr"),
+            *e.load_row("new_v", "v_ptr"),
+            "slot = length",
+            *_store_token(spec, d, e),
+            f"chunk = tl.where(position < 0, chunks, position // {spec.chunk_size})",
+        )
+        _pool_complete(out, spec, d, e)
+
+
+def _move_start(out: Source, spec: KernelSpec) -> None:
+    if spec.key_mask:
+        waiting = "(split == 0) & (hk == 0) & (position < 0)"
+        out.line(f"tl.store(row_start_ptr + b, length + 1, mask={waiting})")
+
+
+def _store_token(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    return [
+        *d.store_row("new_k", f"exact_k_ptr + slot * {d.size}"),
+        *e.store_row("new_v", f"exact_v_ptr + slot * {e.size}"),
+        f"tl.store(exact_mask_ptr + slot, {_is_valid(spec)}, mask=hk == 0)",
+    ]
+
+
+def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
+    """Pool the chunk that the token completes, if it does."""
+    c = spec.chunk_size
+    with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
+        out.lines(*_parameters(spec, d), *_initial(spec, d, e))
+        out.line(f"first_slot = slot - {c - 1}")
+        with out.block(f"for member in range(0, {c}, {_MEMBERS}):"):
+            out.lines(*_members(spec, d, e))
+        out.lines(*_results(spec, d, e))
 
 
 def _is_valid(spec: KernelSpec) -> str:
@@ -151,6 +181,6 @@ def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *e.scale("sv", f"(1.0 / l_{of_values})[:, None]"),
         *d.store_row("sk", f"rfa_k_ptr + chunk64 * {d.size}"),
         *e.store_row("sv", f"rfa_v_ptr + chunk64 * {e.size}"),
-        f'bias = tl.where(filled, {bias}, float("-inf"))',
-        "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), bias)",
+        f'pooled_bias = tl.where(filled, {bias}, float("-inf"))',
+        "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), pooled_bias)",
     ]

@@ -14,10 +14,19 @@ from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
 from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
+from flasheva_compile.lowering.emit.retrieval_decode import emit_retrieval_decode
+from flasheva_compile.lowering.emit.retrieval_decode_select import (
+    emit_decode_scores,
+    emit_decode_select,
+)
+from flasheva_compile.lowering.emit.retrieval_forward_attend import emit_retrieve
+from flasheva_compile.lowering.emit.retrieval_forward_select import emit_select
 from flasheva_compile.lowering.emit.scores import DROPOUT_FUNCTIONS
 from flasheva_compile.lowering.spec import GeneratedKernel, digest, group_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 _PURPOSE = {
@@ -28,8 +37,13 @@ _PURPOSE = {
     "dsink": "gradient of sinks from queries whose window is behind them",
     "dkv": "gradient of keys and values",
     "dpool": "gradient of pooling",
+    "select": "find the chunks that each group of queries attends exactly",
+    "retrieve": "attend to the keys of selected chunks, join with what is there",
     "decode": "attend from a new token to part of the cache, append the token",
     "decode_combine": "add up what the parts of the cache give",
+    "retrieval_scores": "append a token, score chunk tokens, propose the best",
+    "retrieval_select": "find the best of the proposed chunks",
+    "retrieval_decode": "attend from a new token to part of what it sees",
 }
 
 
@@ -46,18 +60,27 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     )
 
 
+_BODIES: dict[str, Callable[[KernelSpec], str]] = {
+    "chunk_tokens": emit_chunk_tokens,
+    "dpool": emit_pool_gradient,
+    "select": emit_select,
+    "decode": emit_decode,
+    "decode_combine": emit_combine,
+    "retrieval_decode": emit_retrieval_decode,
+}
+_TILED_BODIES: dict[str, Callable[[KernelSpec, Schedule], str]] = {
+    **dict.fromkeys(("forward", "dq"), emit_query_kernel),
+    **dict.fromkeys(("dchunk", "dsink", "dkv"), emit_key_kernel),
+    "retrieve": emit_retrieve,
+    "retrieval_scores": emit_decode_scores,
+    "retrieval_select": emit_decode_select,
+}
+
+
 def _body(spec: KernelSpec, schedule: Schedule) -> str:
-    if spec.kind == "chunk_tokens":
-        return emit_chunk_tokens(spec)
-    if spec.kind == "dpool":
-        return emit_pool_gradient(spec)
-    if spec.kind == "decode":
-        return emit_decode(spec)
-    if spec.kind == "decode_combine":
-        return emit_combine(spec)
-    if spec.kind in ("forward", "dq"):
-        return emit_query_kernel(spec, schedule)
-    return emit_key_kernel(spec, schedule)
+    if spec.kind in _BODIES:
+        return _BODIES[spec.kind](spec)
+    return _TILED_BODIES[spec.kind](spec, schedule)
 
 
 def _fields(value: object) -> list[str]:

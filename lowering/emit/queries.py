@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import loops, positions, scores
+from flasheva_compile.lowering.emit.selection_bits import selection_setup, unselected
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.spec import STATE_BLOCK
 
@@ -20,6 +21,8 @@ def emit_query_kernel(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*d.offsets(), *e.offsets(), "")
     out.lines(*_load_queries(spec, d, e))
     out.lines(*loops.query_setup(spec), "")
+    if spec.selection_group:
+        out.lines(*selection_setup(spec), "")
     out.lines(*_initial(spec, d, e))
     for bounds, loop in loops.query_loops(spec, schedule):
         out.line()
@@ -180,6 +183,10 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> l
     lines += key_side(spec, loop.source, bound)
     lines += d.contract("s", "q", "k", dot)
     text = scores.mask_text(loop.mask, valid_flags(spec, loop.source), keys_first=False)
+    if spec.selection_group and loop.source == "chunk":
+        bits, is_left = unselected(spec, schedule.block_n)
+        lines += bits
+        text = f"{text} & {is_left}" if text else is_left
     if spec.kind == "forward":
         return (
             lines

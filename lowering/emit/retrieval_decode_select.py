@@ -1,0 +1,148 @@
+"""Selection in one step of generation: ``retrieval_scores``, then ``retrieval_select``.
+
+A program of ``retrieval_scores`` scores a tile of chunk tokens for all query heads of a key head,
+and proposes its best. A score in fp32 and its index become one integer that orders as both do, the
+lower index first (as in ``kernels/blocked/retrieval_select.py``): all are distinct, so that sorting
+networks give the same chunks whatever the tiles. The first program also appends the new token,
+which no chunk token that is scored depends on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flasheva_compile.lowering.emit import scores
+from flasheva_compile.lowering.emit.decode import group_bound, place, program, tile_loads
+from flasheva_compile.lowering.emit.decode_append import append_column
+from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, queries
+from flasheva_compile.lowering.emit.source import Dim, Source
+
+if TYPE_CHECKING:
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
+
+_INVISIBLE = "-0x7FFFFFFFFFFFFFFF"
+"""Below the integer of every score but some NaN."""
+_NO_SLOT = "0x7FFFFFFF"
+
+
+def network_size(spec: KernelSpec) -> int:
+    """Return how many chunks the sorting networks keep: a power of two."""
+    return max(16, 1 << (spec.retrieve_chunks - 1).bit_length())
+
+
+def proposals(spec: KernelSpec, schedule: Schedule) -> int:
+    """Return how many chunks a tile of ``retrieval_scores`` proposes."""
+    return min(network_size(spec), schedule.block_n)
+
+
+# --- retrieval_scores -----------------------------------------------------------------------------
+
+
+def emit_decode_scores(spec: KernelSpec, schedule: Schedule) -> str:
+    """Return the body of ``retrieval_scores``."""
+    out = Source()
+    d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
+    out.line("# The first tile also appends the token: start it first.")
+    out.lines(*program(), *place(spec), *chunk_range(spec), *_rows(spec))
+    out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
+    out.lines(*queries(spec, d), *_scores(spec, d), "")
+    out.lines(*_proposals(spec, proposals(spec, schedule)), "")
+    append_column(out, spec, d, e)
+    return out.text()
+
+
+def _rows(spec: KernelSpec) -> list[str]:
+    """Move pointers to row ``b`` and head ``hk``."""
+    token = (
+        f"{name}_ptr += b64 * stride_{name}b + hk * tl.cast(stride_{name}h, tl.int64)"
+        for name in "kv"
+    )
+    return [
+        f"exact_k_ptr += bh64 * columns * {spec.head_dim}",
+        f"exact_v_ptr += bh64 * columns * {spec.value_dim}",
+        "exact_mask_ptr += b64 * columns",
+        "chunk_row = bh64 * chunks",
+        f"rfa_k_ptr += chunk_row * {spec.head_dim}",
+        f"rfa_v_ptr += chunk_row * {spec.value_dim}",
+        "rfa_bias_ptr += chunk_row",
+        f"scores_ptr += chunk_row * {spec.group}",
+        *token,
+    ]
+
+
+def _scores(spec: KernelSpec, d: Dim) -> list[str]:
+    """Score a tile of chunk tokens and keep the scores, ``[B, Hq, C]`` in base 2."""
+    first, bound = spec.sink_size // spec.chunk_size, group_bound(spec)
+    seen = "(offs_n < chunk_stop)" + (f" & (offs_n >= {first})" if first else "")
+    is_score = f"({bound})[:, None] & inside[None, :]" if bound else "inside[None, :]"
+    address = "scores_ptr + offs_g[:, None] * tl.cast(chunks, tl.int64) + offs_n[None, :]"
+    return [
+        "offset = split * BLOCK_N",
+        "offs_n = offset + offs_t",
+        f"inside = {seen}",
+        *tile_loads(d, "token", "rfa_k_ptr", "inside"),
+        f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
+        *d.contract("s", "q", "token", scores.precision(spec)),
+        *scores.scores(spec, "chunk", keys_first=False),
+        f"tl.store({address}, s, mask={is_score})",
+    ]
+
+
+def _proposals(spec: KernelSpec, count: int) -> list[str]:
+    """Store the best of the tile, as integers that order as score and index do."""
+    bound = group_bound(spec)
+    heads = f'tl.where(({bound})[:, None], s, float("-inf"))' if bound else "s"
+    return [
+        f"score = tl.max({heads}, 0) + 0.0  # -0.0 equals 0.0",
+        "bits = score.to(tl.int32, bitcast=True)",
+        "ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)",
+        "number = (ordered << 32) + (chunks - 1 - offs_n)",
+        f"best = tl.topk(tl.where(inside, number, {_INVISIBLE}), {count})",
+        f"proposed = candidates_ptr + (bh64 * splits + split) * {count}",
+        f"tl.store(proposed + tl.arange(0, {count}), best)",
+    ]
+
+
+# --- retrieval_select -----------------------------------------------------------------------------
+
+
+def emit_decode_select(spec: KernelSpec, schedule: Schedule) -> str:
+    """Return the body of ``retrieval_select``: one program for each row and key head."""
+    out, count = Source(), network_size(spec)
+    tile = max(schedule.block_n, count)
+    out.lines(
+        "row = tl.program_id(0).to(tl.int64)",
+        "candidates_ptr += row * candidates",
+        f"offs_t = tl.arange(0, {tile})",
+        f"best = tl.full([{count}], {_INVISIBLE}, tl.int64)",
+    )
+    with out.block(f"for offset in range(0, candidates, {tile}):"):
+        out.lines(
+            "offs_n = offset + offs_t",
+            "inside = offs_n < candidates",
+            f"number = tl.load(candidates_ptr + offs_n, mask=inside, other={_INVISIBLE})",
+            f"both = tl.join(best, tl.topk(number, {count}))",
+            f"best = tl.topk(tl.reshape(both, [{2 * count}]), {count})",
+        )
+    out.lines(*_selection(spec, count))
+    return out.text()
+
+
+def _selection(spec: KernelSpec, count: int) -> list[str]:
+    """Store slots in ascending order; take the selected chunks out of the scores."""
+    is_score = "is_found[None, :]"
+    bound = group_bound(spec)
+    is_score += f" & ({bound})[:, None]" if bound else ""
+    return [
+        f"rank = tl.arange(0, {count})",
+        f"is_wanted = rank < {spec.retrieve_chunks}",
+        f"is_found = is_wanted & (best != {_INVISIBLE})",
+        "slot = chunks - 1 - (best & 0xFFFFFFFF).to(tl.int32)",
+        "offs_g = tl.arange(0, BLOCK_G)",
+        f"scores_ptr += row * chunks * {spec.group}",
+        "taken = scores_ptr + offs_g[:, None] * tl.cast(chunks, tl.int64) + slot[None, :]",
+        f'tl.store(taken, float("-inf"), mask={is_score})',
+        f"slots = tl.sort(tl.where(is_found, slot, {_NO_SLOT}))",
+        f"slots = tl.where(slots == {_NO_SLOT}, -1, slots)",
+        f"tl.store(selected_ptr + row * {spec.retrieve_chunks} + rank, slots, mask=is_wanted)",
+    ]

@@ -1,0 +1,144 @@
+"""Launches of the retrieval tier's forward pass: select, attend to the rest, then to the selected.
+
+Three launches, no atomics: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flasheva_compile.kernels.blocked.retrieval_select import group_size
+from flasheva_compile.lowering import launch
+from flasheva_compile.lowering.emit.retrieval_forward_attend import group_queries
+from flasheva_compile.lowering.emit.selection_bits import WORD
+from flasheva_compile.lowering.schedule_retrieval import MOST_HEADS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flasheva_compile.kernels.blocked.block import Operands
+    from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+    from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+    from flasheva_compile.lowering.rows import Rows
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
+    from torch import Tensor
+
+_MOST_CHUNKS = 32  # a longer list does not fit beside the scores
+_SPARE_WORDS = 4  # the last tile may reach beyond the last chunk
+
+
+def covers(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval) -> bool:
+    """Whether kernels compute this call; the blocked code computes the others."""
+    heads = t.q.shape[1] // t.k.shape[1] <= MOST_HEADS
+    plain = rows.documents != "packed" and s.dropout_p == 0
+    return heads and plain and 0 < retrieval.chunks <= _MOST_CHUNKS and 0 not in t.q.shape
+
+
+def retrieval_forward(
+    t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select and attend; see ``kernels/blocked/retrieval.py``.
+
+    Args:
+        t: The tensors of the call.
+        rows: Their layout.
+        s: Window, chunks, scale and so on.
+        retrieval: How many chunks, and for how many queries at once.
+
+    Returns:
+        ``out [B, Hq, L, Dv]``, fp32 ``lse [B, Hq, L]`` and the int32 slots of the selected chunks,
+        ``[B, Hkv, groups, min(chunks, C)]``, ascending, then -1.
+
+    Source:
+        Ours; the formula is ``kernels/reference/retrieval.py``.
+    """
+    values = _values(t, rows, s, retrieval)
+    for launched in _launches(t, rows, s, retrieval, values):
+        launched()
+    return values["out_ptr"], values["lse_ptr"], values["selected_ptr"]
+
+
+def launches(
+    t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
+) -> tuple[Callable[[], None], ...]:
+    """Return the three launches one by one, to be timed: each needs those before it."""
+    return _launches(t, rows, s, retrieval, _values(t, rows, s, retrieval))
+
+
+def _launches(
+    t: Operands,
+    rows: Rows,
+    s: AttentionSettings,
+    retrieval: Retrieval,
+    values: dict[str, Any],
+) -> tuple[Callable[[], None], ...]:
+    select, forward, retrieve = specs(t, rows, s, retrieval)
+    (batch, heads, length, _), kv_rows = t.q.shape, t.q.shape[0] * t.k.shape[1]
+    groups = values["selected_ptr"].shape[2]
+    # ``select`` computes in natural units.
+    natural = values | {"softcap": s.softcap}
+    natural |= {} if s.softcap else {"score_scale": s.scale}
+
+    def parts(how: Schedule) -> int:
+        return -(-group_queries(retrieve) // how.block_m)
+
+    def programs_of_select(how: Schedule) -> int:
+        return kv_rows * -(-groups // how.block_m)
+
+    def programs_of_forward(how: Schedule) -> int:
+        return batch * heads * -(-length // how.block_m)
+
+    def programs_of_retrieve(how: Schedule) -> int:
+        return kv_rows * groups * parts(how)
+
+    return (
+        partial(launch.run, select, programs_of_select, natural),
+        partial(launch.run, forward, programs_of_forward, values),
+        partial(launch.run, retrieve, programs_of_retrieve, values),
+    )
+
+
+def specs(
+    t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
+) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
+    """Return the specs of ``select``, ``forward`` and ``retrieve``."""
+    group = group_size(retrieval.block, uniform=rows.documents == "dense")
+    forward = launch.attention_spec(t, s, rows, None)
+    forward = dataclasses.replace(forward, selection_group=group)
+    select = dataclasses.replace(
+        forward,
+        kind="select",
+        retrieve_chunks=retrieval.chunks,
+        retrieve_block=retrieval.block,
+        value_dim=forward.head_dim,  # it reads no values, nor which keys are valid
+        key_mask=False,
+    )
+    retrieve = dataclasses.replace(
+        forward, kind="retrieve", window_size=0, sink_size=0, window="sliding", whole_chunks=False
+    )
+    return select, forward, retrieve
+
+
+def _values(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval) -> dict[str, Any]:
+    """Return what the launches read, results allocated."""
+    batch, heads, length, _ = t.q.shape
+    kv_heads, slots = t.rfa_bias.shape[1:]
+    group = group_size(retrieval.block, uniform=rows.documents == "dense")
+    groups, picks, words = -(-length // group), min(retrieval.chunks, slots), -(-slots // WORD)
+    words += _SPARE_WORDS
+
+    def integers(*shape: int) -> Tensor:
+        return t.q.new_empty(batch, kv_heads, *shape, dtype=torch.int32)
+
+    return {
+        **launch.call_values(t, rows, s),
+        "out_ptr": t.q.new_empty(batch, heads, length, t.v.shape[3]),
+        "lse_ptr": t.q.new_empty((batch, heads, length), dtype=torch.float32),
+        "selected_ptr": integers(groups, picks),
+        "bits_ptr": integers(words, groups),
+        "picks": picks,
+        "words": words,
+    }

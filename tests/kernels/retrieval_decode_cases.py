@@ -1,0 +1,160 @@
+"""Sequences of generation with retrieval as values; see ``decode_cases.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+import torch
+from flasheva_compile.kernels.blocked import retrieval_cache as blocked
+from flasheva_compile.kernels.blocked.cache_state import first_exact
+from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+from flasheva_compile.lowering import launch_retrieval_decode, offline
+from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.spec import Schedule
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flasheva_compile.retrieval_cache_ops import new_retrieval_state
+from tests.kernels.cases import POINTER_TYPES
+from tests.kernels.decode_cases import DecodeCase, decode_cases, steps_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalDecodeCase(DecodeCase):
+    """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal."""
+
+    retrieve_chunks: int = 2
+    room: int = 0
+    ties: bool = False
+
+    @cached_property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = vars(DecodeCase)["qkv"].func(self)
+        return (q.sign(), k.sign() * (k.abs() > 1), v) if self.ties else (q, k, v)
+
+    @property
+    def retrieval(self) -> Retrieval:
+        return Retrieval(chunks=self.retrieve_chunks)
+
+    def new_state(self, dtype: torch.dtype) -> RetrievalState:
+        _, k, v = self.qkv
+        options = {**self.options, "retrieve_chunks": self.retrieve_chunks, "retrieve_block": 1}
+        return new_retrieval_state(k.to(dtype), v.to(dtype), self.tokens + self.room, options)
+
+    def filled_state(self, dtype: torch.dtype) -> RetrievalState:
+        state = self.new_state(dtype)
+        if self.prefix:
+            part = slice(0, self.prefix)
+            q, k, v = (x[:, :, part].to(dtype) for x in self.qkv)
+            self.append(q, k, v, self.mask_of(part), state, dtype)
+        return state
+
+    def append(self, q, k, v, mask, state: RetrievalState, dtype: torch.dtype) -> None:
+        rest = (state, self.pool(dtype), self.settings, self.retrieval)
+        blocked.retrieval_append(q, (k, v), mask, *rest)
+
+
+def run_blocked(
+    case: RetrievalDecodeCase, dtype: torch.dtype, selected: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[RetrievalState]]:
+    """Return ``out`` and ``lse`` of all steps and the state after each, in plain PyTorch.
+
+    ``selected [B, Hkv, steps, n]`` overrides what the formula selects: in low precision rounding
+    may choose another chunk.
+    """
+    state, found, states = case.filled_state(dtype), [], []
+    for step, (q, k, v, mask) in enumerate(steps_of(case, dtype)):
+        case.append(q, k, v, mask, state, dtype)
+        position = (state.length - 1 - state.start)[:, None]
+        given = None if selected is None else selected[:, :, step : step + 1]
+        found.append(blocked._attend(q, position, state, case.settings, case.retrieval, given))
+        states.append(RetrievalState(*(x.clone() for x in state)))
+    return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
+
+
+def run_kernels(
+    case: RetrievalDecodeCase, state: RetrievalState | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[RetrievalState]]:
+    """Do the same on the generated kernels; the selection ``[B, Hkv, steps, n]`` comes third."""
+    state = state or case.filled_state(case.dtype)
+    parameters = tuple(p.to(case.dtype) for p in case.parameters)
+    rule, found, states = kernel_rule(case.rule, parameters), [], []
+    with as_scheduled(case):
+        for q, k, v, mask in steps_of(case, case.dtype):
+            out, lse, selected = launch_retrieval_decode.retrieval_decode(
+                q, k, v, mask, parameters, state, case.settings, rule, case.retrieve_chunks
+            )
+            found.append((out, lse, selected[:, :, None]))
+            states.append(RetrievalState(*(x.clone() for x in state)))
+    return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
+
+
+def selector_scores(
+    case: RetrievalDecodeCase, step: int, state: RetrievalState
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score the chunk tokens of a state in fp64.
+
+    Returns:
+        Scores and how far fp32 may be from them, ``[B, Hkv, C]``, and ``[B, C]``, who is visible.
+    """
+    q = case.qkv[0][:, :, case.prefix + step].unflatten(1, (case.kv_heads, -1)) * case.scale
+    tokens, bias = state.rfa_k.double(), state.rfa_bias.double()
+    scores, sizes = q @ tokens.mT, q.abs() @ tokens.abs().mT
+    if case.softcap:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    scores = (scores + bias[:, :, None]).amax(2)
+    sizes = sizes.amax(2) + bias.masked_fill(bias.isinf(), 0).abs() + case.softcap
+    position = (state.length - 1 - state.start)[:, None]
+    slot, c = torch.arange(tokens.shape[2]), case.chunk_size
+    visible = slot * c >= case.sink_tokens
+    visible = visible & ((slot + 1) * c <= first_exact(position, case.settings))
+    return scores, sizes * case.head_dim * torch.finfo(torch.float32).eps, visible
+
+
+@contextmanager
+def as_scheduled(case: RetrievalDecodeCase):
+    """Launch with the case's tiles and parts; check argument types against offline compiles."""
+    schedule = Schedule(block_m=16, block_n=case.block_n, num_warps=4, num_stages=1)
+    types = {**POINTER_TYPES, torch.bool: "*i1"}
+
+    def checking(kernel):
+        def launch(programs, *arguments):
+            for name, value in zip(kernel.generated.arguments, arguments, strict=True):
+                if isinstance(value, Tensor):
+                    declared = offline.argument_type(name, kernel.generated.spec, schedule)
+                    assert declared == types[value.dtype], f"{name}: {declared}"
+            kernel.launch(programs, *arguments)
+
+        return launch
+
+    def load(spec, chosen):
+        kernel = loaded(spec, chosen)
+        return dataclasses.replace(kernel, launch=checking(kernel))
+
+    module, loaded = launch_retrieval_decode, launch_retrieval_decode.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "choose", lambda *_: schedule)
+        patch.setattr(module, "load", load)
+        patch.setattr(module, "parts_of", lambda *_: case.splits)
+        module._plan.cache_clear()
+        try:
+            yield
+        finally:
+            module._plan.cache_clear()
+
+
+@st.composite
+def retrieval_decode_cases(draw, **fixed):
+    """Draw cases that the op accepts; keyword arguments fix fields."""
+    case = draw(decode_cases())
+    drawn = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    drawn |= {
+        "retrieve_chunks": draw(st.sampled_from([2, 1, 3, 5, 17, 64])),
+        "room": draw(st.sampled_from([0, 0, 7])),
+    }
+    return RetrievalDecodeCase(**{**drawn, **fixed})

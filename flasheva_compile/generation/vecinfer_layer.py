@@ -170,7 +170,7 @@ class VecInferLayer(CacheLayerMixin):
 
     # --- attention --------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Store the first tokens.
 
@@ -183,7 +183,7 @@ class VecInferLayer(CacheLayerMixin):
         assert self.state is not None
         append(self.state, self.codec, self.storage, (k.detach(), v.detach()), valid)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def attend(
         self,
         qkv: tuple[Tensor, Tensor, Tensor],

@@ -103,7 +103,7 @@ def load_prepared(
         loaded = load(path, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     training = model.training
-    prepare(model).train(training)
+    prepare(model, model.config.flasheva["layers"]).train(training)
     saved = kwargs.get("state_dict") or _our_tensors(path, kwargs)
     _set_parameters(model, saved, str(path))
     return loaded

@@ -37,18 +37,26 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
     Args:
         model: A causal language model of transformers.
         config: A ``HybridConfig``, an ``EvaConfig``, or a dict: the ``layers`` dict of the backend,
-            or fields of ``EvaConfig``. None = the defaults, or what the model was saved with.
+            or fields of ``EvaConfig``. None = the defaults, or what a prepared model has.
 
     Returns:
         The same model. Preparing it again with the same configuration changes nothing.
 
     Raises:
-        ConfigError: Wrong configuration, nothing to convert, or not a model of transformers.
+        ConfigError: Wrong configuration, nothing to convert, not a model of transformers, or a
+            checkpoint of a prepared model that was loaded without its parameters.
     """
     _expect_language_model(model)
-    saved = getattr(model.config, "flasheva", None)
-    hybrid = hybrid_config(config if config is not None or not saved else saved["layers"])
     prepared = getattr(model, ATTRIBUTE, None)
+    if config is None and prepared is not None:
+        return model
+    if config is None and getattr(model.config, "flasheva", None):
+        raise ConfigError(
+            "was saved while it was prepared, and loaded without its chunk rules' parameters",
+            subject=type(model).__name__,
+            hint="load it with from_pretrained, or give a configuration to begin anew",
+        )
+    hybrid = hybrid_config(config)
     if prepared is not None:
         if prepared.hybrid.to_dict() == hybrid.to_dict():
             return model

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
@@ -40,6 +41,17 @@ def test_a_saved_model_is_the_model_in_a_fresh_process(tmp_path, shards):
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True)
     logits = torch.load(tmp_path / "logits")
     assert torch.equal(logits, model(tokens(1, 40)).logits)
+
+
+def test_parameters_are_not_lost_by_another_way_of_loading(tmp_path):
+    model = fe.prepare(llama(), SMALL)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ConfigError, match="without its chunk rules' parameters"):
+        fe.prepare(loaded)
+    assert not any("flasheva" in name for name, _ in loaded.named_parameters())
+    assert fe.explain(fe.prepare(loaded, SMALL)).rewritten
 
 
 def test_a_plain_checkpoint_is_refused(tmp_path):

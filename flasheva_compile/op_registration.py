@@ -1,7 +1,7 @@
 """How ops of the namespace ``flasheva`` are registered: schema, code, shapes, gradient.
 
 ``torch.library.custom_op`` would do all of it, but checks every call for results that alias inputs:
-0.6 ms a call on a GPU with torch 2.11. ``opcheck`` makes that check in the tests.
+0.3 ms for each op of a generated token. ``opcheck`` makes that check in the tests.
 """
 
 from __future__ import annotations

@@ -326,8 +326,8 @@ def learning_rate_share(phase: Phase, position: int) -> float:
 def _precision(phase: Phase, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context of a phase's forward passes.
 
-    Autocast may keep no casts: those that a teacher made without gradients would be taken for the
-    student's.
+    Autocast keeps no casts: a pass casts each weight once anyway, and what a teacher cast without
+    gradients must not serve the student (PyTorch 2.13 sees to that itself).
     """
     if phase.precision == "fp32":
         return nullcontext()

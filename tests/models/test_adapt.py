@@ -190,7 +190,11 @@ def test_low_precision_trains_the_same_parameters_nearly_alike(loss):
         phase = Phase(
             name="p", loss=loss, trains=trains, steps=8, learning_rate=1e-3, precision=precision
         )
+        before = copy.deepcopy(model.state_dict())
         steps = run(model, [phase]).steps
+        for name, weight in model.named_parameters():
+            trained = trains == "all" or ".flasheva." in name
+            assert torch.equal(weight, before[name]) != trained, name
         assert all(step.gradient_norm > 0 and not step.skipped for step in steps)
         assert all(x.dtype == torch.float32 for x in model.parameters())
         found.append(torch.tensor([step.loss for step in steps]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from flasheva_compile.adaptation.recipes import Phase
+from flasheva_compile.adaptation.recipes import FeatureNoise, Phase
 
 WINDOW = 256
 SINKS = 16
@@ -30,6 +30,7 @@ class Arm:
         placement: How they are chosen: by text, by text and pass keys, or evenly spread.
         compiled: Train through ``model.compile(backend="flasheva")``.
         seed: Of the order of training sequences.
+        noise: What the ``eva`` rule adds to its random features in training.
     """
 
     name: str
@@ -40,10 +41,16 @@ class Arm:
     placement: Placement = ""
     compiled: bool = False
     seed: int = 0
+    noise: FeatureNoise = "none"
 
 
 def recipe(arm: Arm, steps: int) -> tuple[Phase, ...]:
-    """Return the phases of an arm; every recipe sees the same tokens.
+    """Return the phases of an arm; see :func:`quiet_recipe`."""
+    return tuple(replace(phase, feature_noise=arm.noise) for phase in quiet_recipe(arm, steps))
+
+
+def quiet_recipe(arm: Arm, steps: int) -> tuple[Phase, ...]:
+    """Return the phases of an arm without noise; every recipe sees the same tokens.
 
     - ``lm``: next tokens, all weights.
     - ``distill``: attention outputs (rules only; where there are parameters), then KL to the
@@ -140,6 +147,14 @@ def arms() -> tuple[Arm, ...]:
         Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),
         Arm(name="window, lm, seed 1", **without, training="lm", seed=1),
         Arm(name="full, lm, seed 1", config=FULL, training="lm", seed=1),
+        *(
+            Arm(name=f"{name}, {noise} noise", config=config, training=training, noise=noise)
+            for name, config, training in (
+                ("eva c16 block, paper", eva("eva", **BLOCK), "paper"),
+                ("eva c16, lm", eva("eva"), "lm"),
+            )
+            for noise in ("clamped", "normal")
+        ),
     ]
     return tuple(found)
 

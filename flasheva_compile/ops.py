@@ -304,7 +304,8 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
         segment_ids: ``[B, S]`` integers, packed documents as runs of equal ids; causal only.
         alibi_slopes: ``[Hq]``; adds ``slope * (key column - query column)``; no gradient.
         dropout_seed: One int64; None draws it from PyTorch's generator.
-        noise: For ``eva`` in training, ``[B, Hkv, C, D]``, clamped to [-1, 1].
+        noise: For ``eva`` in training, ``[B, Hkv, C, D]``, added to ``omega`` as it is; recipes
+            draw it from a normal distribution and clamp it to [-1, 1].
         **options: See :class:`AttentionOptions`; ``window_size`` and ``chunk_size`` are required.
 
     Returns:
@@ -360,7 +361,7 @@ def eva_features(
         k: Keys, ``[B, Hkv, S, D]``.
         tokens: Pools ``k`` and the given values by a rule with parameters.
         parameters: None, or the eight tensors of both feature maps.
-        noise: ``[B, Hkv, C, D]``, clamped to [-1, 1]; training only.
+        noise: ``[B, Hkv, C, D]``, added to ``omega``; training only.
     """
     op = "flasheva_attention"
     paired = q.shape[2] == k.shape[2]
@@ -373,7 +374,7 @@ def eva_features(
         mean_q = _feature_map(mean_q, *parameters[:4])
         mean_k = _feature_map(mean_k, *parameters[4:])
     omega = mean_q + mean_k
-    omega = omega if noise is None else omega + noise.clamp(-1, 1)
+    omega = omega if noise is None else omega + noise
     return mean_k.to(k.dtype), omega.to(k.dtype)  # feature maps compute in their weights' dtype
 
 

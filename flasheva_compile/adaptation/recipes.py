@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from flasheva_compile.errors import ConfigError
@@ -11,6 +11,7 @@ from flasheva_compile.validation import expect_choice, expect_integer
 Loss: TypeAlias = Literal["attention_outputs", "logits", "language_model"]
 Trains: TypeAlias = Literal["rules", "attention", "all"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
+FeatureNoise: TypeAlias = Literal["none", "clamped", "normal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class Phase:
         accumulate: Batches per optimizer step.
         precision: ``"bf16"``: forward and backward under autocast; weights and optimizer keep
             their dtypes.
+        feature_noise: What layers with the ``eva`` rule add to the centres ``omega`` of their
+            random features: nothing, or one sample of a standard normal distribution per chunk,
+            ``"clamped"`` to [-1, 1] or as it is. The paper clips, and says no bound: this is ours.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range.
@@ -47,11 +51,13 @@ class Phase:
     warmup: int = 20
     accumulate: int = 1
     precision: Precision = "fp32"
+    feature_noise: FeatureNoise = "none"
 
     def __post_init__(self) -> None:
         expect_choice("loss", self.loss, get_args(Loss))
         expect_choice("trains", self.trains, get_args(Trains))
         expect_choice("precision", self.precision, get_args(Precision))
+        expect_choice("feature_noise", self.feature_noise, get_args(FeatureNoise))
         for name, least in (("steps", 0), ("warmup", 0), ("accumulate", 1)):
             expect_integer(name, getattr(self, name), least)
         if self.loss == "attention_outputs" and self.trains != "rules":
@@ -78,15 +84,16 @@ def distill(*, rule_steps: int = 200, logit_steps: int = 400) -> tuple[Phase, ..
 
 
 def paper(*, attention_steps: int = 2000, steps: int = 10_000) -> tuple[Phase, ...]:
-    """Return the recipe of FlashEVA (arXiv:2511.00576): attention layers, then all weights."""
+    """Return the recipe of FlashEVA (arXiv:2511.00576): attention layers, then all weights.
+
+    Layers with the ``eva`` rule sample their random features; other rules have none.
+    """
     attention = Phase(
         name="attention",
         loss="language_model",
         trains="attention",
         steps=attention_steps,
         learning_rate=3e-4,
+        feature_noise="clamped",
     )
-    everything = Phase(
-        name="all weights", loss="language_model", trains="all", steps=steps, learning_rate=3e-4
-    )
-    return attention, everything
+    return attention, replace(attention, name="all weights", trains="all", steps=steps)

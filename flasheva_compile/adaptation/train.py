@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from flasheva_compile.adaptation.recipes import FeatureNoise
+
 log = logging.getLogger(__name__)
 
 _SPIKE = 4.0  # times the running mean of gradient norms: skipped
@@ -124,6 +126,7 @@ def adapt(
                 run.save(Path(out))
     finally:
         bar.close()
+        set_feature_noise(model, "none")
         for name, p in model.named_parameters():
             p.requires_grad_(requires[name])
             p.grad = None
@@ -139,6 +142,12 @@ def trained_parameters(model: Any, phase: Phase) -> dict[str, nn.Parameter]:  # 
     if phase.trains == "rules":
         paths = tuple(f"{path}flasheva." for path in paths)
     return {name: p for name, p in model.named_parameters() if name.startswith(paths)}
+
+
+def set_feature_noise(model: Any, noise: FeatureNoise) -> None:  # noqa: ANN401
+    """Say what layers with the ``eva`` rule add to their random features in training."""
+    for eva in converted_attentions(model):
+        eva.feature_noise = noise
 
 
 class _Run:
@@ -237,6 +246,7 @@ class _Run:
             trained = trained_parameters(self.model, phase)
             for name, p in self.model.named_parameters():
                 p.requires_grad_(name in trained)
+            set_feature_noise(self.model, phase.feature_noise)
             self.model.train()
             groups = _parameter_groups(phase, trained)
             self.optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0)
@@ -264,6 +274,7 @@ class _Run:
             "norms": self.norms,
             "steps": [asdict(step) for step in self.report.steps],
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all(),
         }
         torch.save(state, folder / f"{_STATE}.part")
         (folder / f"{_STATE}.part").replace(folder / _STATE)
@@ -292,6 +303,7 @@ class _Run:
         self.taken, self.norms = state["taken"], state["norms"]
         self.report.steps = [Step(**step) for step in state["steps"]]
         torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
 def _teacher_weights(model: Any, phases: Sequence[Phase]) -> dict[str, Tensor]:  # noqa: ANN401

@@ -41,6 +41,7 @@ class EvaAttention(nn.Module):
         for name, value in _initial_parameters(config, kv_heads, head_dim).items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
         self.cache_layer: EvaCacheLayer | None = None  # set for the time of one forward
+        self.feature_noise = "none"  # of the eva rule, in training; a recipe's phase sets it
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
@@ -101,6 +102,7 @@ class EvaAttention(nn.Module):
             k,
             v,
             parameters=self.rule_parameters(),
+            noise=self._noise(k),
             key_mask=key_mask,
             segment_ids=segment_ids,
             window_size=c.window_size,
@@ -113,6 +115,15 @@ class EvaAttention(nn.Module):
             retrieve_block=c.retrieve_block,
             **options,  # pyright: ignore[reportArgumentType]
         )
+
+    def _noise(self, k: Tensor) -> Tensor | None:
+        """Sample what is added to ``omega``, ``[B, Hkv, C, D]``, one slot for every chunk."""
+        if not self.training or self.feature_noise == "none" or self.config.chunk_rule != "eva":
+            return None
+        batch, heads, columns, size = k.shape
+        chunks = -(-columns // self.config.chunk_size)
+        noise = torch.randn(batch, heads, chunks, size, dtype=k.dtype, device=k.device)
+        return noise.clamp(-1, 1) if self.feature_noise == "clamped" else noise
 
     def masks(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the key mask and the documents' ids that a mask of ``columns`` keys means."""

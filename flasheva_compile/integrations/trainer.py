@@ -18,7 +18,7 @@ from flasheva_compile.adaptation.losses import (
     language_model_loss,
     logit_loss,
 )
-from flasheva_compile.adaptation.train import trained_parameters
+from flasheva_compile.adaptation.train import set_feature_noise, trained_parameters
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class PhaseCallback(TrainerCallback):
         self._requires: list[tuple[nn.Parameter, bool]] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Freeze."""
+        """Freeze; let random features be sampled."""
+        set_feature_noise(kwargs["model"], self.phase.feature_noise)
         trained = trained_parameters(kwargs["model"], self.phase)
         for name, p in kwargs["model"].named_parameters():
             self._requires.append((p, p.requires_grad))
@@ -114,6 +115,7 @@ class PhaseCallback(TrainerCallback):
         for p, requires in self._requires:
             p.requires_grad_(requires)
         self._requires = []
+        set_feature_noise(kwargs["model"], "none")
 
 
 class PhaseMixin:

@@ -90,7 +90,7 @@ def eva_features(
         members: ``[B, 1, C, S]``.
         parameters: ``(weight [D, D], bias [D], norm_weight [D], norm_bias [D])`` of ``f_q``, then
             of ``f_k``; none = both are the identity.
-        noise: ``[B, Hkv, C, D]``, clamped to [-1, 1]; training only.
+        noise: ``[B, Hkv, C, D]``, added to ``omega``; training only.
 
     Returns:
         ``rfa_k`` and ``omega``, both ``[B, Hkv, C, D]``.
@@ -107,7 +107,7 @@ def eva_features(
         f_q, f_k = _feature_map(parameters[:4]), _feature_map(parameters[4:])
     omega = f_q(mean_q) + f_k(mean_k)
     if noise is not None:
-        omega = omega + noise.clamp(-1, 1)
+        omega = omega + noise
     return f_k(mean_k), omega
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import flasheva_compile as fe
+from flasheva_compile import ops
+from flasheva_compile.adaptation.calibrate import converted_attentions
 from flasheva_compile.adaptation.losses import (
     attention_output_loss,
     language_model_loss,
     logit_loss,
 )
 from flasheva_compile.adaptation.recipes import Phase
+from flasheva_compile.adaptation.train import set_feature_noise
 from flasheva_compile.errors import ConfigError
 from tests.models.test_generate import SMALL, llama, perturb, tokens
 
@@ -157,6 +160,48 @@ def test_steps_that_are_not_finite_are_skipped():
     handle.remove()
     assert all("nan" in step.skipped for step in steps)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+NOISY = {"loss": "language_model", "trains": "all", "steps": 4, "learning_rate": 1e-3}
+
+
+def losses(noise, rule="eva", seed=0):
+    model = fe.prepare(llama(), {**SMALL, "chunk_rule": rule})
+    perturb(model)
+    torch.manual_seed(seed)
+    found = run(model, [Phase(name="n", warmup=0, feature_noise=noise, **NOISY)])
+    assert all(eva.feature_noise == "none" for eva in converted_attentions(model))
+    return [step.loss for step in found.steps]
+
+
+def test_random_features_are_sampled_in_training_alone():
+    quiet, clamped, normal = (losses(noise) for noise in ("none", "clamped", "normal"))
+    assert len({quiet[0], clamped[0], normal[0]}) == 3
+    assert losses("clamped") == clamped
+    assert losses("clamped", seed=1) != clamped
+    assert losses("normal", rule="tangent") == losses("none", rule="tangent")
+    model = fe.prepare(llama(), {**SMALL, "chunk_rule": "eva"}).eval()
+    want = model(tokens(2, 48)).logits
+    set_feature_noise(model, "normal")
+    assert torch.equal(model(tokens(2, 48)).logits, want)
+    assert not torch.equal(model.train()(tokens(2, 48)).logits, want)
+
+
+def test_clamped_noise_is_within_one_of_omega(monkeypatch):
+    found = []
+    real = ops.eva_features
+
+    def features(q, k, pool, parameters, noise):
+        found.extend([] if noise is None else [noise])  # `prepare` looks at the model, too
+        return real(q, k, pool, parameters, noise)
+
+    monkeypatch.setattr(ops, "eva_features", features)
+    losses("clamped")
+    assert len(found) == 4 * 2  # steps, layers
+    noise = torch.stack(found)
+    assert noise.abs().max() == 1
+    assert noise.shape[-2] == 12  # a chunk of 4 tokens each
+    assert 0.2 < float((noise.abs() == 1).float().mean()) < 0.45  # 0.317 of a normal distribution
 
 
 def test_attention_outputs_train_rules_alone():

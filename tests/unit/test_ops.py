@@ -113,7 +113,7 @@ def test_lse_is_not_differentiable():
     assert not lse.requires_grad
 
 
-def test_eva_noise_is_clamped():
+def test_eva_noise_is_added_as_it_is():
     case = dataclasses.replace(CASE, rule="eva")
     noise = 3 * case._normal(50, 2, 2, 6, 8)
     actual = case.op(torch.float64, noise=noise)

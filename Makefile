@@ -39,7 +39,7 @@ bench:  ## Measure time and memory; writes benchmarks/results/
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
 
-gallery:  ## Survey every architecture of the installed transformers; writes docs/gallery.md
+gallery:  ## Survey transformers, and timm and x-transformers if installed; writes docs/gallery.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.gallery
 
 survey:  ## Survey generation with every causal language model; writes docs/generation_survey.md

@@ -147,6 +147,13 @@ def arms() -> tuple[Arm, ...]:
         Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),
         Arm(name="window, lm, seed 1", **without, training="lm", seed=1),
         Arm(name="full, lm, seed 1", config=FULL, training="lm", seed=1),
+        Arm(name="tangent c16 top-8, lm", config=eva(retrieve_chunks=8), training="lm"),
+        Arm(
+            name="tangent c32 top-16, lm",
+            config=eva("tangent", 32, retrieve_chunks=16),
+            training="lm",
+        ),
+        Arm(name="tangent c16 top-8, 1/8 selected, lm", config=eva(retrieve_chunks=8), **hybrid),
         *(
             Arm(name=f"{name}, {noise} noise", config=config, training=training, noise=noise)
             for name, config, training in (
@@ -176,6 +183,10 @@ def retrieval_arms() -> tuple[Arm, ...]:
     for block in (16, 64):
         config = eva(retrieve_chunks=8, retrieve_block=block)
         found.append(Arm(name=f"tangent c16 top-8 block {block}", config=config, training="none"))
+    for chunk_size, count in ((32, 8), (16, 16), (32, 16), (16, 32), (8, 32)):
+        config = eva("tangent", chunk_size, retrieve_chunks=count, retrieve_by="bounds")
+        name = f"tangent c{chunk_size} top-{count} by bounds"
+        found.append(Arm(name=name, config=config, training="none"))
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
     return tuple(found)

@@ -27,11 +27,13 @@ import torch
 import transformers
 from adaptation_arms import Arm, arms, recipe, retrieval_arms
 from adaptation_model import load_model
+from extractive_questions import questions
 from records import Results, header
 from timing import describe
 
 import flasheva_compile as fe
 from flasheva_compile.adaptation.calibrate import converted_attentions
+from flasheva_compile.evaluation.extractive import extractive
 from flasheva_compile.evaluation.passkey import passkey, passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
 
@@ -46,6 +48,7 @@ PROBE_LENGTHS = (2000, 6000)  # of prompts that choose layers [tokens]
 NEVER = -1e30  # bias of a chunk token that no query attends to
 SOURCES = ("austen", "faq", "linux")
 NOTHING = "skipped: time budget"
+EXTRACTIVE_TOKENS = 12  # in which an answer has to come
 
 
 def main() -> None:
@@ -81,7 +84,7 @@ def gather(results: Results, rows: Path, a: argparse.Namespace) -> None:
 
 def described(a: argparse.Namespace) -> dict[str, Any]:
     """Return the header of the results."""
-    names = ("steps", "batch", "select", "sequences", "passkeys", "length")
+    names = ("steps", "batch", "select", "sequences", "passkeys", "length", "extractive")
     return {
         **header(torch.device(a.device), a.commit),
         "model": a.model.name if a.model else "SmolLM2-135M's architecture, RANDOM weights",
@@ -272,7 +275,7 @@ def evaluate(
     text: dict[str, Any],
     tokenizer: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
-    """Return perplexities and pass keys."""
+    """Return perplexities, pass keys and answers to questions."""
     row: dict[str, Any] = {"perplexity": perplexities(a, model, text)}
     if a.passkeys:
         start = time.monotonic()
@@ -280,6 +283,14 @@ def evaluate(
             found = passkey(model, tokenizer, a.passkey_lengths, samples=a.passkeys, batch_size=8)
         row["passkey"] = {str(n): share for n, share in found.by_length.items()}
         row["passkey_seconds"] = time.monotonic() - start
+    if a.extractive:
+        start = time.monotonic()
+        stream = text[f"test_{SOURCES[0]}"]
+        items = questions(tokenizer, stream, a.extractive, a.extractive_length)
+        with autocast(a):
+            answered = extractive(model, tokenizer, items, new_tokens=EXTRACTIVE_TOKENS)
+        row["extractive"] = {"accuracy": answered.accuracy, "nll": answered.nll}
+        row["extractive_seconds"] = time.monotonic() - start
     return row
 
 
@@ -325,6 +336,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--select", type=int, default=4, help="sequences that choose full layers")
     add("--passkeys", type=int, default=24, help="prompts per length; 0 = none")
     add("--passkey-lengths", type=int, nargs="+", default=[1000, 2000, 4000, 7600])
+    add("--extractive", type=int, default=0, help="questions on long documents; 0 = none")
+    add("--extractive-length", type=int, default=4000, help="of the documents [tokens]")
     add("--budget-s", type=float, default=1e9, help="begin no arm that may not end by then")
     add("--out", type=Path, default=RESULT)
     add("--commit", help="recorded where git cannot say it")

@@ -180,7 +180,8 @@ def retrieval_state(cell: Cell, keys: torch.Tensor, values: torch.Tensor) -> Ret
     """Return a state that holds ``context`` tokens."""
     mask = torch.ones(cell.batch, keys.shape[2], dtype=torch.bool, device="cuda")
     none = torch.zeros(cell.batch, KV_HEADS, 0, dtype=torch.int32, device="cuda")
-    return RetrievalState(keys=keys, values=values, mask=mask, selected=none, **chunk_tokens(cell))
+    own = {"selected": none, "bounds": normal(cell.batch, KV_HEADS, 0, 2 * HEAD_DIM)}
+    return RetrievalState(keys=keys, values=values, mask=mask, **own, **chunk_tokens(cell))
 
 
 def plain_state(cell: Cell) -> CacheState:

@@ -37,7 +37,7 @@ IDENTITY = ("window_size", "chunk_size")
 FULL = {"window_size": None, "chunk_size": None}
 SINKS = 16
 STEPS = 20
-MEASURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_mib_per_row", "prefill_peak_mib")
+MEASURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_mib_per_row")
 
 
 def measured(a: argparse.Namespace, row: Row) -> Row:
@@ -69,7 +69,6 @@ def prefill(a: argparse.Namespace, model: Any, device: torch.device) -> Row:  # 
     return {
         "prefill_ms": round(found.ms, 4),
         "prefill_tokens_per_s": round(a.context / found.ms * 1e3),
-        "prefill_peak_mib": found.peak_mib,
         "prefill_method": found.method,
     }
 
@@ -151,7 +150,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    for panel, name in zip(panels, MEASURES[:3], strict=True):
+    for panel, name in zip(panels, MEASURES, strict=True):
         for row in rows:
             full = row["window_size"] is None
             label = "full" if full else f"w{row['window_size']} c{row['chunk_size']}"

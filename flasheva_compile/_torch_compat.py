@@ -24,22 +24,26 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "autocast_switch",
+    "below_autograd",
+    "blocks_of_mask",
     "compile_aot_eager",
     "compile_inductor",
     "compiled_frame_module",
     "guard_on_attribute",
     "has_cpp_compiler",
     "inductor_option_names",
-    "is_checkpoint_body_call",
+    "is_flex_call",
     "is_higher_order_call",
     "is_module_state",
     "is_real_tensor",
     "modules_on_stack",
+    "node_of_stack",
     "plain_execution",
     "real_attribute",
     "register_backend",
@@ -97,6 +101,23 @@ def traced_node(value: torch.Tensor) -> torch.fx.Node | None:
     return None if found is None else found.proxy.node
 
 
+def blocks_of_mask(
+    visible: torch.Tensor, block_sizes: tuple[int, int], *, full: bool
+) -> list[torch.Tensor]:
+    """Return the lists of blocks that flex_attention's ``create_block_mask`` makes of a mask.
+
+    Args:
+        visible: ``[B, H, Q, K]`` of bool.
+        block_sizes: Queries and keys of a block.
+        full: Blocks that are visible as a whole are listed apart.
+    """
+    from torch.nn.attention import flex_attention
+
+    make, order = flex_attention._convert_mask_to_block_mask, flex_attention._dense_to_ordered
+    lists = make(visible, *block_sizes, separate_full_blocks=full)
+    return [x for blocks in lists if blocks is not None for x in order(blocks)]
+
+
 def autocast_switch(target: object) -> str:
     """Return "enter" or "exit" for the calls by which Dynamo's graphs spell autocast regions."""
     name = getattr(target, "__name__", "")
@@ -146,9 +167,24 @@ def is_higher_order_call(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def is_checkpoint_body_call(target: object) -> bool:
-    """Return whether ``target(body, *args)`` runs a gradient-checkpointed body."""
-    return getattr(target, "__name__", "") == "tag_activation_checkpoint"
+def body_and_operands(target: object, args: Sequence[Any]) -> tuple[Any, Sequence[Any]] | None:
+    """Split what a call is given that only runs a body: a checkpoint, a nested_compile_region."""
+    match getattr(target, "__name__", ""):
+        case "tag_activation_checkpoint":
+            return args[0], args[1:]
+        case "invoke_subgraph":
+            return args[0], args[2:]
+    return None
+
+
+def is_flex_call(target: object) -> bool:
+    """Return whether ``target`` is the higher-order op of flex_attention."""
+    return target is getattr(torch.ops.higher_order, "flex_attention", None)
+
+
+def node_of_stack(node: torch.fx.Node) -> AbstractContextManager[None]:
+    """Give what is traced inside the metadata of a node of Dynamo's graph."""
+    return fx_traceback.set_current_meta(node)
 
 
 def compiled_frame_module() -> tuple[str, nn.Module] | None:
@@ -258,3 +294,21 @@ def mark_static_addresses(tensors: Iterable[torch.Tensor]) -> None:
     if not torch.compiler.is_compiling():
         for x in tensors:
             torch._dynamo.mark_static_address(x)
+
+
+def below_autograd(
+    op: Any,  # noqa: ANN401 - PyTorch has no public types of these
+    keyset: Any,  # noqa: ANN401
+    args: Sequence[Any],
+    options: dict[str, Any],
+) -> Any:  # noqa: ANN401
+    """Call an operator below autograd, from the code that autograd runs for it.
+
+    Args:
+        op: The overload.
+        keyset: What the dispatcher handed to that code (``with_keyset=True``).
+        args: Positional arguments.
+        options: Keyword arguments.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)

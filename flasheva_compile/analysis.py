@@ -17,13 +17,19 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
 from flasheva_compile.plan import expect_rewritten, keep_all, plan
+from flasheva_compile.premises import premises_of, sorted_inputs
 from flasheva_compile.report import CompileReport, LayerReport
-from flasheva_compile.scope import choose_scope, is_prepared, name_places
+from flasheva_compile.scope import (
+    choose_scope,
+    is_prepared,
+    name_places,
+    refuse_shared_bodies,
+)
 from flasheva_compile.site import AttentionSite, MissedSite, Replace, RewritePlan
 from flasheva_compile.translation import validate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import fx
 
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from flasheva_compile.config import Options
     from flasheva_compile.masks.predicate import MaskPredicate
     from flasheva_compile.scope import Scope
-    from flasheva_compile.site import CapturedGraph, Decision, Place
+    from flasheva_compile.site import CapturedGraph, Decision, Place, Premise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +46,7 @@ class Analysis:
 
     Attributes:
         captured: The graph and its shadow.
-        buffers: Inputs that hold a causal mask, on which some decisions rest.
+        premises: Facts about the inputs' data on which the plan rests.
         scope: What names are relative to.
         places: Where each attention stands, in graph order.
         plan: The decisions, in graph order.
@@ -49,7 +55,7 @@ class Analysis:
     """
 
     captured: CapturedGraph
-    buffers: Mapping[fx.Node, MaskBuffer]
+    premises: tuple[Premise, ...]
     scope: Scope
     places: tuple[Place, ...]
     plan: RewritePlan
@@ -76,12 +82,14 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         captured = capture(graph, inputs)
     with _timed(seconds, "match"):
         sites = match(captured)
+        if settings.hybrid.rules:
+            sites = refuse_shared_bodies(sites)
         places = tuple(site.place for site in sites)
         scope = choose_scope(places, settings.hybrid)
         layers = name_places(places, scope)
     with _timed(seconds, "prove"):
         buffers = mask_buffers(captured)
-        masks = _prove(sites, buffers)
+        masks = _prove(sites, buffers, sorted_inputs(captured))
     with _timed(seconds, "plan"):
         decided = plan(sites, layers, masks, settings)
         if is_prepared(scope):
@@ -96,7 +104,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         expect_rewritten(decided)
     return Analysis(
         captured=captured,
-        buffers=buffers,
+        premises=premises_of(captured, decided, buffers),
         scope=scope,
         places=places,
         plan=decided,
@@ -123,10 +131,13 @@ def describe(
 
 
 def _prove(
-    sites: Sequence[AttentionSite | MissedSite], buffers: Mapping[fx.Node, MaskBuffer]
+    sites: Sequence[AttentionSite | MissedSite],
+    buffers: Mapping[fx.Node, MaskBuffer],
+    in_order: Collection[fx.Node],
 ) -> tuple[MaskPredicate | None, ...]:
     """Prove the masks of every site; layers that share a mask share the proof."""
-    prover = MaskProver({node: buffer.meaning for node, buffer in buffers.items()})
+    bindings = {node: buffer.meaning for node, buffer in buffers.items()}
+    prover = MaskProver(bindings, in_order)
     return tuple(
         None
         if isinstance(site, MissedSite) or not site.masks

@@ -12,10 +12,10 @@ import torch
 
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.analysis import analyse, describe
-from flasheva_compile.buffers import guarded, untouched_copy
 from flasheva_compile.config import parse_options
 from flasheva_compile.errors import CaptureError, FlashEvaError
 from flasheva_compile.plan import expect_rewritten
+from flasheva_compile.premises import guarded, untouched_copy
 from flasheva_compile.rewrite import rewrite
 from flasheva_compile.scope import guard_rules
 
@@ -86,12 +86,12 @@ def _compile(
             raise
         log.warning("graph left as it is: %s", error)
         return _run_inner(inner, graph, inputs, mode, settings)
-    original = untouched_copy(graph) if analysis.buffers else None
+    original = untouched_copy(graph) if analysis.premises else None
     report = _edit(analysis, settings, warnings)
     _publish(report)
     compiled = _run_inner(inner, graph, inputs, mode, settings)
     if original is not None and report.rewritten:
-        return guarded(compiled, original, analysis.buffers, tuple(inputs))
+        return guarded(compiled, original, analysis.premises, tuple(inputs))
     return compiled
 
 

@@ -1,28 +1,24 @@
 """Causal masks kept in buffers: recognised by their data, checked again whenever they may change.
 
 nanoGPT and its kin mask with a registered ``tril`` buffer. To a compiler it is just an input, so
-its elements are read. Dynamo does not guard them: the compiled callable checks, before each call,
-that the tensor is the same and was not written to, and otherwise runs the graph as it was.
+its elements are read. Dynamo does not guard them: that they stay is a premise.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
 
 from flasheva_compile import _torch_compat as compat
+from flasheva_compile.site import Premise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from flasheva_compile.site import CapturedGraph
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,15 @@ class MaskBuffer:
     name: str
     meaning: fx.Node
     form: str
+
+    @property
+    def premise(self) -> Premise:
+        """That the buffer keeps its mask."""
+        return Premise(
+            positions=(self.position,),
+            holds=lambda tensor: _form_of(tensor) == self.form,
+            text=f"buffer {self.name} holds a causal mask",
+        )
 
 
 _FORMS: dict[str, Callable[[int, torch.dtype], torch.Tensor]] = {
@@ -62,51 +67,6 @@ def mask_buffers(captured: CapturedGraph) -> Mapping[fx.Node, MaskBuffer]:
         if form is not None:
             found[node] = MaskBuffer(position, source.name, _meaning(form, data), form)
     return found
-
-
-def guarded(
-    compiled: Callable[..., Any],
-    original: fx.GraphModule,
-    buffers: Mapping[fx.Node, MaskBuffer],
-    inputs: tuple[Any, ...],
-) -> Callable[..., Any]:
-    """Wrap a compiled graph so that it runs only while its mask buffers hold their masks.
-
-    Writes through ``tensor.data`` escape PyTorch's version counter, and this check with it.
-    """
-    seen = {b.position: _stamp(inputs[b.position]) for b in buffers.values()}
-
-    def run(*args: Any) -> Any:  # noqa: ANN401
-        for buffer in buffers.values():
-            tensor = args[buffer.position]
-            stamp = _stamp(tensor)
-            if stamp == seen[buffer.position]:
-                continue
-            if _form_of(tensor) != buffer.form:
-                log.warning(
-                    "buffer %s no longer holds a causal mask: running the graph with full "
-                    "attention, uncompiled",
-                    buffer.name,
-                )
-                return original(*args)
-            seen[buffer.position] = stamp
-        return compiled(*args)
-
-    return run
-
-
-def untouched_copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph before it is edited."""
-    copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for name, body in graph.named_children():
-        if isinstance(body, fx.GraphModule):
-            setattr(copied, name, untouched_copy(body))
-    return copied
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int, int, int]:
-    version = -1 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version
 
 
 def _form_of(tensor: torch.Tensor) -> str | None:

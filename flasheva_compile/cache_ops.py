@@ -16,7 +16,7 @@ from flasheva_compile.implementations import Masks, pool, runs_kernels
 from flasheva_compile.kernels.blocked import cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
-from flasheva_compile.lowering import launch_decode
+from flasheva_compile.lowering import launch_decode, launch_extend
 from flasheva_compile.lowering.launch import kernel_rule
 from flasheva_compile.op_checks import OP_VERSION, check_cache
 from flasheva_compile.op_registration import fakes, implements
@@ -85,17 +85,43 @@ def new_state(k: Tensor, v: Tensor, chunks: int, o: dict[str, Any]) -> CacheStat
     )
 
 
+def _checked(
+    qkv: tuple[Tensor, ...],
+    key_mask: Tensor | None,
+    state: Sequence[Tensor],
+    o: dict[str, Any],
+) -> AttentionSettings:
+    """Check the arguments, once for calls that are alike: every layer does it for every token."""
+    described = tuple((x.shape, x.dtype, x.device) for x in (*qkv, *state[:2]))
+    mask = None if key_mask is None else (key_mask.shape, key_mask.dtype)
+    key = (described, mask, *o.items())
+    settings = _known.get(key)
+    if settings is None:
+        check_cache(qkv, key_mask, state, o)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        settings = _known[key] = cache_settings(o)
+    return settings
+
+
+_known: dict[tuple[Any, ...], AttentionSettings] = {}
+_MOST_KNOWN = 4096
+
+
 # --- flasheva::cache_append -----------------------------------------------------------------------
 
 
 @implements("cache_append", f"({_INPUTS}, *, {_OPTIONS}) -> ()")
 def _cache_append(*args: Any, **options: Any) -> None:
     q, k, v, parameters, key_mask, *state = args
-    check_cache((q, k, v), key_mask, state, options)
+    settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
+    if runs_kernels(k, v):
+        pooling = _pooling(q, k, v, parameters, key_mask, kept, options)
+        launch_extend.cache_append((k, v), key_mask, kept, settings, pooling)
+        return
     new = (_group_mean(q, k), k, v)
     pool_new = partial(pool_chunks, parameters, options)
-    settings = cache_settings(options)
-    blocked.cache_append(new, key_mask, CacheState(*state), pool_new, settings)
+    blocked.cache_append(new, key_mask, kept, pool_new, settings)
 
 
 @fakes("cache_append")
@@ -110,15 +136,17 @@ def _(*args: Any, **options: Any) -> None:
 def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
     q, k, v, parameters, key_mask, *state = args
-    check_cache((q, k, v), key_mask, state, options)
-    settings = cache_settings(options)
-    if q.shape[2] == 1 and options["rule"] != "eva" and runs_kernels(k, v):
-        rule = kernel_rule(options["rule"], list(parameters))
-        given = tuple(parameters)
-        return launch_decode.decode(q, k, v, key_mask, given, CacheState(*state), settings, rule)
+    settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
+    if runs_kernels(k, v):
+        if q.shape[2] == 1 and options["rule"] != "eva":
+            rule = kernel_rule(options["rule"], list(parameters))
+            given = tuple(parameters)
+            return launch_decode.decode(q, k, v, key_mask, given, kept, settings, rule)
+        pooling = _pooling(q, k, v, parameters, key_mask, kept, options)
+        return launch_extend.decode(q, (k, v), key_mask, kept, settings, pooling)
     new = (_group_mean(q, k), k, v)
     pool_new = partial(pool_chunks, parameters, options)
-    return blocked.decode(q, new, key_mask, CacheState(*state), pool_new, settings)
+    return blocked.decode(q, new, key_mask, kept, pool_new, settings)
 
 
 @fakes("decode")
@@ -131,6 +159,24 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 # --- pooling --------------------------------------------------------------------------------------
+
+
+def _pooling(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parameters: Sequence[Tensor],
+    key_mask: Tensor | None,
+    state: CacheState,
+    o: dict[str, Any],
+) -> launch_extend.Pooling | None:
+    """Return how kernels pool; the ``eva`` rule's feature maps run here, before them."""
+    if o["rule"] != "eva":
+        return launch_extend.Pooling(kernel_rule(o["rule"], list(parameters)), tuple(parameters))
+    new = (_group_mean(q, k), k, v)
+    pool_new = partial(pool_chunks, parameters, o)
+    blocked.pool_new_chunks(new, key_mask, state, pool_new, cache_settings(o))
+    return None
 
 
 def _group_mean(q: Tensor, k: Tensor) -> Tensor:

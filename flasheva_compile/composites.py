@@ -90,6 +90,10 @@ def _copied(traced: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node]) -> Seque
             new.meta = {name: node.meta[name] for name in _CARRIED_META if name in node.meta}
             if isinstance(value := source.meta.get("val"), torch.Tensor | torch.SymInt):
                 new.meta["example_value"] = value
+            if new.target is torch.ops.aten.view.default:
+                # Traced where the attention's result was laid out so that this was a view: the
+                # replacement's may not be, and what made it contiguous left no node.
+                new.target = torch.ops.aten.reshape.default
             env[source] = new
     outputs = traced.output_node().args[0]
     return [env[o] if isinstance(o, fx.Node) else None for o in outputs]  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
 """From what a user writes to validated, frozen configuration.
 
-``EvaConfig`` says how one attention is approximated, ``HybridConfig`` which attention gets which
-``EvaConfig``, ``Options`` is everything that ``torch.compile(..., options=)`` may carry. All
-of them refuse unknown names and impossible values with a ``ConfigError`` before anything changes.
+``HybridConfig`` says which attention gets which ``EvaConfig`` or ``FullConfig``, ``Options`` is
+everything that ``torch.compile(..., options=)`` may carry. Both refuse unknown names and impossible
+values with a ``ConfigError`` before anything changes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.layer_config import (
+    EVA_FIELDS,
+    ChunkRule,
+    EvaConfig,
+    FullConfig,
+    LayerConfig,
+    Selector,
+    WindowKind,
+    is_full,
+    kv_of,
+    read_layer_config,
+)
 from flasheva_compile.layer_names import (
     LayerName,
     covers,
@@ -26,117 +38,28 @@ from flasheva_compile.validation import (
     VERSION,
     expect_boolean,
     expect_choice,
-    expect_integer,
     expect_mapping,
     expect_version,
     load_json,
     unknown,
 )
 
-__all__ = ["EvaConfig", "HybridConfig", "LayerName", "LayerRule", "Options", "parse_options"]
+__all__ = [
+    "ChunkRule",
+    "EvaConfig",
+    "FullConfig",
+    "HybridConfig",
+    "LayerConfig",
+    "LayerName",
+    "LayerRule",
+    "Options",
+    "Selector",
+    "WindowKind",
+    "parse_options",
+]
 
-ChunkRule: TypeAlias = Literal["mean", "tangent", "evabyte", "eva"]
-WindowKind: TypeAlias = Literal["sliding", "block"]
 AssumedMask: TypeAlias = Literal["causal", "bidirectional"]
 InnerBackend: TypeAlias = Literal["inductor", "aot_eager", "eager"]
-
-_LEAST = dict.fromkeys(("window_size", "chunk_size", "retrieve_block"), 1)
-_LEAST |= dict.fromkeys(("sink_tokens", "retrieve_chunks"), 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaConfig:
-    """How FlashEVA approximates one attention.
-
-    Args:
-        window_size: Keys seen exactly before each query [tokens]; a multiple of ``chunk_size``.
-        chunk_size: Keys behind one chunk token [tokens].
-        sink_tokens: First keys of the sequence that every query sees exactly [tokens].
-        chunk_rule: How a chunk becomes its chunk token.
-        window: ``"sliding"`` moves with the query; ``"block"`` starts anew every ``window_size``.
-        retrieve_chunks: Best-scoring chunks that each query also sees exactly; 0 = none.
-        retrieve_block: Consecutive queries that share the selection of the first of them [tokens].
-
-    Raises:
-        ConfigError: A value has the wrong type or is out of range.
-    """
-
-    window_size: int = 256
-    chunk_size: int = 16
-    sink_tokens: int = 1
-    chunk_rule: ChunkRule = "tangent"
-    window: WindowKind = "sliding"
-    retrieve_chunks: int = 0
-    retrieve_block: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            expect_integer(name, getattr(self, name), least)
-        expect_choice("chunk_rule", self.chunk_rule, get_args(ChunkRule))
-        expect_choice("window", self.window, get_args(WindowKind))
-        if self.window_size % self.chunk_size:
-            below = self.window_size - self.window_size % self.chunk_size
-            near = [str(size) for size in (below, below + self.chunk_size) if size]
-            raise ConfigError(
-                f"must be a multiple of chunk_size={self.chunk_size}, got {self.window_size}",
-                subject="window_size",
-                hint=f"use {' or '.join(near)}",
-            )
-        if self.retrieve_block > 1 and not self.retrieve_chunks:
-            message = f"{self.retrieve_block} without retrieve_chunks"
-            raise ConfigError(message, subject="retrieve_block", hint="set both, or neither")
-
-    @classmethod
-    def paper(cls) -> EvaConfig:
-        """Return the geometry of the EVA paper: blocks of 256, chunks of 16, no sinks."""
-        return cls(window_size=256, chunk_size=16, sink_tokens=0, chunk_rule="eva", window="block")
-
-    @classmethod
-    def evabyte(cls) -> EvaConfig:
-        """Return the geometry of EvaByte: blocks of 2048, chunks of 16, no sinks."""
-        return cls(
-            window_size=2048, chunk_size=16, sink_tokens=0, chunk_rule="evabyte", window="block"
-        )
-
-    @property
-    def sink_size(self) -> int:
-        """Sink keys, rounded up to whole chunks [tokens]."""
-        return -(-self.sink_tokens // self.chunk_size) * self.chunk_size
-
-    def replace(self, **changes: object) -> EvaConfig:
-        """Return a copy with some fields changed."""
-        return self._merge(changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a plain dict that ``from_dict`` and ``json`` accept."""
-        return {"version": VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> EvaConfig:
-        """Read ``to_dict``'s result; fields that are absent keep their defaults."""
-        return cls()._merge(expect_mapping("EvaConfig", fields))
-
-    def to_json(self) -> str:
-        """Return ``to_dict`` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> EvaConfig:
-        """Read ``to_json``'s result."""
-        return cls.from_dict(load_json(text))
-
-    def _merge(self, changes: Mapping[str, Any]) -> EvaConfig:
-        """Return a copy with the given fields changed, ``version`` checked and dropped."""
-        expect_version(changes)
-        for name in changes:
-            if name not in (*_EVA_FIELDS, "version"):
-                raise unknown(name, _EVA_FIELDS, what="field")
-        fields = {name: value for name, value in changes.items() if name != "version"}
-        return dataclasses.replace(self, **fields)
-
-
-_EVA_FIELDS = tuple(entry.name for entry in dataclasses.fields(EvaConfig))
-LayerConfig: TypeAlias = EvaConfig | Literal["full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +97,9 @@ class HybridConfig:
 
         Args:
             layers: Keys are an index (or its digits, as JSON has it), a module path, a glob or
-                ``"default"``; values are ``"full"``, ``"eva"`` (as the default), an ``EvaConfig``
-                or a dict of fields that differ from the default's.
+                ``"default"``; values are ``"full"``, ``"eva"`` (as the default), an ``EvaConfig``,
+                a dict of fields that differ from the default's, a ``FullConfig`` or
+                ``{"attention": "full", "kv": "vq-2bit"}``.
             base: What the fields of ``"default"`` differ from; ``EvaConfig()`` if absent.
 
         Raises:
@@ -185,7 +109,7 @@ class HybridConfig:
         expect_version(layers)
         base = base or EvaConfig()
         default = _layer_config("default", layers.get("default", base), base)
-        base = base if default == "full" else default
+        base = default if isinstance(default, EvaConfig) else base
         found: dict[int | str, LayerConfig] = {}
         for raw, value in layers.items():
             if raw in ("default", "version"):
@@ -201,7 +125,7 @@ class HybridConfig:
         rules = {rule.key: rule.config for rule in self.rules}
         # Keys are strings throughout: json.dumps(sort_keys=True) cannot order 0 and "default".
         return {"version": VERSION} | {
-            str(key): dataclasses.asdict(config) if isinstance(config, EvaConfig) else config
+            str(key): _layer_dict(config)
             for key, config in {"default": self.default, **rules}.items()
         }
 
@@ -287,15 +211,15 @@ def parse_options(
     options = {} if options is None else expect_mapping("options", options)
     expect_version(options)
     own = {name: options[name] for name in _OWN_OPTIONS if name in options}
-    fields = {name: options[name] for name in _EVA_FIELDS if name in options}
+    fields = {name: options[name] for name in EVA_FIELDS if name in options}
     inductor: dict[str, Any] = {}
     for name, value in options.items():
         if name in own or name in fields or name == "version":
             continue
         spelled = name.replace("-", "_") if isinstance(name, str) else name
         if spelled not in (inductor_options or ()):
-            valid = (*_OWN_OPTIONS, *_EVA_FIELDS, *sorted(inductor_options or ()))
-            raise unknown(name, valid, what="option", shown=(*_OWN_OPTIONS, *_EVA_FIELDS))
+            valid = (*_OWN_OPTIONS, *EVA_FIELDS, *sorted(inductor_options or ()))
+            raise unknown(name, valid, what="option", shown=(*_OWN_OPTIONS, *EVA_FIELDS))
         inductor[spelled] = value
     switches = {"strict": own.get("strict", False), "validate": own.get("validate", True)}
     for name, value in switches.items():
@@ -309,8 +233,13 @@ def parse_options(
         raise ConfigError(
             f"is an option of Inductor, but inner_backend={inner!r}", subject=next(iter(inductor))
         )
+    hybrid = _hybrid(own, fields)
+    for config in (hybrid.default, *(rule.config for rule in hybrid.rules)):
+        if kv_of(config) != "exact":
+            message = f"{kv_of(config)!r} is how a cache stores keys, and a graph has no cache"
+            raise ConfigError(message, subject="kv", hint="call prepare(model, config)")
     return Options(
-        hybrid=_hybrid(own, fields),
+        hybrid=hybrid,
         **switches,
         assume_mask=assume_mask,
         inner_backend=inner,
@@ -340,7 +269,7 @@ def _hybrid(own: Mapping[str, Any], fields: Mapping[str, Any]) -> HybridConfig:
         )
     if isinstance(value, HybridConfig):
         return value
-    if isinstance(value, EvaConfig) or value == "full":
+    if isinstance(value, EvaConfig) or is_full(value):
         return HybridConfig(default=value)
     raise ConfigError(
         f'must be a dict, an EvaConfig, a HybridConfig or "full", got {value!r}', subject=name
@@ -355,7 +284,7 @@ def _layer_key(raw: object) -> int | str:
         raise ConfigError(
             'must be a layer index, a module path, a glob or "default"', subject=label(raw)
         )
-    if raw in _EVA_FIELDS:
+    if raw in EVA_FIELDS:
         raise ConfigError(
             "is a field of EvaConfig, not a layer",
             subject=label(raw),
@@ -364,21 +293,18 @@ def _layer_key(raw: object) -> int | str:
     return int(raw) if raw.removeprefix("-").isdecimal() else raw
 
 
+def _layer_dict(config: object) -> Any:  # noqa: ANN401
+    if isinstance(config, EvaConfig):
+        return dataclasses.asdict(config)
+    return config.to_dict() if isinstance(config, FullConfig) else config
+
+
 def _layer_config(key: int | str, value: object, base: EvaConfig) -> LayerConfig:
     """Read a value of ``layers``."""
-    if isinstance(value, EvaConfig) or value == "full":
-        return value  # pyright: ignore[reportReturnType]
-    if value == "eva":
-        return base
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f'must be "full", "eva", an EvaConfig or a dict of its fields, got {value!r}',
-            subject=label(key),
-        )
     try:
-        return base._merge(value)  # pyright: ignore[reportPrivateUsage]
+        return read_layer_config(value, base)
     except ConfigError as error:
-        subject = f"{label(key)}.{error.subject}"
+        subject = f"{label(key)}.{error.subject}" if error.subject else label(key)
         raise ConfigError(error.message, subject=subject, hint=error.hint) from None
 
 

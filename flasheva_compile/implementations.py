@@ -15,6 +15,7 @@ import torch
 from flasheva_compile.kernels.blocked.attention import attention_forward
 from flasheva_compile.kernels.blocked.attention_backward import attention_backward
 from flasheva_compile.kernels.blocked.block import Operands
+from flasheva_compile.kernels.blocked.chunk_bounds import chunk_bounds, selecting_by_bounds
 from flasheva_compile.kernels.blocked.chunk_tokens import ChunkSettings, chunk_tokens_forward
 from flasheva_compile.kernels.blocked.chunk_tokens_backward import (
     TokenGradients,
@@ -32,7 +33,12 @@ from flasheva_compile.kernels.blocked.retrieval_select import (
     group_size,
     select_chunks,
 )
-from flasheva_compile.lowering import launch, launch_pooling, launch_retrieval
+from flasheva_compile.lowering import (
+    launch,
+    launch_pooling,
+    launch_retrieval,
+    launch_retrieval_backward,
+)
 from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
 
@@ -302,15 +308,20 @@ def retrieve(
     if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
         out, lse = attend(qkv, tokens, masks, o)
         return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
-    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
-    if runs_kernels(k, v, settings.dropout_p):
+    by = o["retrieve_by"]
+    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"], by=by)
+    if by == "token" and runs_kernels(k, v, settings.dropout_p):  # no kernel knows bounds yet
         rows = _rows(k, masks, settings.chunk_size)
         if launch_retrieval.covers(t, rows, settings, retrieval):
             return launch_retrieval.retrieval_forward(t, rows, settings, retrieval)
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
-    selected = select_chunks(t, geometry, settings, retrieval)
+    selecting = t
+    if by == "bounds":
+        bounds = chunk_bounds(k, masks.key_mask, masks.segment_ids, settings.chunk_size)
+        selecting = selecting_by_bounds(t, bounds)
+    selected = select_chunks(selecting, geometry, settings, retrieval)
     return *retrieval_forward(t, geometry, settings, retrieval, selected), selected
 
 
@@ -323,13 +334,20 @@ def retrieve_backward(
     o: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     """Differentiate :func:`retrieve` with respect to its six tensors, the selection given."""
-    q, k, _ = qkv
+    q, k, v = qkv
     out, lse, selected = result
     settings, t = attention_settings(o), _operands(qkv, tokens, masks)
     if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
         return attend_backward(dout, (out, lse), qkv, tokens, masks, o)
+    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
+    if runs_kernels(k, v, settings.dropout_p):
+        rows = _rows(k, masks, settings.chunk_size)
+        if launch_retrieval_backward.covers(t, rows, settings, retrieval, selected):
+            grads = launch_retrieval_backward.retrieval_backward(
+                dout, (out, lse, selected), t, rows, settings, retrieval
+            )
+            return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
-    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
     return tuple(retrieval_backward(dout, out, lse, t, geometry, settings, retrieval, selected))

@@ -117,6 +117,8 @@ def check_retrieval(
     op = "flasheva::retrieval_attention"
     for name in ("retrieve_chunks", "retrieve_block"):
         require(o[name] >= 1, f"{name}={o[name]}", op, "at least 1")
+    by = o["retrieve_by"]
+    require(by in ("token", "bounds"), f"retrieve_by={by!r}", op, 'use "token" or "bounds"')
     hint = "leave retrieve_chunks out"
     require(o["causal"], "retrieve_chunks with bidirectional attention", op, hint)
     check_attention(tensors, optional, o, op)

@@ -143,11 +143,14 @@ def _attention_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: 
     require(not ctx.needs_input_grad[8], message, "flasheva::attention", "detach them")
     out, lse = output
     ctx.options = keyword_only_inputs
+    ctx.set_materialize_grads(False)  # nobody reads a gradient of lse
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(out, lse, *inputs)
 
 
-def _attention_gradient(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
+def _attention_gradient(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 10
     grads = torch.ops.flasheva.attention_backward(dout, *ctx.saved_tensors, **ctx.options)
     return *grads, None, None, None, None
 
@@ -211,13 +214,16 @@ def _eva_attention_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, outp
     constant = slopes is None or not slopes.requires_grad
     require(constant, message, "flasheva::eva_attention", "detach them")
     ctx.options = keyword_only_inputs
+    ctx.set_materialize_grads(False)  # six tensors of zeros that nobody reads
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output, q, k, v, *masks, *parameters)
 
 
-def _eva_attention_gradient(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _eva_attention_gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     output, qkv, masks, parameters = saved[:7], saved[7:10], saved[10:14], list(saved[14:])
+    if dout is None:
+        return None, None, None, [None] * len(parameters), None, None, None, None
     inputs = (*qkv, parameters, *masks)
     dq, dk, dv, *dp = torch.ops.flasheva.eva_attention_backward(
         dout, *output, *inputs, **ctx.options
@@ -247,6 +253,7 @@ class AttentionOptions(TypedDict, total=False):
         dropout_p: Probability of dropping a weight.
         retrieve_chunks: Best-scoring chunks that a query attends exactly; causal only; 0.
         retrieve_block: Consecutive queries that share the selection of the first of them; 1.
+        retrieve_by: What scores chunks, their ``"token"`` or their keys' ``"bounds"``; "token".
     """
 
     window_size: Required[int]
@@ -261,6 +268,7 @@ class AttentionOptions(TypedDict, total=False):
     dropout_p: float
     retrieve_chunks: int
     retrieve_block: int
+    retrieve_by: str
 
 
 def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
@@ -271,7 +279,7 @@ def _with_defaults(options: AttentionOptions, head_dim: int) -> dict[str, Any]:
     require(not unknown, f"unknown option {', '.join(sorted(unknown))}", op, f"there are {names}")
     defaults = {"sink_tokens": 0, "window": "sliding", "chunk_rule": "tangent", "causal": True}
     defaults |= {"q_offset": 0, "scale": None, "softcap": 0.0, "dropout_p": 0.0}
-    defaults |= {"retrieve_chunks": 0, "retrieve_block": 1}
+    defaults |= {"retrieve_chunks": 0, "retrieve_block": 1, "retrieve_by": "token"}
     merged = {**defaults, **options, "version": OP_VERSION}
     return merged if merged["scale"] is not None else {**merged, "scale": head_dim**-0.5}
 
@@ -330,7 +338,7 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
     if o["retrieve_chunks"] != 0:
         pooled = tokens(rule, v, parameters)
         return torch.ops.flasheva.retrieval_attention(q, k, v, *pooled, *masks, **o)[:2]
-    del o["retrieve_chunks"], o["retrieve_block"]
+    del o["retrieve_chunks"], o["retrieve_block"], o["retrieve_by"]
     return torch.ops.flasheva.eva_attention(q, k, v, list(parameters), *masks, rule=rule, **o)[:2]
 
 

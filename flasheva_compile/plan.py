@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from flasheva_compile.errors import PlanError
+from flasheva_compile.layer_config import is_full
 from flasheva_compile.lowering.op import EvaOp
 from flasheva_compile.site import Keep, MissedSite, Replace, RewritePlan
 
@@ -93,7 +94,7 @@ def _decide(
 ) -> Decision:
     config = options.hybrid.resolve(layer)
     text = _mask_text(site, mask)
-    if config == "full":
+    if is_full(config):
         return Keep(
             site=site, layer=layer, reason="full by configuration", mask_text=text, expected=True
         )
@@ -113,9 +114,18 @@ def _decide(
     assumed = mask is not None and bool(mask.unknown or _is_input(mask))
     if assumed:
         text = f"assumed {options.assume_mask}"
-    op = _op(site, geometry, config)
+    op, slope = _op(site, geometry, config), _slope(mask, site.query.heads)
+    if slope is not None:
+        text = text.replace("bias", "ALiBi")
     return Replace(
-        site=site, layer=layer, config=config, op=op, mask=mask, mask_text=text, assumed=assumed
+        site=site,
+        layer=layer,
+        config=config,
+        op=op,
+        mask=mask,
+        mask_text=text,
+        slope=slope,
+        assumed=assumed,
     )
 
 
@@ -135,7 +145,7 @@ def _geometry(
     """Turn mask and lengths into a geometry that the formula covers."""
     if mask is None:
         return _unmasked(site, options)
-    refusal = _refuse_mask(mask)
+    refusal = _refuse_mask(mask, site)
     opaque = bool(mask.unknown) or _is_input(mask)
     if opaque and options.assume_mask and not (refusal and refusal.expected):
         return _assumed(site, mask, causal=options.assume_mask == "causal")
@@ -156,7 +166,7 @@ def _assumed(site: AttentionSite, mask: MaskPredicate, *, causal: bool) -> _Geom
     if not site.lengths_equal:
         return _Refusal("assume_mask needs as many queries as keys")
     proved = replace(mask, unknown=(), bias=None if _is_input(mask) else mask.bias)
-    if (refusal := _refuse_mask(proved)) is not None:
+    if (refusal := _refuse_mask(proved, site)) is not None:
         return refusal
     if proved.causal and not causal:
         return _Refusal("assume_mask contradicts the part of the mask that is causal")
@@ -193,17 +203,24 @@ def _is_input(mask: MaskPredicate) -> bool:
     return name in mask.nodes and mask.nodes[name].op == "placeholder"
 
 
-def _refuse_mask(mask: MaskPredicate) -> _Refusal | None:
+def _slope(mask: MaskPredicate | None, heads: int) -> sympy.Expr | None:
+    """Return the slopes of ALiBi, if that is what a mask adds."""
+    return None if mask is None else mask.alibi_slope(heads)
+
+
+def _refuse_mask(mask: MaskPredicate, site: AttentionSite) -> _Refusal | None:
     """Name the first part of a proved mask that the formula does not cover."""
     if mask.window is not None:
         return _Refusal(f"the model's own sliding window: {mask.describe()}", expected=True)
     if mask.unknown:
         return _Refusal(f"mask not understood: {mask.describe()}")
+    sloped = mask.causal and _slope(mask, site.query.heads) is not None
     parts = (
         (mask.always_masked, "everything is masked"),
         (mask.overwritten, "mask is overwritten after it is made"),
         (_is_input(mask), "mask not understood: an additive one that this graph is given"),
-        (mask.bias is not None, "additive position bias"),
+        (mask.bias is not None and not sloped, "additive position bias"),
+        (sloped and site.learned_mask, "additive position bias: ALiBi whose slopes are learned"),
         (bool(mask.kv_length), "keys bounded by a length on the device (static cache)"),
         (mask.query_mask is not None, "some queries are masked as a whole"),
     )
@@ -257,4 +274,5 @@ def _op(site: AttentionSite, geometry: _Geometry, config: EvaConfig) -> EvaOp:
         value_dim=site.value.dim,
         retrieve_chunks=config.retrieve_chunks,
         retrieve_block=config.retrieve_block,
+        retrieve_by=config.retrieve_by,
     )

@@ -60,12 +60,13 @@ class LayerReport:
     window: str | None = None
     retrieve_chunks: int = 0
     retrieve_block: int = 1
+    retrieve_by: str = "token"
 
     @classmethod
     def rewritten(cls, path: str, op: EvaOp, **facts: Any) -> LayerReport:  # noqa: ANN401
         """Describe an attention that now computes ``op``."""
         shared = ("causal", "heads", "kv_heads", "head_dim", "value_dim", "scale")
-        geometry = (*_GEOMETRY, "retrieve_block")
+        geometry = (*_GEOMETRY, "retrieve_block", "retrieve_by")
         fields = {name: getattr(op, name) for name in shared + geometry}
         return cls(path=path, decision="eva", sink_tokens=op.sink_size, **fields, **facts)
 
@@ -248,6 +249,7 @@ def _facts(layer: LayerReport) -> tuple[str, str, str]:
         decision = f"eva {geometry} {layer.window} {layer.chunk_rule}"
         if layer.retrieve_chunks:
             decision += f" top-{layer.retrieve_chunks}"
+            decision += " by bounds" * (layer.retrieve_by == "bounds")
     heads = "-" if layer.heads is None else f"{layer.heads}/{layer.kv_heads} x {layer.head_dim}"
     return decision, heads, layer.mask or "-"
 

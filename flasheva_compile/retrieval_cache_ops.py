@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(RetrievalState._fields))
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
 _OPTIONS = (
-    "int retrieve_chunks, int retrieve_block, str rule, int window_size, int chunk_size, "
-    "int sink_tokens, str window, float scale, float softcap, str version"
+    "int retrieve_chunks, int retrieve_block, str retrieve_by, str rule, int window_size, "
+    "int chunk_size, int sink_tokens, str window, float scale, float softcap, str version"
 )
 _ops = torch.library.Library("flasheva", "FRAGMENT")  # registered directly: see cache_ops
 _ops.define(f"retrieval_append({_INPUTS}, *, {_OPTIONS}) -> ()")
@@ -39,7 +39,8 @@ _ops.define(f"retrieval_decode({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
 
 def retrieval_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> dict[str, Any]:
     """Return the keyword arguments of both ops for a layer of ``config``."""
-    retrieve = {n: getattr(config, n) for n in ("retrieve_chunks", "retrieve_block")}
+    names = ("retrieve_chunks", "retrieve_block", "retrieve_by")
+    retrieve = {name: getattr(config, name) for name in names}
     return retrieve | cache_options(config, scale, softcap)
 
 
@@ -56,6 +57,7 @@ def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) ->
     tokens = max(tokens, o["chunk_size"])
     chunks = -(-tokens // o["chunk_size"])
     kept = o["retrieve_chunks"] if o["retrieve_block"] > 1 else 0
+    bounded = chunks if o["retrieve_by"] == "bounds" else 0
     accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
     return RetrievalState(
         keys=k.new_zeros(batch, heads, tokens, k.shape[3]),
@@ -65,6 +67,7 @@ def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) ->
         rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3]),
         rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
         selected=k.new_zeros(batch, heads, kept, dtype=torch.int32),
+        bounds=k.new_zeros(batch, heads, bounded, 2 * k.shape[3]),
         start=k.new_zeros(batch, dtype=torch.int64),
         length=k.new_zeros(1, dtype=torch.int64),
     )
@@ -80,7 +83,8 @@ def _check(args: tuple[Any, ...], options: dict[str, Any]) -> None:
 def _arguments(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     q, k, v, parameters, key_mask, *state = args
     _check(args, options)
-    retrieval = Retrieval(chunks=options["retrieve_chunks"], block=options["retrieve_block"])
+    names = ("chunks", "block", "by")
+    retrieval = Retrieval(**{name: options[f"retrieve_{name}"] for name in names})
     pool = partial(pool_chunks, parameters, options)
     settings = cache_settings(options)
     return q, (k, v), key_mask, RetrievalState(*state), pool, settings, retrieval
@@ -102,6 +106,7 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, parameters, key_mask, *tensors = args
     state, chunks = RetrievalState(*tensors), options["retrieve_chunks"]
     single = q.shape[2] == 1 and options["retrieve_block"] == 1
+    single = single and options["retrieve_by"] == "token"  # no kernel selects by bounds yet
     if single and runs_kernels(k, v) and launch_retrieval_decode.covers(state, chunks):
         _check(args, options)
         rule, given = kernel_rule(options["rule"], list(parameters)), tuple(parameters)

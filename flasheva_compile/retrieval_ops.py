@@ -19,9 +19,9 @@ from flasheva_compile.op_registration import differentiates, fakes, implements
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor rfa_k, Tensor rfa_v, Tensor rfa_bias"
 _OPTIONAL = "Tensor? key_mask, Tensor? segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed"
 _OPTIONS = (
-    "int retrieve_chunks, int retrieve_block, int window_size, int chunk_size, int sink_tokens, "
-    "str window, bool causal, SymInt q_offset, float scale, float softcap, float dropout_p, "
-    "str version"
+    "int retrieve_chunks, int retrieve_block, str retrieve_by, int window_size, int chunk_size, "
+    "int sink_tokens, str window, bool causal, SymInt q_offset, float scale, float softcap, "
+    "float dropout_p, str version"
 )
 
 

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import fx
 
+from flasheva_compile import _torch_compat as compat
 from flasheva_compile import ops
 from flasheva_compile.errors import RewriteError
-from flasheva_compile.masks.emit import NotEmitted, emit_key_tensor
+from flasheva_compile.masks.emit import NotEmitted, emit_head_tensor, emit_key_tensor
 from flasheva_compile.masks.predicate import opaque_names
-from flasheva_compile.site import Keep, Replace, RewritePlan
+from flasheva_compile.site import AttentionSite, Keep, Replace, RewritePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import sympy
 
-    from flasheva_compile.site import CapturedGraph, Decision, Layout, Operand
+    from flasheva_compile.site import CapturedGraph, Decision, Layout, Operand, Origin
 
+_DIFFERENT_RULES = "layers of one nested_compile_region are to be treated differently"
+_LONGEST_REPEATED = 16  # operations: slopes made of a range of heads have 5
 _Masks: TypeAlias = tuple[fx.Node | None, fx.Node | None]  # key mask, segment ids
 _CARRIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 _INPLACE_FUNCTIONS = frozenset(
@@ -43,7 +46,7 @@ def rewrite(captured: CapturedGraph, plan: RewritePlan) -> RewritePlan:
         RewriteError: The edited graph is malformed; a bug.
     """
     shared: dict[tuple[object, ...], fx.Node] = {}
-    done = tuple(_carry_out(captured, decision, shared) for decision in plan.decisions)
+    done = tuple(_carried_out(captured, plan, shared))
     for module in _graphs(captured).values():
         try:
             module.graph.lint()
@@ -61,15 +64,33 @@ def _graphs(captured: CapturedGraph) -> Mapping[str, fx.GraphModule]:
     }
 
 
-def _carry_out(
-    captured: CapturedGraph, decision: Decision, shared: dict[tuple[object, ...], fx.Node]
-) -> Decision:
-    if isinstance(decision, Keep):
-        return decision
-    editor = _Editor(captured, decision, shared)
-    reason = editor.replace()
-    if reason is None:
-        return decision
+def _carried_out(
+    captured: CapturedGraph, plan: RewritePlan, shared: dict[tuple[object, ...], fx.Node]
+) -> Iterator[Decision]:
+    """Carry out each decision; layers that share one body of a region are edited together."""
+    alike: dict[Origin, list[Decision]] = {}
+    for decision in plan.decisions:
+        if isinstance(decision.site, AttentionSite):
+            alike.setdefault(decision.site.output, []).append(decision)
+    reasons: dict[Origin, str] = {}
+    for decision in plan.decisions:
+        if isinstance(decision, Keep):
+            yield decision
+            continue
+        origin = decision.site.output
+        if origin not in reasons:
+            one = len(set(map(_edit_of, alike[origin]))) == 1
+            editor = _Editor(captured, decision, shared)
+            reasons[origin] = editor.replace() or "" if one else _DIFFERENT_RULES
+        yield _kept(decision, reasons[origin]) if reasons[origin] else decision
+
+
+def _edit_of(decision: Decision) -> object:
+    """Return what has to be equal for one edit to serve several layers."""
+    return (decision.op, decision.mask, decision.slope) if isinstance(decision, Replace) else None
+
+
+def _kept(decision: Replace, reason: str) -> Keep:
     return Keep(
         site=decision.site, layer=decision.layer, reason=reason, mask_text=decision.mask_text
     )
@@ -98,9 +119,13 @@ class _Editor:
             masks = self._masks(key)
             if isinstance(masks, NotEmitted):
                 return f"mask cannot be rebuilt: {masks.reason}"
+            slopes = self._slopes()
+            if isinstance(slopes, NotEmitted):
+                return f"slopes cannot be rebuilt: {slopes.reason}"
             parameters = self._parameters(query, key, masks)
             seed = self._seed(query) if op.dropout_p else None
-            results = self._attention((query, key, value), parameters, masks, seed)
+            optional = (*masks, slopes, seed)
+            results = self._attention((query, key, value), parameters, optional)
             result = self._laid_out(self._call(operator.getitem, (results, 0)), site.result_layout)
             result.meta = dict(self.output.meta)
         self.output.replace_all_uses_with(result)
@@ -111,12 +136,16 @@ class _Editor:
         self,
         qkv: tuple[fx.Node, fx.Node, fx.Node],
         parameters: list[fx.Node],
-        masks: _Masks,
-        seed: fx.Node | None,
+        optional: tuple[fx.Node | None, ...],
     ) -> fx.Node:
-        """Call the op that the plan wants; its first result is the attention's."""
+        """Call the op that the plan wants; its first result is the attention's.
+
+        Args:
+            qkv: The operands.
+            parameters: What the chunk rule takes besides.
+            optional: Key mask, segment ids, slopes, seed.
+        """
         op, (query, key, value) = self.decision.op, qkv
-        optional = (*masks, None, seed)
         options = {
             "window_size": op.window_size,
             "chunk_size": op.chunk_size,
@@ -132,8 +161,10 @@ class _Editor:
         if not op.retrieve_chunks:
             target = torch.ops.flasheva.eva_attention.default
             return self._call(target, (*qkv, parameters, *optional), rule=op.chunk_rule, **options)
+        masks = (optional[0], optional[1])
         tokens = self._pool(key, value, parameters, masks, op.chunk_rule)
-        retrieve = {"retrieve_chunks": op.retrieve_chunks, "retrieve_block": op.retrieve_block}
+        names = ("retrieve_chunks", "retrieve_block", "retrieve_by")
+        retrieve = {name: getattr(op, name) for name in names}
         target = torch.ops.flasheva.retrieval_attention.default
         return self._call(target, (*qkv, *tokens, *optional), **retrieve, **options)
 
@@ -166,6 +197,16 @@ class _Editor:
             return site.key.length - site.query.length
         sizes = [self._call(torch.Tensor.size, (node, 2)) for node in (key, query)]
         return self._call(operator.sub, tuple(sizes))
+
+    def _slopes(self) -> fx.Node | NotEmitted | None:
+        """Build the slopes of ALiBi, ``[H]``."""
+        formula, heads = self.decision.slope, self.decision.site.query.heads
+        if formula is None:
+            return None
+        sources = self._opaque_nodes(formula)
+        if isinstance(sources, NotEmitted):
+            return sources
+        return emit_head_tensor(self.graph, formula, sources, heads)
 
     def _seed(self, query: fx.Node) -> fx.Node:
         device = self._call(getattr, (query, "device"))
@@ -254,18 +295,37 @@ class _Editor:
         mask, found = self.decision.mask, {}
         shadows = {} if mask is None else {name: mask.nodes[name] for name in opaque_names(formula)}
         for name, shadow in sorted(shadows.items()):
-            node = _brought_in(self.captured, shadow, self.path)
+            node = _brought_in(self.captured, shadow, self.path) or self._computed_anew(shadow)
             if node is None:
                 return NotEmitted(f"this graph does not hold {shadow.name}, on which it depends")
             found[name] = node
         return found
+
+    def _computed_anew(self, shadow: fx.Node) -> fx.Node | None:
+        """Repeat a short computation on constants that Dynamo's graph has inside of one node."""
+        stack, needed = [shadow], set()
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            pure = isinstance(node.target, torch._ops.OpOverload) and not _is_inplace(node)
+            if not pure or len(needed) > _LONGEST_REPEATED:
+                return None
+            stack.extend(node.all_input_nodes)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.captured.shadow.graph.nodes:
+            if node in needed:
+                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                copies[node].meta = {"example_value": node.meta["val"]}
+        return copies[shadow]
 
 
 def _brought_in(captured: CapturedGraph, shadow: fx.Node, path: str) -> fx.Node | None:
     """Return the node of a graph that holds a value, handing it to checkpointed bodies.
 
     transformers builds its masks outside of the checkpointed layers, and passes the finished mask:
-    what it was made from has to come in as one more operand.
+    what it was made from has to come in as one more operand, of every call of the body.
     """
     graphs = _graphs(captured)
     origin = captured.origin(shadow, path)
@@ -276,13 +336,17 @@ def _brought_in(captured: CapturedGraph, shadow: fx.Node, path: str) -> fx.Node 
         return None
     bodies = [n for n in graphs[outer].graph.find_nodes(op="get_attr") if n.target == name]
     calls = [user for body in bodies for user in body.users]
+    given = [(compat.body_and_operands(c.target, c.args) or (None, ()))[1] for c in calls]
     inside = graphs[path].graph.find_nodes(op="placeholder")
-    if len(calls) != 1 or not source < calls[0] or len(inside) != len(calls[0].args) - 1:
+    if not calls or not all(
+        source < c and len(g) == len(inside) for c, g in zip(calls, given, strict=True)
+    ):
         return None
-    (call,) = calls
-    if source in call.args:
-        return inside[call.args.index(source) - 1]
-    call.args = (*call.args, source)
+    for n, operand in enumerate(inside):
+        if all(operands[n] is source for operands in given):
+            return operand
+    for call in calls:
+        call.args = (*call.args, source)
     with graphs[path].graph.inserting_after(inside[-1]):
         operand = graphs[path].graph.placeholder(f"{source.name}_of_mask")
     operand.meta["example_value"] = source.meta.get("example_value")

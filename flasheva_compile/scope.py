@@ -8,12 +8,14 @@ the model that the user sees, so the modules around the graph are looked up on t
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.layer_names import name_layers
+from flasheva_compile.site import AttentionSite, MissedSite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +75,23 @@ def name_places(places: Sequence[Place], scope: Scope) -> tuple[LayerName, ...]:
         modules = list(by_id.values())
     named = {name.path: name for name in name_layers(paths, modules)}
     return tuple(named[path] for path in paths)
+
+
+def refuse_shared_bodies(
+    sites: Sequence[AttentionSite | MissedSite],
+) -> tuple[AttentionSite | MissedSite, ...]:
+    """Refuse attentions of a nested_compile_region that several layers share, where rules differ.
+
+    Dynamo traces the region once: all of them carry the names of the first layer.
+    """
+    outputs = Counter(site.output for site in sites if isinstance(site, AttentionSite))
+    reason = "layers share one nested_compile_region: rules cannot tell them apart"
+    return tuple(
+        MissedSite(place=site.place, reason=reason)
+        if isinstance(site, AttentionSite) and outputs[site.output] > 1
+        else site
+        for site in sites
+    )
 
 
 def choose_scope(places: Sequence[Place], hybrid: HybridConfig) -> Scope:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    import sympy
     import torch
     from torch import fx
 
@@ -32,6 +33,21 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Premise:
+    """What a rewritten graph rests on: true of the inputs that it was compiled for.
+
+    Attributes:
+        positions: The inputs of the graph that it is about.
+        holds: Tells of these tensors whether it is true.
+        text: The premise, for people.
+    """
+
+    positions: tuple[int, ...]
+    holds: Callable[..., bool]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedGraph:
     """Dynamo's graph and its pre-dispatch ATen shadow, which is only read.
 
@@ -40,6 +56,9 @@ class CapturedGraph:
         shadow: The same computation in pre-dispatch ATen, bodies of checkpoints inlined.
         origins: Shadow node -> the Dynamo nodes with the same value, one per graph at most.
         data: Shadow placeholder -> its real tensor, where the backend was given one.
+        premises: Shadow node -> what its meaning rests on.
+        opaque: Shadow node of an attention that stays one call -> why.
+        hidden: Attentions that are not in the shadow.
         warnings: Parts of the graph that could not be looked into.
     """
 
@@ -47,6 +66,9 @@ class CapturedGraph:
     shadow: fx.GraphModule
     origins: Mapping[fx.Node, tuple[Origin, ...]]
     data: Mapping[fx.Node, torch.Tensor]
+    premises: Mapping[fx.Node, Premise] = field(default_factory=dict)
+    opaque: Mapping[fx.Node, str] = field(default_factory=dict)
+    hidden: tuple[MissedSite, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def origin(self, node: fx.Node, graph: str) -> Origin | None:
@@ -130,6 +152,7 @@ class AttentionSite:
         lengths_equal: Queries and keys have provably the same length.
         appended: The queries' own keys are the last of a cache.
         same_source: Queries, keys and values are projected from the same tensor.
+        learned_mask: What is added to the scores depends on something that is trained.
         dtype: Of the result.
     """
 
@@ -149,6 +172,7 @@ class AttentionSite:
     lengths_equal: bool
     appended: bool
     same_source: bool
+    learned_mask: bool
     dtype: torch.dtype
 
 
@@ -171,6 +195,7 @@ class Replace:
         op: What the rewritten attention computes.
         mask: The proved predicate, None where there was no mask tensor.
         mask_text: The predicate for people.
+        slope: Slopes of ALiBi, over ``h``; None without.
         assumed: The mask is taken for what the user declares.
     """
 
@@ -180,6 +205,7 @@ class Replace:
     op: EvaOp
     mask: MaskPredicate | None
     mask_text: str
+    slope: sympy.Expr | None = None
     assumed: bool = False
 
 

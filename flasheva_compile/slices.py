@@ -120,9 +120,9 @@ def small_sizes(part: Slice, score_shape: Sequence[int | torch.SymInt], budget: 
 
 
 def run(
-    part: Slice, values: Mapping[fx.Node, torch.Tensor], sizes: Sizes
+    part: Slice, values: Mapping[fx.Node, torch.Tensor], sizes: Sizes, *, gradients: bool = False
 ) -> Mapping[fx.Node, torch.Tensor]:
-    """Compute the result; return the value of every node on the way.
+    """Compute the result, with or without a graph for gradients; return the value of every node.
 
     Raises:
         NotRunError: An operation fails at these sizes, or its result has an unexpected shape.
@@ -130,7 +130,7 @@ def run(
     if len(part.nodes) > _LONGEST:
         raise NotRunError(f"{len(part.nodes)} operations lie between operands and result")
     env: dict[fx.Node, Any] = dict(values)
-    with compat.plain_execution():
+    with compat.plain_execution(), torch.set_grad_enabled(gradients):
         for node in part.nodes:
             try:
                 env[node] = _double(_call(node, env, sizes))

@@ -2,7 +2,8 @@
 
 Each distinct structure is computed once on small random tensors, as it stands in the shadow and as
 the reference formula with a window over every key, which is softmax attention over the claimed
-queries, keys, values, scale, softcap and mask. The two must agree; if not, the attention stays
+queries, keys, values, scale, softcap and mask. The two must agree, and where gradients are enabled
+so must the gradients of queries, keys and values; if not, the attention stays
 full. This catches mistakes of ours in matching and in the proof of masks. It cannot see what is
 the same for every window: which axis of the model is the sequence.
 """
@@ -18,13 +19,13 @@ from torch.fx.node import map_aggregate
 
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.kernels.reference.attention import eva_attention
-from flasheva_compile.masks.emit import NotEmitted, emit_key_tensor
+from flasheva_compile.masks.emit import NotEmitted, emit_head_tensor, emit_key_tensor
 from flasheva_compile.masks.predicate import opaque_names
 from flasheva_compile.site import Keep, Replace, RewritePlan
 from flasheva_compile.slices import NotRunError, cut, random_input, run, small_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import sympy
     from torch import Tensor
@@ -124,28 +125,47 @@ class _Check:
             )
             for n in self.part.nodes
         )
-        claim = (self.decision.op, self.decision.mask, self.site.result_layout, self.declared)
+        claim = (
+            self.decision.op,
+            self.decision.mask,
+            self.decision.slope,
+            self.site.result_layout,
+            self.declared,
+        )
         return (given, str(nodes), claim, str(self.site.score_shape))
 
     def verdict(self) -> _Verdict:
-        """Run both sides and compare."""
+        """Run both sides and compare, gradients too where the graph may be trained."""
+        trained = torch.is_grad_enabled()
         try:
             sizes = small_sizes(self.part, self.site.score_shape, _SCORE_BUDGET)
-            values = run(self.part, self._values(sizes), sizes)
+            given = self._values(sizes)
+            given, leaves = self._differentiable(given) if trained else (given, ())
+            values = run(self.part, given, sizes, gradients=trained)
             got = values[self.site.result]
-            with compat.plain_execution():
+            with compat.plain_execution(), torch.set_grad_enabled(trained):
                 wanted, seen = self._formula(values, sizes)
         except NotRunError as error:
             return _Verdict(not_run=str(error))
         if got.shape != wanted.shape:
             return _Verdict(mismatch=f"shape {tuple(got.shape)}, not {tuple(wanted.shape)}")
         # A query that may attend to nothing is nobody's business: NaN, zero or a mean in practice.
-        error = ((got - wanted).abs().nan_to_num(nan=torch.inf) * seen).nan_to_num(nan=0.0)
-        allowed = _TOLERANCE * max(1.0, float(wanted.abs().max()))
-        worst = float(error.max()) if error.numel() else 0.0
-        if worst <= allowed:
-            return _Verdict()
-        return _Verdict(mismatch=f"differs from softmax attention as understood by {worst:.2g}")
+        with compat.plain_execution():
+            mismatch = _difference(got, wanted, seen)
+        if not mismatch and leaves:
+            mismatch = _gradient_difference((got, wanted), leaves, seen)
+        return _Verdict(mismatch=mismatch)
+
+    def _differentiable(
+        self, values: Mapping[fx.Node, Tensor]
+    ) -> tuple[Mapping[fx.Node, Tensor], tuple[Tensor, ...]]:
+        """Make the operands that are given depend on leaves, and return these."""
+        operands = {operand.node for operand in self._operands()}
+        leaves = {n: x.requires_grad_() for n, x in values.items() if n in operands}
+        with compat.plain_execution(), torch.enable_grad():
+            # A leaf may not be written to; what stands in the graph may write.
+            copies = {node: leaf.clone() for node, leaf in leaves.items()}
+        return {**values, **copies}, tuple(leaves.values())
 
     def _operands(self) -> tuple[Operand, Operand, Operand]:
         return self.site.query, self.site.key, self.site.value
@@ -209,11 +229,58 @@ class _Check:
             q_offset=length - q.shape[2],
             scale=op.scale,
             softcap=op.softcap,
+            alibi_slopes=self._slopes(sources),
             key_mask=built.get("key_mask"),
             segment_ids=built.get("segment_ids"),
         )
         seen = lse.isfinite()[..., None].expand(out.shape).double()
         return tuple(_laid_out(x, self.site.result_layout, sizes) for x in (out, seen))  # type: ignore[return-value]
+
+    def _slopes(self, sources: Mapping[str, Tensor]) -> Tensor | None:
+        """Evaluate the slopes of ALiBi with the code that the rewritten graph uses."""
+        formula, heads = self.decision.slope, self.decision.op.heads
+        if formula is None:
+            return None
+
+        def emit(graph: fx.Graph, nodes: Mapping[str, fx.Node]) -> fx.Node | NotEmitted:
+            return emit_head_tensor(graph, formula, nodes, heads, device="cpu")
+
+        return _evaluated(formula, sources, emit)
+
+
+def _difference(got: Tensor, wanted: Tensor, seen: Tensor | float = 1.0) -> str:
+    """Say how far two results are apart, or nothing."""
+    error = ((got - wanted).abs().nan_to_num(nan=torch.inf) * seen).nan_to_num(nan=0.0)
+    allowed = _TOLERANCE * max(1.0, float(wanted.abs().max()))
+    worst = float(error.max()) if error.numel() else 0.0
+    if worst <= allowed:
+        return ""
+    return f"differs from softmax attention as understood by {worst:.2g}"
+
+
+def _gradient_difference(
+    results: tuple[Tensor, Tensor], leaves: Sequence[Tensor], seen: Tensor
+) -> str:
+    """Say whether the operands get other gradients.
+
+    A query without keys may have made NaN of every gradient: then there is nothing to compare.
+    """
+    gradients = []
+    with compat.plain_execution(), torch.enable_grad():
+        generator = torch.Generator().manual_seed(_SEED)
+        weight = torch.randn(seen.shape, generator=generator, dtype=seen.dtype) * seen
+        for result in results:
+            loss = (result.nan_to_num() * weight).sum()
+            if not loss.requires_grad:
+                return "has no gradient"
+            gradients.append(
+                torch.autograd.grad(loss, list(leaves), allow_unused=True, retain_graph=True)
+            )
+        for leaf, got, wanted in zip(leaves, *gradients, strict=True):
+            got, wanted = (torch.zeros_like(leaf) if g is None else g for g in (got, wanted))
+            if got.isfinite().all() and (found := _difference(got, wanted)):
+                return f"its gradient {found}"
+    return ""
 
 
 def _is_behind(node: fx.Node, sources: set[fx.Node]) -> bool:
@@ -233,11 +300,24 @@ def _key_tensor(
     formula: sympy.Basic, sources: Mapping[str, Tensor], shape: tuple[int, int], sizes: Sizes
 ) -> Tensor:
     """Evaluate a condition over (b, k) with the code that the rewritten graph uses."""
+
+    def emit(graph: fx.Graph, nodes: Mapping[str, fx.Node]) -> fx.Node | NotEmitted:
+        return emit_key_tensor(graph, sizes.formula(formula), nodes, *shape, device="cpu")
+
+    return _evaluated(formula, sources, emit)
+
+
+def _evaluated(
+    formula: sympy.Basic,
+    sources: Mapping[str, Tensor],
+    emit: Callable[[fx.Graph, Mapping[str, fx.Node]], fx.Node | NotEmitted],
+) -> Tensor:
+    """Run what ``emit`` writes for a formula."""
     graph, inputs, needed = fx.Graph(), {}, sorted(opaque_names(formula))
     for name in needed:
         inputs[name] = graph.placeholder(f"source_{len(inputs)}")
         inputs[name].meta["val"] = sources[name]
-    built = emit_key_tensor(graph, sizes.formula(formula), inputs, *shape, device="cpu")
+    built = emit(graph, inputs)
     if isinstance(built, NotEmitted):
         raise NotRunError(f"the mask cannot be rebuilt: {built.reason}")
     graph.output(built)

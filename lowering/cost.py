@@ -100,7 +100,8 @@ def eva_cache_bytes(op: EvaOp, *, itemsize: int) -> sympy.Expr:
     chunks = sympy.Max(0, past - op.sink_size) / op.chunk_size
     token = (op.head_dim + op.value_dim) * itemsize
     exact = N if op.retrieve_chunks else N - chunks * op.chunk_size
-    return op.kv_heads * (exact * token + chunks * (token + _BIAS_BYTES))
+    bounds = 2 * op.head_dim * itemsize if op.retrieve_by == "bounds" else 0
+    return op.kv_heads * (exact * token + chunks * (token + _BIAS_BYTES + bounds))
 
 
 def _weight_flops(op: EvaOp) -> sympy.Expr:

@@ -15,6 +15,7 @@ from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.offline import TARGETS, resources
 from flasheva_compile.lowering.schedule import choose, known_target
 from flasheva_compile.lowering.schedule_retrieval import RETRIEVAL_KINDS
+from flasheva_compile.lowering.schedule_retrieval_backward import RETRIEVAL_BACKWARD_KINDS
 from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fields = _read(parsed, KernelSpec)
     fields["value_dim"] = fields["value_dim"] or fields["head_dim"]
     fields["key_mask"] = fields["key_mask"] or fields["documents"] == "padded"
-    if fields["kind"] in RETRIEVAL_KINDS:
+    if fields["kind"] in RETRIEVAL_KINDS + RETRIEVAL_BACKWARD_KINDS:
         fields["selection_group"] = fields["selection_group"] or 1
         fields["retrieve_chunks"] = fields["retrieve_chunks"] or _RETRIEVED
     spec = KernelSpec(**fields)

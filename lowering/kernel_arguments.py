@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,42 +57,65 @@ def rule_values(rule: str, parameters: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("phi_ptr", "p_ptr", "b_ptr"), contiguous, strict=False))
 
 
-TILES = {
-    "forward": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
-    "dq": ("k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr"),
-    **dict.fromkeys(("dchunk", "dsink", "dkv"), ("q_ptr", "do_ptr")),
-}
-"""Tensors that a kernel's loops read in tiles."""
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: 16-byte strides, nothing expanded."""
-    strides = [n for size, n in zip(x.shape, x.stride(), strict=True) if size > 1][:-1]
-    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
-    return aligned and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and 0 not in x.shape
-
-
 def descriptors(
     arguments: tuple[str, ...], spec: KernelSpec, schedule: Schedule, values: dict[str, Any]
-) -> dict[str, Any]:
-    """Describe the tensors whose tiles the kernel fetches."""
-    names = [name for name in arguments if "_desc" in name]
-    if not names:
-        return {}
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+) -> dict[str, Any] | None:
+    """Describe the tensors whose tiles the kernel fetches; None = some cannot be described."""
     rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
     result = {}
-    for name in names:
-        tensor, part = name.split("_desc")
-        x = values[f"{tensor}_ptr"]
-        _, size = parts(x.shape[3])[int(part)]
-        result[name] = TensorDescriptor(x, list(x.shape), _full_strides(x), [1, 1, rows, size])
+    for name, tensor, part in _descriptor_names(arguments):
+        described = _descriptor(values[tensor], rows, part)
+        if described is None:
+            return None
+        result[name] = described
     return result
 
 
-def _full_strides(x: Tensor) -> list[int]:
-    """Return the strides, with harmless ones for dimensions of size 1."""
-    plain = math.prod(x.shape) * 8  # a multiple of 16 bytes for every dtype and head dimension
-    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return [*(stride if size > 1 else plain for size, stride in strides), 1]
+@cache
+def _descriptor_names(arguments: tuple[str, ...]) -> tuple[tuple[str, str, int], ...]:
+    """Return each descriptor's argument, its tensor and which part of the head it fetches."""
+    split = ((name, *name.split("_desc")) for name in arguments if "_desc" in name)
+    return tuple((name, f"{tensor}_ptr", int(part)) for name, tensor, part in split)
+
+
+def _descriptor(x: Tensor, rows: int, part: int) -> Any:  # noqa: ANN401 - Triton's
+    """Describe a tensor; Triton validates the fields for the first of equal shape and strides."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if x.data_ptr() & 15:
+        return None
+    key = (x.shape, x.stride(), x.dtype, rows, part)
+    fields = _validated.get(key)
+    if fields is None:
+        strides = described_strides(x.shape, x.stride(), x.element_size())
+        if strides is None:
+            return None
+        block = [1, 1, rows, parts(x.shape[3])[part][1]]
+        made = TensorDescriptor(x, list(x.shape), list(strides), block)
+        if len(_validated) >= _MOST_VALIDATED:
+            _validated.clear()
+        _validated[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    described = TensorDescriptor.__new__(TensorDescriptor)
+    vars(described).update(fields, base=x)
+    return described
+
+
+_validated: dict[tuple[Any, ...], dict[str, Any]] = {}
+_MOST_VALIDATED = 4096
+
+
+def described_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> tuple[int, ...] | None:
+    """Return the strides that a tensor descriptor gets, with harmless ones where the size is 1.
+
+    None = none can describe it: strides must be multiples of 16 bytes, and nothing expanded.
+    """
+    outer = [n for size, n in zip(shape, strides, strict=True) if size > 1][:-1]
+    aligned = all(n > 0 and n * itemsize % 16 == 0 for n in outer)
+    if not aligned or strides[-1] != 1 or 0 in shape:
+        return None
+    plain = math.prod(shape) * 8  # a multiple of 16 bytes for every dtype and head dimension
+    pairs = zip(shape[:-1], strides[:-1], strict=True)
+    return (*(stride if size > 1 else plain for size, stride in pairs), 1)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import (
     DTYPES,
-    TILES,
-    describable,
     descriptors,
     key_values,
     row_values,
@@ -26,12 +25,11 @@ from flasheva_compile.lowering.spec import STATE_BLOCK, KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from flasheva_compile.kernels.blocked.block import Operands
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
     from flasheva_compile.lowering.rows import Rows
-    from flasheva_compile.lowering.spec import Schedule
+    from flasheva_compile.lowering.spec import AnyKind, Documents, Schedule
     from torch import Tensor
 
 _LOG2E = math.log2(math.e)
@@ -69,53 +67,72 @@ def attention_spec(
     t: Operands, s: AttentionSettings, rows: Rows, pooled: PooledChunks | None
 ) -> KernelSpec:
     """Return the spec of the ``forward`` kernel of a call."""
-    inside = s.q_offset >= 0 and s.q_offset + t.q.shape[2] <= t.k.shape[2]
+    q, k, v = t.q, t.k, t.v
+    inside = s.q_offset >= 0 and s.q_offset + q.shape[2] <= k.shape[2]
     mean = pooled is not None and pooled.rule == "mean"
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    masked, sloped = rows.valid is not None, t.alibi_slopes is not None
+    heads = (q.shape[1] // k.shape[1], q.shape[3], v.shape[3])
+    return _spec((q.dtype, *heads), s, (rows.documents, masked, sloped, tf32, mean and inside))
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    heads: tuple[torch.dtype, int, int, int],
+    s: AttentionSettings,
+    facts: tuple[Documents, bool, bool, bool, bool],
+) -> KernelSpec:
+    dtype, group, head_dim, value_dim = heads
+    documents, key_mask, alibi, tf32, mean_inside = facts
     return KernelSpec(
         kind="forward",
-        dtype=DTYPES[t.q.dtype],
-        head_dim=t.q.shape[3],
-        value_dim=t.v.shape[3],
+        dtype=DTYPES[dtype],
+        head_dim=head_dim,
+        value_dim=value_dim,
         chunk_size=s.chunk_size,
-        documents=rows.documents,
-        key_mask=rows.valid is not None,
-        group=t.q.shape[1] // t.k.shape[1],
+        documents=documents,
+        key_mask=key_mask,
+        group=group,
         window_size=s.window_size,
         sink_size=s.sink_tokens,
         window=s.window,
         causal=s.causal,
         softcap=s.softcap > 0,
-        alibi=t.alibi_slopes is not None,
+        alibi=alibi,
         dropout=s.dropout_p > 0,
         negative_scale=s.scale <= 0,
-        tf32=t.q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
-        whole_chunks=mean and inside and s.causal and rows.documents == "dense",
+        tf32=tf32,
+        whole_chunks=mean_inside and s.causal and documents == "dense",
     )
+
+
+@lru_cache(maxsize=4096)
+def of_kind(spec: KernelSpec, kind: AnyKind) -> KernelSpec:
+    """Return :meth:`KernelSpec.of_kind`, remembered."""
+    return spec.of_kind(kind)
 
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
     """Launch the kernel of a spec with the values that it reads."""
-    schedule = _schedule(spec, values)
-    with _on_device(values["k_ptr"]):
-        if schedule.tma and not all(describable(values[name]) for name in TILES[spec.kind]):
-            schedule = dataclasses.replace(schedule, tma=False)
-        kernel = load(spec, schedule)
+    with on_device(values["k_ptr"].device):
+        schedule = choose(spec)
         count = programs(schedule)
-        if count:
+        if not count:
+            return
+        kernel = load(spec, schedule)
+        if schedule.tma:
             described = descriptors(kernel.generated.arguments, spec, schedule, values)
-            values = values | described
-            kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
+            if described is None:
+                kernel = load(spec, dataclasses.replace(schedule, tma=False))
+            else:
+                values = {**values, **described}
+        kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
 
 
 def _schedule(spec: KernelSpec, values: dict[str, Any]) -> Schedule:
     """Choose for the device of the tensors, which need not be the current one."""
-    with _on_device(values["k_ptr"]):
+    with on_device(values["k_ptr"].device):
         return choose(spec)
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one: Triton launches there, wherever tensors are."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def attention_forward(
@@ -129,11 +146,12 @@ def attention_forward(
     out = t.q.new_empty(batch, heads, length, t.v.shape[3])
     lse = t.q.new_empty((batch, heads, length), dtype=torch.float32)
     values = {**call_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
-    run(attention_spec(t, s, rows, pooled), _query_programs(t), values)
+    run(attention_spec(t, s, rows, pooled), query_programs(t), values)
     return out, lse
 
 
-def _query_programs(t: Operands) -> Callable[[Schedule], int]:
+def query_programs(t: Operands) -> Callable[[Schedule], int]:
+    """Count the programs of a kernel that keeps a block of queries."""
     batch, heads, length, _ = t.q.shape
     return lambda schedule: batch * heads * -(-length // schedule.block_m)
 
@@ -201,25 +219,39 @@ def attention_backward(
         of its head vectors (fp32); ``dk`` and ``dv`` then include the way through the chunk tokens.
     """
     spec = attention_spec(t, s, rows, pooled)
-    batch, heads, length, size = t.q.shape
-    kv_rows = batch * t.k.shape[1]
-    do = unit_stride(dout)
-    values = call_values(t, rows, s) | {"do_ptr": do}
-    # Kernels compute their addresses; a compiler between the passes may have laid them out anew.
-    values |= {"out_ptr": out.contiguous(), "lse_ptr": lse.contiguous()}
-    values |= strides("g", do, "bhm")
-    dq = t.q.new_empty(batch, heads, length, size)
-    blocks = -(-length // STATE_BLOCK) + 1
-    states = lse.new_empty(2, batch * heads, blocks * STATE_BLOCK)
-    values |= {"lse2_ptr": states[0], "delta_ptr": states[1], "state_blocks": blocks}
-    values["dq_ptr"] = dq
-    run(spec.of_kind("dq"), _query_programs(t), values)
-    grads = _chunk_gradients(spec.of_kind("dchunk"), values, kv_rows)
+    kv_rows = t.q.shape[0] * t.k.shape[1]
+    values = backward_values(dout, out, lse, t, rows, s)
+    run(of_kind(spec, "dq"), query_programs(t), values)
+    grads = chunk_gradients(of_kind(spec, "dchunk"), values, kv_rows)
     values |= {"drfa_k_ptr": grads[0], "drfa_v_ptr": grads[1], "drfa_bias_ptr": grads[2]}
     if spec.sink_size and spec.documents != "packed":
-        values |= _sink_gradients(spec.of_kind("dsink"), values, kv_rows)
-    dk, dv, vectors = _key_gradients(spec.of_kind("dkv"), values, kv_rows, t, pooled)
-    return dq, dk, dv, *(g.view_as(x) for g, x in zip(grads, _tokens(t), strict=True)), *vectors
+        values |= sink_gradients(of_kind(spec, "dsink"), values, kv_rows)
+    dk, dv, vectors = _key_gradients(of_kind(spec, "dkv"), values, kv_rows, t, pooled)
+    tokens = (g.view_as(x) for g, x in zip(grads, _tokens(t), strict=True))
+    return values["dq_ptr"], dk, dv, *tokens, *vectors
+
+
+def backward_values(
+    dout: Tensor, out: Tensor, lse: Tensor, t: Operands, rows: Rows, s: AttentionSettings
+) -> dict[str, Any]:
+    """Return what kernels of a backward pass may read, the gradient of queries allocated."""
+    batch, heads, length, size = t.q.shape
+    do = unit_stride(dout)
+    blocks = -(-length // STATE_BLOCK) + 1
+    states = lse.new_empty(2, batch * heads, blocks * STATE_BLOCK)
+    return {
+        **call_values(t, rows, s),
+        "do_ptr": do,
+        **strides("g", do, "bhm"),
+        # Kernels compute their addresses; a compiler between the passes may have laid them out
+        # anew.
+        "out_ptr": out.contiguous(),
+        "lse_ptr": lse.contiguous(),
+        "lse2_ptr": states[0],
+        "delta_ptr": states[1],
+        "state_blocks": blocks,
+        "dq_ptr": t.q.new_empty(batch, heads, length, size),
+    }
 
 
 def _tokens(t: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,9 +267,10 @@ def _partial_sums(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in parts)
 
 
-def _chunk_gradients(
+def chunk_gradients(
     spec: KernelSpec, values: dict[str, Any], kv_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``dchunk``: fp32 gradients of chunk tokens, rows ``B * Hkv``."""
     schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
@@ -251,7 +284,8 @@ def _chunk_gradients(
     return _partial_sums(tuple(sums))  # pyright: ignore[reportReturnType]
 
 
-def _sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> dict[str, Tensor]:
+def sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> dict[str, Tensor]:
+    """Run ``dsink``: fp32 gradients of sinks, as values for ``dkv``."""
     like, sinks = values["lse_ptr"], spec.sink_size
     tiles = -(-sinks // _schedule(spec, values).block_n)
     splits = _splits(values["queries"] * spec.group // _QUERIES_PER_SINK_PROGRAM)
@@ -280,7 +314,7 @@ def _key_gradients(
     whole = pooling_spec(spec, pooled)
     if not _fuses_pooling(whole):
         run_over_keys(spec, values, kv_rows)
-        whole = dataclasses.replace(whole.of_kind("dpool"), accumulate=True)
+        whole = dataclasses.replace(of_kind(whole, "dpool"), accumulate=True)
         values = values | {"heads": t.k.shape[1]}  # pooling knows only heads of keys
     vectors = run_over_keys(whole, values, kv_rows, pooled)
     return dk, dv, vector_sums(vectors, t.k.shape[0])
@@ -315,11 +349,13 @@ def run_over_keys(
 
 def pooling_spec(spec: KernelSpec, pooled: PooledChunks) -> KernelSpec:
     """Return a spec with the gradient of pooling added."""
-    return dataclasses.replace(
-        spec,
-        chunk_rule=pooled.rule,
-        parameters=0 if pooled.rule == "eva" else len(pooled.parameters),
-    )
+    count = 0 if pooled.rule == "eva" else len(pooled.parameters)
+    return _with_rule(spec, pooled.rule, count)
+
+
+@lru_cache(maxsize=1024)
+def _with_rule(spec: KernelSpec, rule: str, count: int) -> KernelSpec:
+    return dataclasses.replace(spec, chunk_rule=rule, parameters=count)
 
 
 def _pool_values(

@@ -7,13 +7,13 @@ dtypes and settings alone is a plan, made once.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from flasheva_compile.kernels.blocked.cache_state import ring_size
+from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import DTYPES, rule_values, unit_stride
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose, current_target
@@ -21,14 +21,13 @@ from flasheva_compile.lowering.spec import KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from flasheva_compile.kernels.blocked.cache_state import CacheState
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
     from flasheva_compile.lowering.spec import Schedule
     from torch import Tensor
 
-_STATE_ARGUMENTS = (
+STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
     *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is read by no kernel
 )
@@ -130,7 +129,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
         lse = q.new_empty((batch, heads, 1), dtype=torch.float32)
         values = {
             **plan.constants,
-            **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
+            **dict(zip(STATE_ARGUMENTS, state, strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
             "q_ptr": q,
             "k_ptr": k,
@@ -147,13 +146,6 @@ def decode(  # noqa: PLR0913 - the arguments of the op
         plan.decode(plan.programs, *[values[name] for name in plan.decode_arguments])
         plan.combine(plan.heads, *[values[name] for name in plan.combine_arguments])
     return out, lse
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make the tensors' device the current one, which it nearly always is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 # --- plans ----------------------------------------------------------------------------------------

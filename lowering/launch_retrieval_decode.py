@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flasheva_compile.lowering.emit.retrieval_decode_select import proposals
+from flasheva_compile.lowering.emit.retrieval_decode_select import RUN
 from flasheva_compile.lowering.kernel_arguments import DTYPES, rule_values, unit_stride
 from flasheva_compile.lowering.launch_decode import on_device, parts_of
 from flasheva_compile.lowering.load import load
@@ -32,7 +32,8 @@ MOST_CHUNKS = 64
 
 _STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
-    *("none", "row_start_ptr", "length_ptr"),  # every query selects for itself
+    # Every query selects for itself, by chunk tokens: no open block's selection, no bounds.
+    *("none", "none", "row_start_ptr", "length_ptr"),
 )
 """Names of the arguments that the fields of ``RetrievalState`` are, in order."""
 
@@ -86,14 +87,14 @@ class _Plan:
         launches: In order.
         constants: Arguments that are the same in every step.
         scores: Chunk scores, one per query head and chunk [numbers].
-        candidates: Proposals of the tiles [numbers].
+        runs: Best scores of runs of chunks [numbers].
         partial: What the parts leave for ``decode_combine`` [numbers].
     """
 
     launches: tuple[_Launch, ...]
     constants: dict[str, Any]
     scores: int
-    candidates: int
+    runs: int
     partial: int
 
 
@@ -150,7 +151,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
             **(rule_values(rule, parameters) if parameters else {}),
             **_token_values(q, k, v),
             "scores_ptr": q.new_empty(plan.scores, dtype=torch.float32),
-            "candidates_ptr": q.new_empty(plan.candidates, dtype=torch.int64),
+            "peaks_ptr": q.new_empty(plan.runs, dtype=torch.int32),
             "selected_ptr": selected,
             "partial_ptr": q.new_empty(plan.partial, dtype=torch.float32),
             "out_ptr": out,
@@ -182,7 +183,7 @@ def _plan(shape: _Shape, s: AttentionSettings) -> _Plan:
     schedule = choose(spec)
     rows, heads = shape.v[0] * shape.v[1], shape.q[0] * shape.q[1]
     tiles = -(-shape.chunks // schedule.block_n)
-    candidates = tiles * proposals(spec, schedule)
+    runs = tiles * (schedule.block_n // RUN)
     select, attend = spec.of_kind("retrieval_select"), spec.of_kind("retrieval_decode")
     near = shape.retrieved * s.chunk_size + s.sink_tokens + s.window_size + s.chunk_size
     splits = parts_of(choose(attend), rows, shape.chunks, near)
@@ -191,7 +192,7 @@ def _plan(shape: _Shape, s: AttentionSettings) -> _Plan:
     return _Plan(
         launches=(
             _launch(load(spec, schedule), rows * tiles, splits=tiles),
-            _launch(load(select, fitted(choose(select), candidates)), rows),
+            _launch(load(select, fitted(choose(select), runs)), rows),
             _launch(load(attend, choose(attend)), rows * splits, splits=splits),
             _launch(load(combine, choose(combine)), heads, splits=splits),
         ),
@@ -199,14 +200,14 @@ def _plan(shape: _Shape, s: AttentionSettings) -> _Plan:
             "heads": shape.v[1],
             "columns": shape.columns,
             "chunks": shape.chunks,
-            "candidates": candidates,
+            "runs": runs,
             # tanh(x / softcap) is computed as a sigmoid of twice its argument.
             "score_scale": 2 * scale / s.softcap if s.softcap else scale,
             "scale": s.scale,
             "softcap": s.softcap * _LOG2E,
         },
         scores=heads * shape.chunks,
-        candidates=rows * candidates,
+        runs=rows * runs,
         partial=heads * splits * (shape.v[3] + 2),
     )
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flasheva_compile.lowering.direct_launch import direct
 from flasheva_compile.lowering.emit.module import emit
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ def load(spec: KernelSpec, schedule: Schedule) -> LoadedKernel:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     module_spec.loader.exec_module(module)
-    return LoadedKernel(
-        generated=generated, path=path, launch=module.launch, function=getattr(module, spec.kind)
-    )
+    function = getattr(module, spec.kind)
+    launch = direct(module.launch, function)
+    return LoadedKernel(generated=generated, path=path, launch=launch, function=function)
 
 
 def write(generated: GeneratedKernel, directory: Path | None = None) -> Path:

@@ -88,20 +88,24 @@ _FP32 = {
     *("rfa_bias_ptr", "mass_k_ptr", "mass_v_ptr", "lse_ptr", "lse2_ptr", "delta_ptr"),
     *("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr", "dk_sink_ptr", "dv_sink_ptr"),
     *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr", "partial_ptr"),
-    "scores_ptr",
+    *("scores_ptr", "dk_parts_ptr", "dv_parts_ptr"),
+    *("book_scale_ptr", "key_words_ptr", "value_words_ptr", "key_scale_ptr", "q_scale_ptr"),
+    *("key_rotation_ptr", "value_rotation_ptr", "key_offset_ptr", "key_centre_ptr"),
 }
 _INT32 = {
     *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr"),
-    *("selected_ptr", "bits_ptr"),
+    *("selected_ptr", "bits_ptr", "turned_ptr"),
+    *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
 }
 _VALUES = {"v", "rfa_v", "do"}
 _OTHER = {
     "valid_ptr": "*u8",
     "seed_ptr": "*i64",
-    "candidates_ptr": "*i64",
+    "peaks_ptr": "*i32",
     "drop_below": "i64",
     **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
-    **dict.fromkeys(("row_start_ptr", "length_ptr"), "*i64"),
+    **dict.fromkeys(("row_start_ptr", "length_ptr", "written_ptr"), "*i64"),
+    **dict.fromkeys(("key_codes_ptr", "value_codes_ptr"), "*u8"),
 }
 
 _MATRIX = {  # the newest first: a kernel that has one may hold older ones, too
@@ -121,6 +125,8 @@ def argument_type(name: str, spec: KernelSpec, schedule: Schedule) -> str:
         return f"tensordesc<{spec.dtype}[1, 1, {rows}, {parts(size)[int(part)][1]}]>"
     if name in _OTHER:
         return _OTHER[name]
+    if name in ("coded_q_ptr", "key_book_ptr", "value_book_ptr"):
+        return "*fp32" if spec.dtype == "fp32" else "*fp16"
     if name in POINTERS:
         return "*fp32" if name in _FP32 else "*i32" if name in _INT32 else f"*{spec.dtype}"
     return "i32" if name in STRIDES or name in LENGTHS else "fp32"

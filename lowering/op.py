@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flasheva_compile.config import ChunkRule, WindowKind
+    from flasheva_compile.config import ChunkRule, Selector, WindowKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class EvaOp:
         value_dim: Size ``Dv`` of values.
         retrieve_chunks: Best-scoring chunks that a query sees exactly too; 0 = none.
         retrieve_block: Consecutive queries that share a selection.
+        retrieve_by: What scores chunks, their ``"token"`` or their keys' ``"bounds"``.
     """
 
     window_size: int
@@ -50,3 +51,4 @@ class EvaOp:
     value_dim: int
     retrieve_chunks: int = 0
     retrieve_block: int = 1
+    retrieve_by: Selector = "token"

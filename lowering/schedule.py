@@ -14,13 +14,22 @@ import torch
 from flasheva_compile.lowering import schedule_cost
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
+from flasheva_compile.lowering.schedule_extend import EXTEND_KINDS, extend_schedule
 from flasheva_compile.lowering.schedule_retrieval import RETRIEVAL_KINDS, retrieval_schedule
+from flasheva_compile.lowering.schedule_retrieval_backward import (
+    LEAVING_OUT,
+    RETRIEVAL_BACKWARD_KINDS,
+    leaving_out_schedule,
+    retrieval_backward_schedule,
+)
 from flasheva_compile.lowering.schedule_retrieval_decode import (
     SELECTING_KINDS,
     gathering_schedule,
     selecting_schedule,
 )
+from flasheva_compile.lowering.schedule_vecinfer import vecinfer_schedule
 from flasheva_compile.lowering.spec import Schedule, parts
+from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,18 +62,39 @@ def choose(spec: KernelSpec, target: Target | None = None) -> Schedule:
 
 @cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
-    if spec.kind in RETRIEVAL_KINDS:
-        return retrieval_schedule(spec, target)
+    by_rule = _by_rule(spec, target)
+    if by_rule is not None:
+        return by_rule
+    table = None if spec.selection_group and spec.kind in LEAVING_OUT else shipped(spec, target)
+    for schedule in (tuned(spec, target), table):
+        if schedule and schedule_cost.rejection(spec, schedule, target) is None:
+            return schedule
+    if spec.selection_group and spec.kind in LEAVING_OUT:
+        plain = dataclasses.replace(spec, selection_group=0)
+        return leaving_out_schedule(spec, _choose(plain, target), target)
+    ranked = schedule_cost.candidates(spec, target)
+    return ranked[0] if ranked else _SMALLEST
+
+
+def _by_rule(spec: KernelSpec, target: Target) -> Schedule | None:
+    """Return the schedule of a kernel that has a closed rule."""
+    if isinstance(spec, VecInferSpec):
+        return vecinfer_schedule(spec)
     if spec.kind in SELECTING_KINDS:
         return selecting_schedule(spec)
     if spec.kind == "retrieval_decode":
         decode = dataclasses.replace(spec, kind="decode", retrieve_chunks=0)
         return gathering_schedule(spec, _choose(decode, target))
-    for schedule in (tuned(spec, target), shipped(spec, target)):
-        if schedule and schedule_cost.rejection(spec, schedule, target) is None:
-            return schedule
-    ranked = schedule_cost.candidates(spec, target)
-    return ranked[0] if ranked else _SMALLEST
+    if spec.kind == "extend_combine":
+        return _choose(dataclasses.replace(spec, kind="decode_combine"), target)
+    for kinds, rule in (
+        (RETRIEVAL_KINDS, retrieval_schedule),
+        (EXTEND_KINDS, extend_schedule),
+        (RETRIEVAL_BACKWARD_KINDS, retrieval_backward_schedule),
+    ):
+        if spec.kind in kinds:
+            return rule(spec, target)
+    return None
 
 
 _SMALLEST = Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1)

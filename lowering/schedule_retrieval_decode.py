@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 SELECTING_KINDS = ("retrieval_scores", "retrieval_select")
 
 _MOST = 256  # chunk tokens of a tile
-_TILE_BYTES = 32768  # that they take: several programs of a multiprocessor wait for theirs
+_TILE_BYTES = 16384  # that they take: several programs of a multiprocessor wait for theirs
 _SCORES = 8192  # of all query heads; products of fp32 keep operands in registers, too
-_NETWORK = 2048  # numbers that one sorting network takes
+_NETWORK = 1024  # numbers that one sorting network takes
 
 
 def selecting_schedule(spec: KernelSpec) -> Schedule:
@@ -39,7 +39,7 @@ def gathering_schedule(spec: KernelSpec, decode: Schedule) -> Schedule:
     return dataclasses.replace(decode, block_n=max(16, decode.block_n // 2)) if crowded else decode
 
 
-def fitted(schedule: Schedule, candidates: int) -> Schedule:
-    """Shrink the tile of ``retrieval_select`` to how many chunks are proposed to it."""
-    n = min(schedule.block_n, max(16, 1 << (candidates - 1).bit_length()))
+def fitted(schedule: Schedule, runs: int) -> Schedule:
+    """Shrink the tile of ``retrieval_select`` to how many runs of chunks there are."""
+    n = min(schedule.block_n, max(16, 1 << (runs - 1).bit_length()))
     return dataclasses.replace(schedule, block_n=n, num_warps=max(1, min(8, n // 128)))

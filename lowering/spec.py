@@ -22,6 +22,13 @@ DecodeKind = Literal["decode", "decode_combine"]
 ``decode_combine`` adds the parts up.
 """
 
+ExtendKind = Literal["extend_pool", "extend", "extend_append", "extend_combine"]
+"""Kernels of several new tokens over a cache, in the order of their launches.
+
+``extend_pool`` pools the chunks that the tokens complete; ``extend`` attends from them to a part of
+the cache and of themselves; ``extend_append`` writes them; ``extend_combine`` adds the parts up.
+"""
+
 RetrievalKind = Literal["select", "retrieve"]
 """Kernels of the retrieval tier, around ``forward``.
 
@@ -29,15 +36,34 @@ RetrievalKind = Literal["select", "retrieve"]
 their keys and goes on with the softmax of ``forward``.
 """
 
+RetrievalBackwardKind = Literal["selection_bits", "retrieved_dq", "retrieved_dkv"]
+"""Kernels of the retrieval tier's backward pass, beside those of one attention.
+
+``selection_bits`` marks the selected chunk tokens again, as ``select`` did; ``retrieved_dq`` keeps
+a group of queries and adds the gradient through the keys that it retrieved; ``retrieved_dkv`` keeps
+a chunk and walks over the queries that retrieved it.
+"""
+
 RetrievalDecodeKind = Literal["retrieval_scores", "retrieval_select", "retrieval_decode"]
 """Kernels of one step of generation with retrieval, before ``decode_combine``.
 
 ``retrieval_scores`` appends the token and scores the chunk tokens, each program a tile of them;
-``retrieval_select`` finds the best among what the tiles propose; ``retrieval_decode`` attends to a
+``retrieval_select`` finds the best where tiles have peaks; ``retrieval_decode`` attends to a
 part of what the token sees.
 """
 
-AnyKind = Literal[KernelKind, RetrievalKind, DecodeKind, RetrievalDecodeKind]
+VecInferKind = Literal["vecinfer_append", "vecinfer_decode", "vecinfer_combine"]
+"""Kernels of one step over a cache of codes; see ``spec_vecinfer.py``."""
+
+AnyKind = Literal[
+    KernelKind,
+    ExtendKind,
+    RetrievalKind,
+    RetrievalBackwardKind,
+    DecodeKind,
+    RetrievalDecodeKind,
+    VecInferKind,
+]
 
 Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
@@ -53,6 +79,18 @@ _COMBINE_FIELDS = (
     *("key_mask", "chunk_size", "retrieve_chunks"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
+_SELECTED_BY = ("group", "retrieve_chunks", "window", "window_size", "chunk_size", "sink_size")
+_IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
+    **dict.fromkeys(("chunk_tokens", "dpool"), _QUERY_FIELDS + _SCORE_FIELDS),
+    "dkv": (),
+    **dict.fromkeys(("decode", "retrieval_scores"), _DECODE_FIELDS),
+    **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
+    "extend_pool": ("group", "softcap", *_DECODE_FIELDS),
+    "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
+    "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
+    "retrieval_decode": ("key_mask", *_POOLING_FIELDS, *_DECODE_FIELDS),
+}
 _NEUTRAL = {
     "documents": "dense",
     "key_mask": False,
@@ -103,8 +141,9 @@ class KernelSpec:
         tf32: Products of fp32 run in TF32.
         whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
             bias ``ln c``: no bias is read, and none gets a gradient.
-        selection_group: Queries that share a selection of chunks, whose chunk tokens ``forward``
-            leaves out; 0 = nothing is retrieved.
+        selection_group: Queries that share a selection of chunks, whose chunk tokens ``forward``,
+            ``dq`` and ``dchunk`` leave out, and ``dkv`` adds what retrieved keys get; 0 = nothing
+            is retrieved.
         retrieve_chunks: Chunks that a query attends exactly, at most.
         retrieve_block: Positions for which the first one selects; ``select`` alone asks.
     """
@@ -136,23 +175,9 @@ class KernelSpec:
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""
-        ignored: tuple[str, ...] = ()
-        if kind in ("chunk_tokens", "dpool"):
-            ignored = _QUERY_FIELDS + _SCORE_FIELDS
-        elif kind == "decode":
-            ignored = _DECODE_FIELDS
-        elif kind == "decode_combine":
-            ignored = _COMBINE_FIELDS
-        elif kind == "retrieval_scores":
-            ignored = _DECODE_FIELDS
-        elif kind == "retrieval_select":
-            ignored = tuple(n for n in _COMBINE_FIELDS if n not in ("group", "retrieve_chunks"))
-        elif kind == "retrieval_decode":
-            ignored = ("key_mask", *_POOLING_FIELDS, *_DECODE_FIELDS)
-        elif kind != "dkv":
-            ignored = _POOLING_FIELDS
+        ignored = _IGNORED.get(kind, _POOLING_FIELDS)
         neutral = {name: _NEUTRAL[name] for name in ignored}
-        if kind == "decode_combine":
+        if kind in ("decode_combine", "extend_combine"):
             neutral["head_dim"] = self.value_dim  # it reads values alone
         elif kind == "retrieval_select":
             neutral |= {"dtype": "fp32", "head_dim": 1, "value_dim": 1}  # it reads scores alone

@@ -32,13 +32,16 @@ def op_arguments(case: AttentionCase, dtype: torch.dtype, chunks: int, block: in
     slopes = case._normal(7, q.shape[1]).to(dtype) / 8 if case.alibi else None
     names = ("window_size", "sink_tokens", "window", "causal", "q_offset", "softcap")
     options = {name: getattr(case, name) for name in names} | shared
-    options |= {"retrieve_chunks": chunks, "retrieve_block": block, "dropout_p": 0.0, **changes}
+    options |= {"retrieve_chunks": chunks, "retrieve_block": block, "retrieve_by": "token"}
+    options |= {"dropout_p": 0.0, **changes}
     return (q, k, v, *tokens(case.rule, v, parameters), *masks, slopes, None), options
 
 
-def selection(case: AttentionCase, dtype: torch.dtype, chunks: int, block: int = 1):
+def selection(
+    case: AttentionCase, dtype: torch.dtype, chunks: int, block: int = 1, by: str = "token"
+):
     """Return what the op selects, ``[B, Hkv, L, C]`` bool."""
-    arguments, options = op_arguments(case, dtype, chunks, block)
+    arguments, options = op_arguments(case, dtype, chunks, block, retrieve_by=by)
     slots = torch.ops.flasheva.retrieval_attention(*arguments, **options)[2].long()
     count = arguments[5].shape[2]
     found = torch.zeros(*slots.shape[:3], count + 1, dtype=torch.bool)
@@ -47,14 +50,20 @@ def selection(case: AttentionCase, dtype: torch.dtype, chunks: int, block: int =
     return found[..., :count].repeat_interleave(group, 2)[:, :, : case.queries]
 
 
-def reference(case: AttentionCase, chunks: int, block: int = 1, own: torch.dtype | None = None):
+def reference(
+    case: AttentionCase,
+    chunks: int,
+    block: int = 1,
+    own: torch.dtype | None = None,
+    by: str = "token",
+):
     """Return the formula for ``assert_as_accurate_as_pytorch``.
 
     In fp64 it selects by itself, unless ``own`` is given: then the op's selection in that
     precision stands. Other precisions always get one, or rounding would choose other chunks.
     """
-    chosen = selection(case, own or torch.float64, chunks, block)
-    options = {"retrieve_chunks": chunks, "retrieve_block": block}
+    chosen = selection(case, own or torch.float64, chunks, block, by)
+    options = {"retrieve_chunks": chunks, "retrieve_block": block, "retrieve_by": by}
 
     def formula(dtype: torch.dtype):
         given = None if dtype == torch.float64 and own is None else chosen

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.flex_spelling import FLEX_NEAR_MISSES, flex
+
 LENGTH, HEADS, DIM = 12, 4, 8
 
 
@@ -28,6 +30,7 @@ class Choice:
         softmax: How the softmax is written.
         dropout: Whether a dropout that does nothing stands on the weights.
         padded: Whether the caller gives a padding mask.
+        alibi: How a slope for each head is multiplied by positions, if it is.
     """
 
     projection: str = "separate"
@@ -41,6 +44,7 @@ class Choice:
     softmax: str = "softmax"
     dropout: bool = False
     padded: bool = False
+    alibi: str = "none"
 
 
 class Spelled(nn.Module):
@@ -58,6 +62,11 @@ class Spelled(nn.Module):
         )
         self.qkv = nn.Linear(16, width + 2 * kv_width)
         self.out = nn.Linear(width, 16)
+        slopes = torch.tensor([0.5**n for n in range(1, HEADS + 1)])
+        if near_miss == "slopes that are learned":
+            self.slopes = nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.mul_(3.0)
@@ -69,6 +78,8 @@ class Spelled(nn.Module):
         return self.out(self.attend(q, k, v, padding).transpose(1, 2).flatten(2))
 
     def attend(self, q, k, v, padding):
+        if self.near_miss in FLEX_NEAR_MISSES or self.choice.product == "flex":
+            return flex(self, q, k, v, padding)
         if self.choice.product == "sdpa":
             return sdpa(self, q, k, v, padding)
         q, k, scale = SCALES[self.choice.scale](q, k)
@@ -83,6 +94,9 @@ class Spelled(nn.Module):
         if padding is not None:
             hidden = (padding == 0)[:, None, None, :]
             scores = scores.view(batch, -1, *shape[-2:]).masked_fill(hidden, -math.inf).view(shape)
+        bias = SLOPES.get(self.near_miss) or SLOPES[self.choice.alibi]
+        if bias is not None:
+            scores = bias(scores.view(batch, -1, *shape[-2:]), self.slopes).view(shape)
         mask = MASKS.get(self.near_miss) or MASKS[self.choice.mask]
         scores = mask(scores)
         weights = (WRONG_SOFTMAXES.get(self.near_miss) or SOFTMAXES[self.choice.softmax])(scores)
@@ -216,7 +230,14 @@ def by_positions(scores):
     return torch.where(n[:, None] >= n[None], scores, torch.finfo(scores.dtype).min)
 
 
+def by_vmap(allowed):
+    n = torch.arange(LENGTH)
+    rows = torch.vmap(lambda i: torch.vmap(lambda j: allowed(i, j))(n))
+    return rows(n)
+
+
 MASKS = {
+    "causal by vmap": lambda s: s.masked_fill(~by_vmap(lambda i, j: i >= j), -math.inf),
     "causal fill": lambda s: s.masked_fill(~lower(LENGTH), -math.inf),
     "causal fill by a number": lambda s: s.masked_fill(lower(LENGTH) == 0, -1e9),
     "causal where": lambda s: torch.where(lower(LENGTH), s, -math.inf),
@@ -242,6 +263,10 @@ MASKS = {
     "mask too soft": lambda s: s.masked_fill(~lower(LENGTH), -5.0),
     "mask of booleans added": lambda s: s + lower(LENGTH),
     "mask of one cell": lambda s: s.masked_fill(~(lower(LENGTH) | one_cell()), -math.inf),
+    "mask by vmap of others": lambda s: s.masked_fill(~by_vmap(lambda i, j: j >= i), -math.inf),
+    "mask by vmap of two tokens": lambda s: s.masked_fill(
+        ~by_vmap(lambda i, j: i // 2 >= j // 2), -math.inf
+    ),
     "distance bias": lambda s: s.masked_fill(~lower(LENGTH), -math.inf) - distance() * 0.5,
 }
 
@@ -258,6 +283,30 @@ def one_cell():
 def distance():
     n = torch.arange(LENGTH)
     return (n[:, None] - n[None]).abs().float()
+
+
+def columns():
+    return torch.arange(LENGTH)
+
+
+SLOPES = {
+    "none": None,
+    "columns": lambda s, slopes: s + slopes[:, None, None] * columns(),
+    "columns first": lambda s, slopes: slopes.view(1, -1, 1, 1) * columns().to(s.dtype) + s,
+    "distance": lambda s, slopes: s + slopes[:, None, None] * (columns() - columns()[:, None]),
+    "from the last": lambda s, slopes: (
+        s + (columns() - LENGTH + 1) * slopes.unsqueeze(1).unsqueeze(1)
+    ),
+    "in place": lambda s, slopes: s.clone().add_(slopes[:, None, None] * columns()),
+    # near misses
+    "slopes times squares": lambda s, slopes: s + slopes[:, None, None] * columns() ** 2,
+    "slopes times products": lambda s, slopes: (
+        s + slopes[:, None, None] * (columns() * columns()[:, None]) / LENGTH
+    ),
+    "slopes of keys": lambda s, slopes: s + slopes.repeat(LENGTH // HEADS) * columns(),
+    "slopes that are learned": lambda s, slopes: s + slopes[:, None, None] * columns(),
+    "slopes by halves": lambda s, slopes: s + slopes[:, None, None] * (columns() // 2),
+}
 
 
 def less_maximum(s):
@@ -305,11 +354,13 @@ BEFORE_MASK = {
     "scores of absolute value": lambda s: s.abs(),
     "scores detached": lambda s: s.detach(),
     "scores transposed": lambda s: s.mT,
-    "scores shifted by keys": lambda s: s + torch.arange(LENGTH, dtype=s.dtype) * 0.1,
+    "scores shifted by keys": lambda s: s + torch.arange(LENGTH).to(s.dtype).sin() * 0.3,
     "scores rounded": lambda s: s.to(torch.int64).to(s.dtype),
 }
 NEAR_MISSES = (
     *(name for name in MASKS if name not in {"none"} and not name.startswith("causal")),
+    *(name for name in SLOPES if name.startswith("slopes")),
+    *FLEX_NEAR_MISSES,
     *WRONG_SOFTMAXES,
     *AFTER_SOFTMAX,
     *BEFORE_MASK,
@@ -324,5 +375,9 @@ def sdpa(self, q, k, v, padding):
         keep = padding.bool()[:, None, None].expand(-1, 1, LENGTH, -1)
         keep = keep & lower(LENGTH) if masked else keep
     scale = {"none": 1.0, "other": 0.2}.get(self.choice.scale)
+    if self.choice.alibi != "none":
+        keep = lower(LENGTH) if keep is None else keep
+        added = SLOPES[self.choice.alibi](q.new_zeros(1, HEADS, LENGTH, LENGTH), self.slopes)
+        keep = torch.where(keep, added, -math.inf)
     causal = masked and keep is None
     return F.scaled_dot_product_attention(q, k, v, keep, is_causal=causal, scale=scale)

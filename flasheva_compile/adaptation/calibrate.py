@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.eva_attention import EvaAttention, covering
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.probe import evaluating
 
@@ -175,11 +175,7 @@ def exact_attention(evas: Sequence[EvaAttention]) -> Iterator[None]:
 
 
 def _cover_all_keys(eva: Any, args: tuple[Any, ...]) -> None:  # noqa: ANN401 - an EvaAttention
-    keys, size = args[1].shape[2], eva.config.chunk_size
-    if eva.config.window_size < keys:
-        # Powers of two: on a GPU every window size is a kernel of its own.
-        chunks = 1 << (-(-keys // size) - 1).bit_length()
-        eva.config = eva.config.replace(window_size=size * chunks)
+    eva.config = covering(eva.config, args[1].shape[2])
 
 
 def model_inputs(

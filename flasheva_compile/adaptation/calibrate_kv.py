@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from flasheva_compile.adaptation.calibrate import model_inputs, running_eagerly
+from flasheva_compile.adaptation.kv_tokens import recording
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.fingerprint import weights_fingerprint
 from flasheva_compile.generation.prepared import ATTRIBUTE
-from flasheva_compile.quantization.codebooks import KvCodebooks, LayerShape
+from flasheva_compile.quantization.codebooks import KvCodebooks
 from flasheva_compile.quantization.formats import kv_format
-from flasheva_compile.quantization.learn import LearningOptions, learn_layer
+from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from torch import Tensor
-
+    from flasheva_compile.adaptation.kv_tokens import KvTokens
+    from flasheva_compile.quantization.codebooks import LayerShape
     from flasheva_compile.quantization.formats import KvFormat
 
 log = logging.getLogger(__name__)
-
-_VECTORS_PER_ENTRY = 256  # what k-means is given for each codeword, where there are as many
 
 
 def calibrate_kv(
@@ -39,9 +35,11 @@ def calibrate_kv(
 ) -> KvCodebooks:
     """Learn how to store a model's keys and values in few bits.
 
-    Runs the model on the batches and watches what goes into its cache: keys after the rotary
-    embedding, and values. Of each layer, keys' scales come from all tokens, codebooks from as many
-    random tokens as give k-means 256 vectors per codeword. The model is not changed.
+    Runs the model on the batches and watches what its attentions get: queries, and keys after the
+    rotary embedding and values as the cache has them. Each layer's scales and codebooks are learned
+    from a random sample of its tokens, each of which counts by the attention that it gets from
+    queries so far behind it that they would read it as a code. The model is not changed. Rows of
+    1024 tokens and more serve best: in rows shorter than what stays exact, all tokens count alike.
 
     Args:
         model: A causal language model of transformers, prepared or not. It runs uncompiled, in
@@ -65,21 +63,12 @@ def calibrate_kv(
         >>> books.save("model/kv-2bit.safetensors")
     """
     form, options = kv_format(format), options or LearningOptions()
-    wanted = layers
-    if layers is None and (prepared := getattr(model, ATTRIBUTE, None)) is not None:
-        wanted = [index for index, layer in prepared.full.items() if not layer.reason]
-    with running_eagerly(model), _recording(form, wanted, options.seed) as (cache_of, seen):
-        for inputs in model_inputs(model, batches):
-            model(**inputs, past_key_values=cache_of(model, inputs), use_cache=True)
-    missing = sorted(set(wanted or ()) - set(seen))
-    if missing or not seen:
-        what = f"layer {missing[0]} has" if missing else "the model has"
-        raise ConfigError(f"{what} no keys and values in its cache", subject="layers")
-    if not all(record.tokens for record in seen.values()):
-        raise ConfigError("hold no valid token", subject="batches")
+    seen = _run(model, batches, layers, form, options)
     learned = {}
     for index, record in sorted(seen.items()):
-        learned[index] = learn_layer(record.keys, record.values, record.largest, form, options)
+        readers = Readers(record.attention, record.queries / record.read)
+        tokens = (record.keys, record.values, record.largest)
+        learned[index] = learn_layer(*tokens, form, options, readers)
         log.info("layer %d: %s codebooks of %d tokens", index, format, record.keys.shape[0])
     return KvCodebooks(
         format=format,
@@ -90,98 +79,40 @@ def calibrate_kv(
     )
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """Keys and values of one layer: a random sample, and the largest keys of all.
-
-    Attributes:
-        keys: ``[T, Hkv, D]``.
-        values: ``[T, Hkv, Dv]``.
-        largest: ``max |k|``, ``[Hkv, D]``.
-        priority: The sample's random numbers, ``[T]``: the smallest stay.
-        tokens: How many there were.
-    """
-
-    keys: Tensor
-    values: Tensor
-    largest: Tensor
-    priority: Tensor
-    tokens: int
-
-    @property
-    def shape(self) -> LayerShape:
-        """What the layer caches per token."""
-        (_, heads, size), value_size = self.keys.shape, self.values.shape[2]
-        return LayerShape(kv_heads=heads, head_dim=size, value_dim=value_size)
-
-    def joined(self, other: _Tokens) -> _Tokens:
-        """Return both."""
-        return _Tokens(
-            keys=torch.cat([self.keys, other.keys]),
-            values=torch.cat([self.values, other.values]),
-            largest=torch.maximum(self.largest, other.largest),
-            priority=torch.cat([self.priority, other.priority]),
-            tokens=self.tokens + other.tokens,
-        )
-
-    def sampled(self, most: int) -> _Tokens:
-        """Keep at most ``most`` tokens of the sample, in their order."""
-        kept = self.priority.argsort(stable=True)[:most].sort().values
-        on_device = kept.to(self.keys.device)
-        return _Tokens(
-            keys=self.keys[on_device],
-            values=self.values[on_device],
-            largest=self.largest,
-            priority=self.priority[kept],
-            tokens=self.tokens,
-        )
+def _run(
+    model: Any,  # noqa: ANN401
+    batches: Iterable[Any],
+    layers: Sequence[int] | None,
+    form: KvFormat,
+    options: LearningOptions,
+) -> dict[int, KvTokens]:
+    """Return what was seen of each layer."""
+    wanted = None if layers is None else list(layers)
+    if layers is None and (prepared := getattr(model, ATTRIBUTE, None)) is not None:
+        wanted = [index for index, layer in prepared.full.items() if not layer.reason]
+        if not wanted:
+            message = "no full attention of the model can be quantised"
+            hint = 'prepare with layers that are "full"'
+            raise ConfigError(message, subject="layers", hint=hint)
+    most = partial(_sample_size, form, options)
+    seen: dict[int, KvTokens] = {}
+    with running_eagerly(model), recording(model, wanted, most, options.seed) as forward:
+        for inputs in model_inputs(model, batches):
+            seen = forward(inputs)
+    missing = sorted(set(wanted or ()) - set(seen))
+    if missing or not seen:
+        what = f"layer {missing[0]} has" if missing else "the model has"
+        raise ConfigError(f"{what} no keys and values in its cache", subject="layers")
+    if not all(record.tokens for record in seen.values()):
+        raise ConfigError("hold no valid token", subject="batches")
+    return seen
 
 
-@contextmanager
-def _recording(form: KvFormat, wanted: Sequence[int] | None, seed: int) -> Iterator[Any]:
-    """Yield a function that makes a cache which is watched, and what was seen, by layer."""
-    from transformers.cache_utils import DynamicCache
-
-    seen: dict[int, _Tokens] = {}
-    generator = torch.Generator().manual_seed(seed)
-
-    def cache_of(model: Any, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
-        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        update, mask = cache.update, inputs.get("attention_mask")
-
-        def watched(k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            if wanted is None or layer_idx in wanted:
-                new = _tokens(k, v, mask, generator)
-                both = seen[layer_idx].joined(new) if layer_idx in seen else new
-                seen[layer_idx] = both.sampled(_sample_size(form, new.shape))
-            return update(k, v, layer_idx, *args, **kwargs)
-
-        cache.update = watched
-        return cache
-
-    yield cache_of, seen
-
-
-def _tokens(k: Tensor, v: Tensor, mask: Tensor | None, generator: torch.Generator) -> _Tokens:
-    """Return the valid tokens of one call."""
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    valid = torch.ones(keys.shape[:2], dtype=torch.bool, device=k.device)
-    if mask is not None:
-        valid = mask.to(k.device).bool()
-    keys, values = keys[valid], values[valid]
-    return _Tokens(
-        keys=keys,
-        values=values,
-        largest=torch.cat([keys.new_zeros(1, *keys.shape[1:]), keys.abs()]).amax(0),
-        priority=torch.rand(keys.shape[0], generator=generator),
-        tokens=keys.shape[0],
-    )
-
-
-def _sample_size(form: KvFormat, shape: LayerShape) -> int:
+def _sample_size(form: KvFormat, options: LearningOptions, shape: LayerShape) -> int:
     """Return the tokens that give both codebooks their vectors."""
+    heads = 1 if options.per_head else shape.kv_heads
     needed = [
-        -(-_VECTORS_PER_ENTRY * part.entries // (shape.kv_heads * part.codes(size)))
+        -(-options.vectors * part.entries // (heads * part.codes(size)))
         for part, size in ((form.key, shape.head_dim), (form.value, shape.value_dim))
     ]
     return max(needed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flasheva_compile.evaluation.suite import TASKS, EvaluationOptions
+from flasheva_compile.quantization.formats import FORMATS
 
 _MODEL = "folder of a transformers model, or a GGUF file"
 _CONFIG = (
@@ -30,7 +31,11 @@ def command_parser() -> Parser:
     parser = Parser(prog="flasheva", description="FlashEVA attention for local language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _explain(commands.add_parser("explain", help="what becomes of every attention of a model"))
-    _calibrate(commands.add_parser("calibrate", help="prepare a model without training"))
+    _calibrate(
+        commands.add_parser(
+            "calibrate", help="prepare a model, or codes for its cache, without training"
+        )
+    )
     _adapt(commands.add_parser("adapt", help="train a model to do with FlashEVA what it did"))
     _eval(commands.add_parser("eval", help="perplexity, retrieval, agreement"))
     return parser
@@ -48,7 +53,10 @@ def _calibrate(parser: Parser) -> None:
     _add_model(parser, "auto")
     _add_text(parser, required=True)
     parser.add_argument("--config", metavar="JSON", help=_CONFIG)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    what = "new folder; not needed with --kv, which then adds codebooks to MODEL"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=what)
+    what = f"learn codebooks for the cache of full layers: {', '.join(FORMATS)}"
+    parser.add_argument("--kv", choices=tuple(FORMATS), metavar="FORMAT", help=what)
     _add_count(parser, "--length", 2048, "of a row [tokens]")
     _add_count(parser, "--batch-size", 1, "rows at a time")
     _add_count(parser, "--rows", 8, "at most as many rows of text are read")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
-from flasheva_compile.generation.full_layers import quantized_layers
+from flasheva_compile.generation.full_layers import quantized_layers, storage_of_layers
+from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepared import cached_layers
 from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
-from flasheva_compile.quantization.formats import KvStorage
+from flasheva_compile.validation import expect_choice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
     from flasheva_compile.generation.prepared import CachedLayer
     from flasheva_compile.quantization.codebooks import KvCodebooks
+    from flasheva_compile.quantization.formats import KvStorage
+
+
+Prefill: TypeAlias = Literal["formula", "exact"]
+Store: TypeAlias = Literal["device", "offloaded"]
 
 
 class FlashEvaCache(Cache):
@@ -41,7 +47,7 @@ class FlashEvaCache(Cache):
         super().__init__(layers=layers, **options)
 
     @classmethod
-    def for_model(
+    def for_model(  # noqa: PLR0913 - one way to build every kind of cache
         cls,
         model: nn.Module,
         config: Any = None,  # noqa: ANN401 - what prepare takes
@@ -51,6 +57,8 @@ class FlashEvaCache(Cache):
         offloading: bool = False,
         full_layers: str | KvStorage | None = None,
         codebooks: KvCodebooks | str | Path | None = None,
+        prefill: Prefill = "formula",
+        store: Store = "device",
     ) -> FlashEvaCache:
         """Build an empty cache.
 
@@ -60,15 +68,21 @@ class FlashEvaCache(Cache):
             max_batch_size: Rows to preallocate for; None = at the first call.
             max_cache_len: Tokens to preallocate for; None = grow.
             offloading: Keep full layers on the host while others run; FlashEVA layers stay.
-            full_layers: How layers that stay full are stored: "fp8", "vq-2bit" or another format,
-                or a :class:`KvStorage`. None = as the model has them.
+            full_layers: How all layers that stay full are stored: "fp8", "vq-2bit" or another
+                format, a :class:`KvStorage`, or "exact". None = as the configuration says
+                (``kv`` of its ``FullConfig``).
             codebooks: What :func:`flasheva_compile.calibrate_kv` learned from this model, or the
-                file that it was saved in.
+                file that it was saved in. None = what lay beside the model when it was loaded.
+            prefill: How the first call reads several tokens: by the "formula", or "exact", by full
+                attention, as its layers' ``repr`` then says. Later tokens follow the formula.
+            store: Where retrieving layers keep exact keys: on the "device", or "offloaded" to the
+                host, from which each step fetches the selected chunks.
 
         Raises:
-            ConfigError: The model is not prepared, the arguments contradict each other, or the
-                codebooks are those of another model or format.
+            ConfigError: Model not prepared, contradicting arguments, or another model's codebooks.
         """
+        expect_choice("prefill", prefill, get_args(Prefill))
+        expect_choice("store", store, get_args(Store))
         if config is not None:
             from flasheva_compile.generation.prepare import prepare
 
@@ -77,25 +91,18 @@ class FlashEvaCache(Cache):
             message = f"{max_batch_size} without max_cache_len"
             raise ConfigError(message, subject="max_batch_size", hint="give both, or neither")
         converted = cached_layers(model)
-        text: Any = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        if max_cache_len is None:
-            layers = list(DynamicCache(config=text).layers)
-        else:
-            layers = list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
+        layers = _own_layers(model, max_cache_len)
+        retrieving = _retrieving_kind(store, converted)
         for index, layer in converted.items():
-            kind = RetrievalCacheLayer if layer.config.retrieve_chunks else EvaCacheLayer
-            layers[index] = kind(layer.path, layer.config, max_cache_len)
-        if full_layers is None and codebooks is not None:
-            message = "without full_layers, which says what they are for"
-            raise ConfigError(message, subject="codebooks")
-        if full_layers is not None:
-            if offloading:
-                message = "quantised layers stay on their device"
-                raise ConfigError(message, subject="offloading", hint="drop full_layers")
-            storage = KvStorage.of(full_layers)
-            quantized = quantized_layers(model, storage, codebooks, layers, max_cache_len)
-            for index, layer in quantized.items():
-                layers[index] = layer
+            kind = retrieving if layer.config.retrieve_chunks else EvaCacheLayer
+            layers[index] = made = kind(layer.path, layer.config, max_cache_len)
+            made.exact_prefill = prefill == "exact"
+        storages = storage_of_layers(model, full_layers, layers)
+        if offloading and storages:
+            message, hint = "quantised layers stay on their device", 'pass full_layers="exact"'
+            raise ConfigError(message, subject="offloading", hint=hint)
+        for index, layer in quantized_layers(model, storages, codebooks, max_cache_len).items():
+            layers[index] = layer
         cache = cls(layers, offloading=offloading)
         if max_batch_size is not None:
             cache._allocate(model, converted, max_batch_size)
@@ -130,12 +137,37 @@ class FlashEvaCache(Cache):
         return load_cache(model, path)
 
     def nbytes(self) -> int:
-        """Return the bytes of all tensors of all layers."""
+        """Return the bytes of all tensors of all layers, without what is in a store on the host."""
         tensors = [x for layer in self.layers for x in _tensors(layer)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
+    def host_nbytes(self) -> int:
+        """Return the bytes of exact keys and values in host memory."""
+        stores = [getattr(layer, "store", None) for layer in self.layers]
+        return sum(store.nbytes() for store in stores if store is not None)
+
+
+def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: ANN401
+    """Return the layers that transformers would take."""
+    text = model.config.get_text_config(decoder=True)
+    if max_cache_len is None:
+        return list(DynamicCache(config=text).layers)
+    return list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
+
+
+def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaCacheLayer]:
+    """Return the kind of layers that retrieve."""
+    if store == "device":
+        return RetrievalCacheLayer
+    if not any(layer.config.retrieve_chunks for layer in converted.values()):
+        message = "no layer has retrieve_chunks, so none keeps exact keys"
+        raise ConfigError(message, subject="store", hint="set retrieve_chunks, or drop store")
+    return OffloadedCacheLayer
+
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
+    if isinstance(layer, OffloadedCacheLayer):
+        return [x for x in (*(layer.state or ()), layer.bounds, layer.open_k) if x is not None]
     if isinstance(layer, EvaCacheLayer | VecInferLayer):
         return list(layer.state or ())
     return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

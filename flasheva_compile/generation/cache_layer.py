@@ -51,6 +51,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
         self.announced = False
         self.record_past = False
+        self.exact_prefill = False
         self.snapshot: Any = None
         self.recorded: list[tuple[Tensor, ...]] = []
         self.replay: Callable[..., None] | None = None
@@ -58,7 +59,8 @@ class EvaCacheLayer(CacheLayerMixin):
     def __repr__(self) -> str:
         c = self.config
         kind = f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
-        return f"EvaCacheLayer({self.path}: {kind})"
+        kind += ", exact prefill" * self.exact_prefill
+        return f"{type(self).__name__}({self.path}: {kind})"
 
     # --- what transformers calls ------------------------------------------------------------------
 
@@ -257,12 +259,13 @@ class EvaCacheLayer(CacheLayerMixin):
         first, self.is_empty = self.is_empty, False
         self.seen += k.shape[2] if self.max_cache_len is None else 0
         if not first or k.shape[2] == 1:
-            new = (x.detach() for x in qkv)
+            new = (x.detach() if x.requires_grad else x for x in qkv)
             out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
             if torch.is_grad_enabled() and q.requires_grad:
                 out = NoGradient.apply(out, q)
             return out, lse
-        result = eva.attend_all(qkv, key_mask, None, scale=scale, softcap=softcap)
+        exact = self.exact_prefill
+        result = eva.attend_all(qkv, key_mask, None, exact=exact, scale=scale, softcap=softcap)
         new = (x.detach() for x in qkv)
         self._append(*new, parameters, key_mask, *self.state, **options)
         return result

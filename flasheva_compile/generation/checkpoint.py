@@ -14,9 +14,11 @@ from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache import FlashEvaCache
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.fingerprint import fingerprint
+from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.codebooks import CODEBOOKS, KvCodebooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,11 +43,12 @@ def from_pretrained(path: str | Path, *args: Any, **kwargs: Any) -> Any:  # noqa
         **kwargs: As of transformers' ``from_pretrained``.
 
     Returns:
-        The prepared model, with the chunk rules' parameters as saved.
+        The prepared model, with the chunk rules' parameters as saved, and with the codebooks of
+        its cache if a local folder holds ``kv_codebooks.safetensors``.
 
     Raises:
-        ConfigError: The checkpoint was not written by a prepared model, or its parameters are not
-            those of the attentions that are converted.
+        ConfigError: The checkpoint was not written by a prepared model, its parameters are not
+            those of the attentions that are converted, or its codebooks cannot be read.
     """
     import transformers
 
@@ -106,6 +109,9 @@ def load_prepared(
     prepare(model, model.config.flasheva["layers"]).train(training)
     saved = kwargs.get("state_dict") or _our_tensors(path, kwargs)
     _set_parameters(model, saved, str(path))
+    codebooks = Path(path) / CODEBOOKS
+    if codebooks.is_file():
+        prepared_of(model).codebooks = KvCodebooks.load(codebooks)
     return loaded
 
 
@@ -216,6 +222,10 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
     if quantized:
         message = "its quantised layer cannot be written to a file yet"
         raise ConfigError(message, subject=quantized[0], hint="build the cache without full_layers")
+    offloaded = [layer.path for layer in cache.layers if isinstance(layer, OffloadedCacheLayer)]
+    if offloaded:
+        message = "its store in host memory cannot be written to a file yet"
+        raise ConfigError(message, subject=offloaded[0], hint='build the cache with store="device"')
     tensors: dict[str, Tensor] = {}
     numbers: list[dict[str, int]] = []
     for index, layer in enumerate(cache.layers):

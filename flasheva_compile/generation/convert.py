@@ -22,6 +22,8 @@ from flasheva_compile.generation.prepared import (
     attention_configs,
 )
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.layer_config import kv_of
+from flasheva_compile.layer_names import name_layers
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def convert(
     model._flasheva_prepared = Prepared(
         hybrid=hybrid,
         converted=converted,
-        full=_full_layers(found, converted),
+        full=_full_layers(model, found, converted, hybrid),
         report=report,
         implementations=_switch(model, hybrid),
     )
@@ -90,9 +92,14 @@ def convert(
 
 
 def _full_layers(
-    found: Sequence[ProbedAttention], converted: Mapping[int, CachedLayer]
+    model: nn.Module,
+    found: Sequence[ProbedAttention],
+    converted: Mapping[int, CachedLayer],
+    hybrid: HybridConfig,
 ) -> dict[int, FullLayer]:
     """Return the attentions that stay full, by their place in the cache."""
+    modules = [name for name, _ in model.named_modules()]
+    names = name_layers([seen.path for seen in found], modules)
     return {
         seen.index: FullLayer(
             path=seen.path,
@@ -100,8 +107,9 @@ def _full_layers(
             kv_heads=seen.kv_heads,
             head_dim=seen.head_dim,
             value_dim=seen.value_dim,
+            kv=kv_of(hybrid.resolve(name)),
         )
-        for seen in found
+        for seen, name in zip(found, names, strict=True)
         if seen.index is not None and seen.index not in converted
     }
 

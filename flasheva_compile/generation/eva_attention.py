@@ -47,11 +47,12 @@ class EvaAttention(nn.Module):
         """Return what ``print(model)`` shows."""
         c = self.config
         retrieved = f", top-{c.retrieve_chunks}" if c.retrieve_chunks else ""
+        retrieved += " by bounds" * (c.retrieve_by == "bounds")
         return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}{retrieved}"
 
     def rule_parameters(self) -> list[Tensor]:
         """Return the rule's parameters in the order of the ops."""
-        return list(self.parameters(recurse=False))
+        return [p for p in self._parameters.values() if p is not None]
 
     def forward(
         self,
@@ -84,7 +85,7 @@ class EvaAttention(nn.Module):
         if layer is not None:
             return layer.attend(self, (query, key, value), mask, scale, softcap)
         key_mask, segment_ids = self.masks(mask, key.shape[2])
-        options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
         return self.attend_all((query, key, value), key_mask, segment_ids, **options)
 
     def attend_all(
@@ -92,11 +93,16 @@ class EvaAttention(nn.Module):
         qkv: tuple[Tensor, Tensor, Tensor],
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
+        *,
+        exact: bool = False,
         **options: float,
     ) -> tuple[Tensor, Tensor]:
-        """Attend from the last queries to all keys; see :func:`flasheva_attention`."""
+        """Attend from the last queries to all keys; see :func:`flasheva_attention`.
+
+        ``exact`` makes it full attention, by a window over all keys.
+        """
         q, k, v = qkv
-        c = self.config
+        c = covering(self.config, k.shape[2]) if exact else self.config
         return flasheva_attention(
             q,
             k,
@@ -113,6 +119,7 @@ class EvaAttention(nn.Module):
             q_offset=k.shape[2] - q.shape[2],
             retrieve_chunks=c.retrieve_chunks,
             retrieve_block=c.retrieve_block,
+            retrieve_by=c.retrieve_by,
             **options,  # pyright: ignore[reportArgumentType]
         )
 
@@ -137,6 +144,15 @@ class EvaAttention(nn.Module):
             )
         mask = mask[:, :columns]
         return (mask, None) if mask.dtype == torch.bool else (None, mask)
+
+
+def covering(config: EvaConfig, keys: int) -> EvaConfig:
+    """Return a configuration whose window covers ``keys``: full attention by the same ops."""
+    if config.window_size >= keys:
+        return config
+    # Powers of two: on a GPU every window size is a kernel of its own.
+    chunks = 1 << (-(-keys // config.chunk_size) - 1).bit_length()
+    return config.replace(window_size=config.chunk_size * chunks)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,12 +13,12 @@ from flasheva_compile.generation.fingerprint import weights_fingerprint
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import KvCodebooks, LayerShape
-from flasheva_compile.quantization.formats import FP8, KvStorage, kv_format
+from flasheva_compile.quantization.formats import EXACT, FP8, KvStorage, kv_format
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.vecinfer import VqCodec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flasheva_compile.generation.prepared import FullLayer
     from flasheva_compile.quantization.state import Codec
@@ -26,81 +26,117 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def quantized_layers(
+def storage_of_layers(
     model: Any,  # noqa: ANN401 - a transformers model
-    storage: KvStorage,
-    codebooks: KvCodebooks | str | Path | None,
+    full_layers: str | KvStorage | None,
     layers: Sequence[Any],
-    max_cache_len: int | None,
-) -> dict[int, VecInferLayer]:
-    """Return cache layers for the full attentions of a prepared model.
+) -> dict[int, KvStorage]:
+    """Return how full attentions of a prepared model are stored that are not in its own dtype.
 
-    Attentions that are no plain causal softmax (sliding windows, for example) keep theirs; the log
-    says which, and why.
+    Attentions that are no plain causal softmax (sliding windows, for example) keep their cache; the
+    log says which, and why.
 
     Args:
         model: A prepared model.
-        storage: How to store.
-        codebooks: Of ``calibrate_kv``, or the file that they were saved in; None for fp8.
-        layers: The cache layers to replace, by their place.
-        max_cache_len: Tokens to preallocate for; None = grow.
+        full_layers: How all are stored; None = each as the configuration says.
+        layers: Its cache layers, by their place.
 
     Raises:
-        ConfigError: There is no such attention, or codebooks lack, are useless, or are another
-            model's.
+        ConfigError: No attention can be stored so, or one whose configuration asks for it cannot.
     """
-    chosen: dict[int, FullLayer] = {}
+    every = None if full_layers in (None, EXACT) else KvStorage.of(full_layers)
+    chosen: dict[int, KvStorage] = {}
     for index, layer in prepared_of(model).full.items():
+        own = None if full_layers is not None or layer.kv == EXACT else KvStorage(format=layer.kv)
+        storage = every or own
+        if storage is None:
+            continue
         reason = layer.reason
         if not reason and type(layers[index]) not in (DynamicLayer, StaticLayer):
             reason = f"its cache is a {type(layers[index]).__name__}"
-        if reason:
-            log.info("%s: its cache stays as it is (%s)", layer.path, reason)
+        if not reason:
+            chosen[index] = storage
+        elif own is not None:
+            message = f"kv={layer.kv!r}, but it cannot be quantised: {reason}"
+            raise ConfigError(message, subject=layer.path, hint='leave it "full"')
         else:
-            chosen[index] = layer
-    if not chosen:
-        message = f"{storage.format!r}, but no full attention of the model can be quantised"
+            log.info("%s: its cache stays as it is (%s)", layer.path, reason)
+    if every is not None and not chosen:
+        message = f"{every.format!r}, but no full attention of the model can be quantised"
         raise ConfigError(
             message, subject="full_layers", hint='prepare with layers that are "full"'
         )
-    codecs = _codecs(model, storage, codebooks, chosen)
+    return chosen
+
+
+def quantized_layers(
+    model: Any,  # noqa: ANN401 - a transformers model
+    storages: Mapping[int, KvStorage],
+    codebooks: KvCodebooks | str | Path | None,
+    max_cache_len: int | None,
+) -> dict[int, VecInferLayer]:
+    """Return cache layers for full attentions of a prepared model.
+
+    Args:
+        model: A prepared model.
+        storages: Of :func:`storage_of_layers`.
+        codebooks: Of ``calibrate_kv``, or the file that they were saved in; None = what lay beside
+            the model when it was loaded.
+        max_cache_len: Tokens to preallocate for; None = grow.
+
+    Raises:
+        ConfigError: Codebooks lack, are useless, or are another model's.
+    """
+    full = prepared_of(model).full
+    formats = sorted({s.format for s in storages.values()} - {FP8})
+    if not formats and codebooks is not None:
+        what = "fp8 has none" if storages else "no layer is stored as codes of them"
+        raise ConfigError(what, subject="codebooks", hint="leave them out")
+    if formats[1:]:
+        message = f"{formats[0]!r} and {formats[1]!r}: codebooks are of one format"
+        raise ConfigError(message, subject="kv", hint='give all layers the same, or "fp8"')
+    of = {index: full[index] for index, s in storages.items() if s.format != FP8}
+    codecs: dict[int, Codec] = {
+        index: Fp8Codec(full[index].head_dim, full[index].value_dim) for index in storages
+    }
+    if formats:
+        codecs |= _codecs(model, formats[0], codebooks, of, storages)
     return {
-        index: VecInferLayer(layer.path, codecs[index], storage, max_cache_len)
-        for index, layer in chosen.items()
+        index: VecInferLayer(full[index].path, codecs[index], storage, max_cache_len)
+        for index, storage in storages.items()
     }
 
 
 def _codecs(
     model: Any,  # noqa: ANN401
-    storage: KvStorage,
+    format_name: str,
     codebooks: KvCodebooks | str | Path | None,
-    chosen: dict[int, FullLayer],
+    of: Mapping[int, FullLayer],
+    storages: Mapping[int, KvStorage],
 ) -> dict[int, Codec]:
-    if storage.format == FP8:
-        if codebooks is not None:
-            raise ConfigError("fp8 has none", subject="codebooks", hint="leave them out")
-        return {i: Fp8Codec(layer.head_dim, layer.value_dim) for i, layer in chosen.items()}
-    if codebooks is None:
+    """Return what turns keys and values into codes."""
+    books = prepared_of(model).codebooks if codebooks is None else codebooks
+    if books is None:
         hint = "pass what calibrate_kv returned, or the file that it was saved in"
-        raise ConfigError(f"{storage.format!r} needs them", subject="codebooks", hint=hint)
-    books = KvCodebooks.load(codebooks) if isinstance(codebooks, str | Path) else codebooks
+        raise ConfigError(f"{format_name!r} needs them", subject="codebooks", hint=hint)
+    books = KvCodebooks.load(books) if isinstance(books, str | Path) else books
     shapes = {
         index: LayerShape(
             kv_heads=layer.kv_heads, head_dim=layer.head_dim, value_dim=layer.value_dim
         )
-        for index, layer in chosen.items()
+        for index, layer in of.items()
     }
-    books.expect(storage.format, weights_fingerprint(model), shapes)
-    form, modules = kv_format(storage.format), dict(model.named_modules())
+    books.expect(format_name, weights_fingerprint(model), shapes)
+    form, modules = kv_format(format_name), dict(model.named_modules())
     return {
         index: VqCodec(
             books.layers[index].to(_device(modules[layer.path])),
             form,
             layer.head_dim,
             layer.value_dim,
-            lookup=storage.lookup,
+            lookup=storages[index].lookup,
         )
-        for index, layer in chosen.items()
+        for index, layer in of.items()
     }
 
 

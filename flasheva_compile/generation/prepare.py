@@ -14,6 +14,7 @@ from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
 from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.verify import verify
+from flasheva_compile.layer_config import is_full
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.report import CompileReport, LayerReport
 from flasheva_compile.scope import KEPT
@@ -160,7 +161,7 @@ def _decide(
     decisions: dict[str, EvaConfig | str] = {}
     for seen, name in zip(found, names, strict=True):
         config = hybrid.resolve(name)
-        if config == "full":
+        if is_full(config):
             decisions[seen.path] = "the configuration leaves it full"
         else:
             decisions[seen.path] = seen.reason or config

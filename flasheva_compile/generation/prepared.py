@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flasheva_compile.config import EvaConfig, HybridConfig
+    from flasheva_compile.quantization.codebooks import KvCodebooks
     from flasheva_compile.report import CompileReport
 
 ATTRIBUTE = "_flasheva_prepared"
@@ -45,6 +46,7 @@ class FullLayer:
         kv_heads: ``Hkv``.
         head_dim: ``D``.
         value_dim: ``Dv``.
+        kv: How the configuration has its keys and values stored; see ``FullConfig``.
     """
 
     path: str
@@ -52,6 +54,7 @@ class FullLayer:
     kv_heads: int
     head_dim: int
     value_dim: int
+    kv: str = "exact"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -65,6 +68,7 @@ class Prepared:
         report: One row per attention.
         implementations: ``id(config)`` -> the configuration and its implementation before, a
             configuration before those inside it.
+        codebooks: Of the full layers, if they were found beside the model when it was loaded.
     """
 
     hybrid: HybridConfig
@@ -72,6 +76,7 @@ class Prepared:
     full: dict[int, FullLayer]
     report: CompileReport
     implementations: dict[int, tuple[Any, str]]
+    codebooks: KvCodebooks | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         # A copied model has configurations of its own.

@@ -63,5 +63,7 @@ class RetrievalCacheLayer(EvaCacheLayer):
         chunks = -(-(room + more) // c) - self.state.rfa_k.shape[2]
         self._extend({"keys": more, "values": more})
         self._extend({"rfa_k": chunks, "rfa_v": chunks, "rfa_bias": chunks})
+        if self.config.retrieve_by == "bounds":
+            self._extend({"bounds": chunks})
         mask = torch.nn.functional.pad(self.state.mask, (0, more))
         self.state = self.state._replace(mask=mask)

@@ -33,7 +33,7 @@ def verify(model: Any) -> None:  # noqa: ANN401
             index: dataclasses.replace(layer, config=_over_everything(layer.config))
             for index, layer in converted.items()
         }
-        ours = _logits(model, FlashEvaCache.for_model(model))
+        ours = _logits(model, FlashEvaCache.for_model(model, full_layers="exact"))
     except ConfigError:
         raise
     except Exception as error:
@@ -67,7 +67,8 @@ def _does_not_run(model: Any, error: Exception) -> ConfigError:  # noqa: ANN401
 def _over_everything(config: EvaConfig) -> EvaConfig:
     c = config.chunk_size
     # The probe's rows are shorter than the window: nothing is left to retrieve.
-    return config.replace(window_size=-(-16 // c) * c, retrieve_chunks=0, retrieve_block=1)
+    nothing = {"retrieve_chunks": 0, "retrieve_block": 1, "retrieve_by": "token"}
+    return config.replace(window_size=-(-16 // c) * c, **nothing)
 
 
 def _logits(model: Any, cache: Any) -> torch.Tensor:  # noqa: ANN401

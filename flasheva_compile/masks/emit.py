@@ -20,7 +20,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import fx
 
-from flasheva_compile.masks.symbolic import BATCH, KEY
+from flasheva_compile.masks.symbolic import BATCH, HEAD, KEY
 from flasheva_compile.masks.values import is_boolean
 
 if TYPE_CHECKING:
@@ -85,14 +85,36 @@ def emit_key_tensor(
     return graph.call_function(torch.broadcast_to, (result, (batch, key_length)))
 
 
+def emit_head_tensor(
+    graph: fx.Graph,
+    formula: sp.Basic,
+    nodes: Mapping[str, fx.Node],
+    heads: int,
+    *,
+    device: torch.device | str | None = None,
+) -> fx.Node | NotEmitted:
+    """Append the nodes that compute a formula over ``h``; see `emit_key_tensor`.
+
+    Returns:
+        The ``[H]`` node of floating-point numbers, or why there is none.
+    """
+    emitter = _Emitter(graph, nodes, {BATCH: 1, KEY: heads}, device, fractions=True)
+    try:
+        row = emitter.tensor(formula.xreplace({HEAD: KEY}))
+    except _CannotEmitError as error:
+        return NotEmitted(str(error))
+    return graph.call_function(torch.reshape, (row, (heads,)))
+
+
 @dataclass
 class _Emitter:
-    """Writes expressions, each distinct one once."""
+    """Writes expressions, each distinct one once; fractions as floating-point numbers, or not."""
 
     graph: fx.Graph
     nodes: Mapping[str, fx.Node]
     lengths: Mapping[sp.Symbol, int | fx.Node]
     device: torch.device | str | None
+    fractions: bool = False
     _done: dict[sp.Basic, object] = field(default_factory=dict)
 
     def tensor(self, formula: sp.Basic) -> fx.Node:
@@ -138,6 +160,8 @@ class _Emitter:
     def _leaf(self, leaf: sp.Number | sp.Symbol) -> object:
         if isinstance(leaf, sp.Integer):
             return int(leaf)
+        if isinstance(leaf, sp.Rational) and self.fractions:
+            return float(leaf)
         if isinstance(leaf, sp.Rational):
             raise _CannotEmitError(f"a fraction: {leaf}")
         if leaf in self.lengths:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
+from flasheva_compile.masks.slopes import alibi_slope
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -85,6 +87,10 @@ class MaskPredicate:
         }
         base = "causal" if self.causal else "bidirectional"
         return "+".join([base, *(name for name, present in parts.items() if present)])
+
+    def alibi_slope(self, heads: int) -> sp.Expr | None:
+        """The slope over ``h``, if the bias is ALiBi; ``heads`` is the number of query heads."""
+        return None if self.bias is None else alibi_slope(self.bias, heads)
 
     def describe(self) -> str:
         """The predicate as text for a report."""

@@ -48,7 +48,7 @@ from flasheva_compile.masks.values import (
 from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from sympy.logic.boolalg import Boolean
 
@@ -65,10 +65,15 @@ class MaskProver:
 
     Args:
         bindings: Placeholder of a nested graph (a checkpointed body) -> node of the outer graph.
+        in_order: Placeholders known never to decrease along their last axis.
     """
 
-    def __init__(self, bindings: Mapping[fx.Node, fx.Node] | None = None) -> None:
-        self._bindings = bindings
+    def __init__(
+        self,
+        bindings: Mapping[fx.Node, fx.Node] | None = None,
+        in_order: Collection[fx.Node] = (),
+    ) -> None:
+        self._bindings, self._in_order = bindings, in_order
         # What is known about an element may rest on the index ranges: one interpreter for each
         self._interpreters: dict[tuple[sp.Expr, ...], Interpreter] = {}
         self._proofs: dict[tuple[object, ...], MaskPredicate] = {}
@@ -124,6 +129,8 @@ class MaskProver:
         if key not in self._interpreters:
             self._interpreters[key] = Interpreter(self._bindings)
             self._interpreters[key].domain.update(domain)
+            for node in self._in_order:
+                self._interpreters[key].mark_monotone(node)
         return self._interpreters[key]
 
 

@@ -19,6 +19,7 @@ from flasheva_compile.matching.axes import axis_origin
 from flasheva_compile.matching.layout import spell_products, spell_sdpa
 from flasheva_compile.matching.operands import (
     is_appended,
+    is_learned,
     is_preallocated,
     layout_of_result,
     projection_sources,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from flasheva_compile.site import CapturedGraph, MaskKind
 
 _SDPA = "scaled_dot_product_attention"
+_STATISTICS = frozenset({"logsumexp", "amax"})
 _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 
 
@@ -55,20 +57,22 @@ def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
     is not reported.
 
     Returns:
-        Sites and misses in graph order.
+        Sites and misses in graph order, then the attentions that the shadow does not show.
     """
     found, written = [], Mutations(captured.shadow.graph)
     for node in captured.shadow.graph.nodes:
         if node.op != "call_function":
             continue
-        if op_name(node) in _FUSED_LAYERS:
+        if node in captured.opaque:
+            found.append(MissedSite(place=place_of(node), reason=captured.opaque[node]))
+        elif op_name(node) in _FUSED_LAYERS:
             reason = "inside PyTorch's fused layer; torch.backends.mha.set_fastpath_enabled(False)"
             found.append(MissedSite(place=place_of(node), reason=reason + " takes it apart"))
         elif op_name(node) == _SDPA:
             found.append(_match_sdpa(node, captured, written))
         elif (softmax := softmax_at(node)) is not None and _is_attention(softmax):
             found.append(_match_softmax(softmax, captured, written))
-    return tuple(found)
+    return (*found, *captured.hidden)
 
 
 def place_of(node: fx.Node) -> Place:
@@ -134,6 +138,9 @@ def _match_softmax(
     if isinstance(weights, str):
         return MissedSite(place=place_of(node), reason=weights)
     output = weights.product.node
+    aside = {op_name(n) for n in softmax.scores.users if n not in softmax.inner} & _STATISTICS
+    if aside:
+        return MissedSite(place=place_of(node), reason=f"{aside.pop()} of the scores is also used")
     if len({_grad_mode(n) for n in (scores.product.node, node, output)}) > 1:
         return MissedSite(place=place_of(node), reason="grad mode changes inside the attention")
     between = (*scores.scores, *weights.weights)
@@ -215,6 +222,8 @@ def _site(
         same_source=bool(projected[0])
         and projected[0] == projected[1] == projected[2]
         and sources[0].moves == sources[1].moves == sources[2].moves,
+        learned_mask=torch.is_grad_enabled()
+        and any(term.kind == "additive" and is_learned(captured, term.node) for term in terms),
         dtype=value_of(output).dtype,
         masks=terms,
         **facts,  # type: ignore[arg-type]

@@ -248,6 +248,26 @@ def projection_sources(node: fx.Node) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
+def is_learned(captured: CapturedGraph, node: fx.Node) -> bool:
+    """Return whether a node is computed from an input of the graph that takes a gradient."""
+    shadow = captured.shadow.graph.find_nodes(op="placeholder")
+    given = dict(zip(shadow, captured.dynamo.graph.find_nodes(op="placeholder"), strict=True))
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        name = op_name(current)
+        if not (name.startswith("new_") or name.endswith("_like")):  # these take a shape only
+            stack.extend(current.all_input_nodes)
+        if current in given:
+            value = captured.data.get(current, given[current].meta.get("example_value"))
+            if getattr(value, "requires_grad", False):
+                return True
+    return False
+
+
 def is_appended(key: fx.Node, query: fx.Node) -> bool:
     """Return whether ``key`` is a cache with the keys of the very queries appended.
 
@@ -282,7 +302,7 @@ def _is_weight_product(node: fx.Node) -> bool:
 
 
 def _activation(node: fx.Node) -> fx.Node:
-    source = node.args[1] if op_name(node) == "addmm" else node.args[0]
+    source = node.args[1] if op_name(node) in {"addmm", "einsum"} else node.args[0]
     if isinstance(source, list | tuple):
         source = source[0]
     while op_name(source) in CASTS | VIEWS:

@@ -220,9 +220,9 @@ def _subtract(walk: _Walk) -> _Walk | str:
 
 def _where(walk: _Walk) -> _Walk | str:
     condition, chosen, other = walk.node.args[:3]
-    if reaches_product(chosen) and _is_masking(other, walk):
+    if _is_masking(other, walk) and comes_from_product(chosen):
         return _masked(walk, chosen, condition, "bool")
-    if reaches_product(other) and _is_masking(chosen, walk):
+    if _is_masking(chosen, walk) and comes_from_product(other):
         return _masked(walk, other, condition, "masked_out")
     return "scores are chosen by where() against something that is not minus infinity"
 

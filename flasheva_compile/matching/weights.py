@@ -86,19 +86,27 @@ def _ended(
 
 
 def feeds_product(softmax: fx.Node) -> bool:
-    """Return whether the weights, whatever is done to them, end as left operand of a product."""
+    """Return whether the weights, whatever is done to them, end in a product with values.
+
+    They stand on the left, ``weights @ values``, or transposed on the right.
+    """
     stack, seen = [softmax], {softmax}
     while stack and len(seen) < _SEARCH_LIMIT:
         current = stack.pop()
         for user in current.users:
-            if op_name(user) in PRODUCTS:
-                factors = operands_of(user)
-                if op_name(user) == "einsum" or factors[0] is current:
-                    return True
+            if op_name(user) in PRODUCTS and _weighs(current, user):
+                return True
             if user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def _weighs(weights: fx.Node, product: fx.Node) -> bool:
+    factors = operands_of(product)
+    transposed = op_name(weights) in {"transpose", "permute", "t", "mT"}
+    anywhere = op_name(product) == "einsum" or transposed
+    return weights in factors if anywhere else factors[0] is weights
 
 
 def _escape(node: fx.Node, users: list[fx.Node]) -> str:

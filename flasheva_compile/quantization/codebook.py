@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DISTANCES = {"cpu": 1 << 16, "cuda": 1 << 25}  # in memory at once; on a CPU they fit its cache
+_DISTANCES = {"cpu": 1 << 16, "cuda": 1 << 27}  # in memory at once; on a CPU they fit its cache
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -41,7 +41,12 @@ def _distances(vectors: Tensor, columns: Tensor) -> Tensor:
 
 
 def learn_codebook(
-    vectors: Tensor, entries: int, *, iterations: int, generator: torch.Generator
+    vectors: Tensor,
+    entries: int,
+    *,
+    iterations: int,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return codewords by Lloyd's k-means from randomly chosen vectors.
 
@@ -55,28 +60,41 @@ def learn_codebook(
         entries: ``K``.
         iterations: At most this many; fewer if no vector changes its cluster.
         generator: On the CPU; seeds the choice of the first codewords.
+        weights: How much each vector's squared error counts, ``[N]``, positive; None = alike. A
+            vector is as likely to be a first codeword.
 
     Returns:
         ``[K, d]``.
     """
-    distinct = torch.unique(vectors, dim=0)
+    distinct, of = torch.unique(vectors, dim=0, return_inverse=True)
     if distinct.shape[0] <= entries:
         rest = distinct[:1].expand(entries - distinct.shape[0], -1)
         return torch.cat([distinct, rest])
-    first = torch.randperm(distinct.shape[0], generator=generator)[:entries]
-    codebook = distinct[first.to(distinct.device)]
+    weights = torch.ones_like(vectors[:, 0]) if weights is None else weights.to(vectors)
+    total = torch.zeros_like(distinct[:, 0]).index_add_(0, of, weights)
+    codebook = distinct[_drawn(total, entries, generator)]
     before = None
     for _ in range(iterations):
-        cluster, distance = _assigned(vectors, codebook)
+        cluster, distance = nearest_by_products(vectors, codebook)
         if before is not None and torch.equal(cluster, before):
             break
         before = cluster
-        codebook = _means(vectors, cluster, distance, codebook)
+        codebook = _means(vectors, weights, cluster, distance, codebook)
     return codebook
 
 
-def _assigned(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each vector's cluster and squared distance, by products: faster than `nearest`."""
+def _drawn(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw indices without replacement, with probabilities in proportion to their weights."""
+    # The smallest of exponential waiting times; drawn on the CPU, so that devices agree.
+    waiting = -torch.rand(weights.shape[0], generator=generator, dtype=torch.float64).log()
+    return (waiting.to(weights.device) / weights).topk(count, largest=False).indices
+
+
+def nearest_by_products(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest codewords' indices and squared distances ``[N]``, by expanding them.
+
+    Faster than :func:`nearest`, but rounding decides between codewords that are nearly as near.
+    """
     half = codebook.square().sum(1) / 2
     clusters, distances = [], []
     for block in _blocks(vectors, codebook.shape[0]):
@@ -91,14 +109,15 @@ def _blocks(vectors: Tensor, entries: int) -> Iterator[Tensor]:
     yield from vectors.split(max(1, limit // entries))  # of no vectors: one empty block
 
 
-def _means(vectors: Tensor, cluster: Tensor, distance: Tensor, codebook: Tensor) -> Tensor:
-    """Return the clusters' means; empty ones take the farthest vectors."""
-    entries = codebook.shape[0]
-    total = torch.zeros_like(codebook).index_add_(0, cluster, vectors)
-    count = torch.bincount(cluster, minlength=entries)
-    means = total / count.clamp_min(1)[:, None]
+def _means(
+    vectors: Tensor, weights: Tensor, cluster: Tensor, distance: Tensor, codebook: Tensor
+) -> Tensor:
+    """Return the clusters' weighted means; empty ones take the vectors of the largest errors."""
+    total = torch.zeros_like(codebook).index_add_(0, cluster, vectors * weights[:, None])
+    count = torch.zeros_like(codebook[:, 0]).index_add_(0, cluster, weights)
+    means = total / count.clamp_min(torch.finfo(count.dtype).tiny)[:, None]
     empty = (count == 0).nonzero()[:, 0]
     if empty.numel():
-        farthest = distance.argsort(descending=True, stable=True)[: empty.numel()]
+        farthest = (distance * weights).argsort(descending=True, stable=True)[: empty.numel()]
         means[empty] = vectors[farthest]
     return means

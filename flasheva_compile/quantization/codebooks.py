@@ -14,8 +14,10 @@ from flasheva_compile.quantization.vecinfer import LayerCodebooks
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_KIND, _VERSION = "flasheva kv codebooks", "1"
-_TENSORS = ("scale", "keys", "values")
+_KIND, _VERSION = "flasheva kv codebooks", "2"
+CODEBOOKS = "kv_codebooks.safetensors"
+"""The file beside a saved model."""
+
 _FLAGS = ("rotate_keys", "rotate_values")
 
 
@@ -70,9 +72,9 @@ class KvCodebooks:
         from safetensors.torch import save_file
 
         tensors = {
-            f"{index}.{name}": getattr(layer, name).cpu().contiguous()
+            f"{index}.{name}": tensor.cpu().contiguous()
             for index, layer in self.layers.items()
-            for name in _TENSORS
+            for name, tensor in layer.tensors().items()
         }
         shapes = {
             index: {
@@ -80,6 +82,7 @@ class KvCodebooks:
                 "head_dim": shape.head_dim,
                 "value_dim": shape.value_dim,
                 **{flag: getattr(self.layers[index], flag) for flag in _FLAGS},
+                "tensors": list(self.layers[index].tensors()),
             }
             for index, shape in self.shapes.items()
         }
@@ -119,10 +122,11 @@ class KvCodebooks:
         shapes: dict[int, LayerShape] = {}
         for key, facts in json.loads(metadata["layers"]).items():
             flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS}
-            missing = [name for name in _TENSORS if f"{key}.{name}" not in tensors]
+            names = facts.pop("tensors")
+            missing = [name for name in names if f"{key}.{name}" not in tensors]
             if missing:
                 raise ConfigError(f"lacks {key}.{missing[0]}", subject=str(path))
-            own = {name: tensors[f"{key}.{name}"] for name in _TENSORS}
+            own: dict[str, Any] = {name: tensors[f"{key}.{name}"] for name in names}
             layers[int(key)] = LayerCodebooks(**own, **flags)
             shapes[int(key)] = LayerShape(**facts)
         return cls(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flasheva_compile.errors import ConfigError
 
 FP8 = "fp8"
+EXACT = "exact"  # in the model's dtype
 _BYTE = 8
 _WIDEST = 12  # bits of a code
 

@@ -1,6 +1,8 @@
 """Smoothing and rotation of keys: they spread outliers over channels and leave scores as they are.
 
-``q.k = (q * scale) H . (k / scale) H`` for an orthonormal ``H``. Source: VecInfer, Eqs. 4, 5 and 7.
+``q.k = (q * scale) R . ((k - mean) / scale) R + q.mean`` for an orthonormal ``R``. Source:
+VecInfer, Eqs. 4, 5 and 7, with ``mean = 0`` and Hadamard's matrix for ``R``; the mean, the balanced
+scale and the grouped rotation are this project's (``docs/quantization.md``).
 """
 
 from __future__ import annotations
@@ -41,6 +43,41 @@ def _hadamard_on(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def rotated(x: Tensor) -> Tensor:
     """Return ``x H`` over the last axis; twice is ``x`` again."""
     return x @ _hadamard_on(x.shape[-1], x.dtype, x.device)
+
+
+def grouped_rotation(order: Tensor, vector: int) -> Tensor:
+    """Return a rotation that gives every code channels of all sizes, ``[D, D]`` fp64.
+
+    Channels, largest first, make ``vector`` groups of ``M = D / vector``. A Hadamard matrix mixes
+    each group, and code ``m`` takes the ``m``-th of each. So all codes have large and small
+    channels in the same places, and one shared codebook can give the large ones more of its bits;
+    where all channels are mixed with all, there is nothing to tell apart.
+
+    Args:
+        order: Channels from the largest to the smallest, ``[D]`` int64.
+        vector: Channels per code; divides ``D``.
+    """
+    size = order.shape[0]
+    codes = size // vector
+    mixed = torch.block_diag(*[hadamard(codes)] * vector)  # column j M + m: the m-th of group j
+    interleaved = torch.arange(size).view(vector, codes).T.flatten()
+    rotation = torch.empty_like(mixed)
+    rotation[order.cpu()] = mixed[:, interleaved]
+    return rotation
+
+
+def balancing_scale(keys: Tensor, queries: Tensor) -> Tensor:
+    """Return what keys are divided by so that no channel's error counts more than its size.
+
+    An error that a rotation spreads over all channels changes scores by
+    ``sum (k / scale)^2 * sum (q * scale)^2``, which ``scale^2 = |k| / |q|`` makes smallest.
+
+    Args:
+        keys: Mean square of each channel, ``[Hkv, D]``.
+        queries: The same of the queries that read it, ``[Hkv, D]``.
+    """
+    ratio = keys.sqrt() / queries.sqrt().clamp_min(_SMALLEST_SCALE)
+    return ratio.sqrt().clamp_min(_SMALLEST_SCALE)
 
 
 def smoothing_scale(largest: Tensor) -> Tensor:

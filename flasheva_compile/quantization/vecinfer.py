@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,12 @@ from torch import Tensor
 
 from flasheva_compile.quantization.codebook import nearest
 from flasheva_compile.quantization.packing import pack, unpack
-from flasheva_compile.quantization.transform import compute_dtype, rotated
+from flasheva_compile.quantization.transform import (
+    compute_dtype,
+    grouped_rotation,
+    hadamard,
+    rotated,
+)
 
 if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import CodeFormat, KvFormat
@@ -26,6 +31,9 @@ class LayerCodebooks:
         values: Codewords of values, ``[1 or Hkv, K, d]``.
         rotate_keys: Whether keys are rotated.
         rotate_values: Whether values are rotated, too.
+        order: Channels of keys from the largest to the smallest, ``[Hkv, D]`` int64: they are
+            rotated in groups (``grouped_rotation``); None = all together, by Hadamard's matrix.
+        offset: What is added to coded keys, smoothed and rotated, ``[Hkv, D]``; None = nothing.
     """
 
     scale: Tensor
@@ -33,20 +41,35 @@ class LayerCodebooks:
     values: Tensor
     rotate_keys: bool = True
     rotate_values: bool = False
+    order: Tensor | None = None
+    offset: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are, by name."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: x for name, x in found.items() if x is not None}
 
     def nbytes(self) -> int:
-        """Return the bytes of scales and codebooks."""
-        return sum(x.numel() * x.element_size() for x in (self.scale, self.keys, self.values))
+        """Return the bytes of scales, codebooks and what else there is."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def to(self, device: torch.device | str) -> LayerCodebooks:
         """Return a copy on a device."""
-        return LayerCodebooks(
-            scale=self.scale.to(device),
-            keys=self.keys.to(device),
-            values=self.values.to(device),
-            rotate_keys=self.rotate_keys,
-            rotate_values=self.rotate_values,
-        )
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+    def key_rotation(self) -> Tensor | None:
+        """Return what keys are rotated by, ``[1 or Hkv, D, D]`` fp64; None = they are not."""
+        if not self.rotate_keys:
+            return None
+        if self.order is None:
+            return hadamard(self.scale.shape[1])[None].to(self.scale.device)
+        vector = self.keys.shape[2]
+        rotations = [grouped_rotation(order, vector) for order in self.order.cpu()]
+        return torch.stack(rotations).to(self.scale.device)
+
+
+TENSORS = ("scale", "keys", "values", "order", "offset")
+"""Names of the tensors of ``LayerCodebooks``; the last two may be None."""
 
 
 class VqCodec:
@@ -73,15 +96,27 @@ class VqCodec:
     ) -> None:
         self.codebooks, self.form, self.lookup = codebooks, form, lookup
         self.head_dim, self.value_dim = head_dim, value_dim
+        self._rotations: dict[torch.dtype, Tensor] = {}
         self.key_bytes = form.key.nbytes(head_dim)
         self.value_bytes = form.value.nbytes(value_dim)
 
     # --- encoding ---------------------------------------------------------------------------------
 
     def transform_keys(self, k: Tensor) -> Tensor:
-        """Return ``(k / scale) H``."""
+        """Return ``(k / scale) R``."""
         k = k.to(compute_dtype(k.dtype))
-        return _rotated(k / self.codebooks.scale.to(k)[:, None], self.codebooks.rotate_keys)
+        return self._rotated_keys(k / self.codebooks.scale.to(k)[:, None])
+
+    def _rotated_keys(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Return ``x R`` of ``[B, Hkv, ..., D]``, or ``x R^T``."""
+        if x.dtype not in self._rotations:
+            rotation = self.codebooks.key_rotation()
+            if rotation is None:
+                return x
+            self._rotations[x.dtype] = rotation.to(x)
+        rotation = self._rotations[x.dtype]
+        rotation = rotation.mT if back else rotation
+        return x @ rotation.view(-1, *(1,) * (x.dim() - 4), *rotation.shape[1:])
 
     def transform_values(self, v: Tensor) -> Tensor:
         """Return the values as they are quantised."""
@@ -89,7 +124,10 @@ class VqCodec:
 
     def encode_keys(self, k: Tensor) -> Tensor:
         """Return the packed codes of keys ``[B, Hkv, N, D]``, ``[B, Hkv, N, bytes]`` uint8."""
-        return pack(_codes(self.transform_keys(k), self.codebooks.keys), self.form.key.bits)
+        k = self.transform_keys(k)
+        offset = self.codebooks.offset
+        k = k if offset is None else k - offset.to(k)[:, None]
+        return pack(_codes(k, self.codebooks.keys), self.form.key.bits)
 
     def encode_values(self, v: Tensor) -> Tensor:
         """Return the packed codes of values ``[B, Hkv, N, Dv]``, ``[B, Hkv, N, bytes]`` uint8."""
@@ -98,13 +136,12 @@ class VqCodec:
     # --- attending --------------------------------------------------------------------------------
 
     def transform_queries(self, q: Tensor) -> Tensor:
-        """Return ``(q * scale) H``, of which products with transformed keys are the scores.
+        """Return ``(q * scale) R``, of which products with transformed keys are the scores.
 
         Args:
             q: ``[B, Hkv, G, L, D]``: query heads by the kv head that they read.
         """
-        scaled = q * self.codebooks.scale.to(q)[:, None, None]
-        return _rotated(scaled, self.codebooks.rotate_keys)
+        return self._rotated_keys(q * self.codebooks.scale.to(q)[:, None, None])
 
     def scores(self, q: Tensor, packed: Tensor) -> Tensor:
         """Return the products of transformed queries with coded keys, ``[B, Hkv, G, L, N]``.
@@ -119,7 +156,7 @@ class VqCodec:
         return q @ keys[:, :, None].transpose(-1, -2)
 
     def _lookup_scores(self, q: Tensor, packed: Tensor) -> Tensor:
-        """Sum one entry per code of the tables ``q_m . codeword``."""
+        """Sum one entry per code of the tables ``q_m . codeword``, and ``q . offset``."""
         form, books = self.form.key, self.codebooks.keys.to(q.dtype)
         codes = unpack(packed, form.bits, form.codes(self.head_dim))
         parts = q.unflatten(-1, (-1, form.vector))  # [B, Hkv, G, L, M, d]
@@ -128,11 +165,14 @@ class VqCodec:
         for m in range(codes.shape[-1]):
             index = codes[:, :, None, None, :, m].expand_as(total)
             total += table[..., m, :].gather(-1, index)
-        return total
+        offset = self.codebooks.offset
+        return total if offset is None else total + q @ offset.to(q)[:, None, :, None]
 
     def decode_keys(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Return coded keys, still smoothed and rotated, ``[B, Hkv, N, D]``."""
-        return _decoded(packed, self.codebooks.keys, self.form.key, self.head_dim, dtype)
+        keys = _decoded(packed, self.codebooks.keys, self.form.key, self.head_dim, dtype)
+        offset = self.codebooks.offset
+        return keys if offset is None else keys + offset.to(keys)[:, None]
 
     def decode_values(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Return coded values, still rotated, ``[B, Hkv, N, Dv]``."""
@@ -140,7 +180,7 @@ class VqCodec:
 
     def restore_keys(self, k: Tensor) -> Tensor:
         """Undo :meth:`transform_keys`."""
-        return _rotated(k, self.codebooks.rotate_keys) * self.codebooks.scale.to(k)[:, None]
+        return self._rotated_keys(k, back=True) * self.codebooks.scale.to(k)[:, None]
 
     def restore_values(self, v: Tensor) -> Tensor:
         """Undo the rotation of values, or of weighted sums of them."""

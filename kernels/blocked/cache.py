@@ -77,6 +77,24 @@ def decode(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
+def pool_new_chunks(
+    new: tuple[Tensor, Tensor, Tensor],
+    key_mask: Tensor | None,
+    state: CacheState,
+    pool: Pool,
+    s: AttentionSettings,
+) -> None:
+    """Do what has to happen before ``L`` tokens attend: place them, pool what they complete.
+
+    Keys, values and the length of ``state`` stay as they are, for kernels to write; see
+    :func:`cache_append`.
+    """
+    start, before, after = advance(state.start, state.length, key_mask, new[1].shape[2])
+    _pool_complete(new, key_mask, state, (before, after), pool, s)
+    _write_open_queries(new[0], state, (before, after), s)
+    state.start.copy_(start)
+
+
 def _columns(q: Tensor, state: CacheState) -> int:
     return q.shape[0] * q.shape[1] * (state.rfa_k.shape[2] + state.exact_k.shape[2])
 
@@ -158,13 +176,21 @@ def _write(
     _put(state.exact_v, new[2], index, take)
     mask = torch.ones_like(take) if key_mask is None else key_mask.gather(1, index)
     state.exact_mask.copy_(torch.where(take, mask, state.exact_mask))
-    if state.open_q.shape[2]:
-        c = s.chunk_size
-        last = after[:, None] - 1
-        position = last - (last - torch.arange(c, device=before.device)) % c
-        index = position - before[:, None]
-        take = (index >= 0) & (position >= 0)
-        _put(state.open_q, new[0], index.clamp(0, tokens - 1), take)
+    _write_open_queries(new[0], state, counts, s)
+
+
+def _write_open_queries(
+    q: Tensor, state: CacheState, counts: tuple[Tensor, Tensor], s: AttentionSettings
+) -> None:
+    """Write mean queries into the open chunk, where the rule asks for them."""
+    if state.open_q.shape[2] == 0:
+        return
+    before, after = counts
+    last = after[:, None] - 1
+    position = last - (last - torch.arange(s.chunk_size, device=before.device)) % s.chunk_size
+    index = position - before[:, None]
+    take = (index >= 0) & (position >= 0)
+    _put(state.open_q, q, index.clamp(0, q.shape[2] - 1), take)
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def retrieval_forward(
     for (lo, hi), block in blocks(t, geometry, settings, retrieval, selected):
         block_out, block_lse = attend_block(block)
         if block.selected.shape[-1]:
-            block_out, block_lse = _joined(block_out, block_lse, *_attend_retrieved(block))
+            block_out, block_lse = join(block_out, block_lse, *_attend_retrieved(block))
         block.unfold_into(out[lo:hi], block_out)
         block.unfold_into(lse[lo:hi], block_lse)
     return out, lse.squeeze(-1)
@@ -115,7 +115,7 @@ def _attend_retrieved(block: RetrievalBlock) -> tuple[Tensor, Tensor]:
     return block.unfold_groups(out), block.unfold_groups(peak + total.log())
 
 
-def _joined(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two softmaxes over disjoint keys into one."""
     joint = torch.logaddexp(lse, more_lse)
     safe = joint.masked_fill(joint == -torch.inf, torch.inf)

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from flasheva_compile.kernels.blocked.cache_state import advance, first_exact
+from flasheva_compile.kernels.blocked.chunk_bounds import (
+    bounds_of_each,
+    empty_chunks,
+    with_magnitudes,
+)
 from flasheva_compile.kernels.blocked.retrieval_block import gather_chunks
 from flasheva_compile.kernels.blocked.retrieval_select import largest_scores
 
@@ -37,6 +42,7 @@ class RetrievalState(NamedTuple):
         rfa_bias: ``[B, Hkv, C]``, fp32 (fp64 for fp64).
         selected: ``[B, Hkv, n]`` int32, the selection of the open block of queries, -1 = none;
             ``n = 0`` where every query selects for itself.
+        bounds: ``[B, Hkv, C, 2 D]``, see :func:`chunk_bounds`; ``C = 0`` where chunk tokens select.
         start: ``[B]`` int64, column of the row's first valid token; ``length`` while it has none.
         length: ``[1]`` int64, columns seen by every row, padding included.
     """
@@ -48,6 +54,7 @@ class RetrievalState(NamedTuple):
     rfa_v: Tensor
     rfa_bias: Tensor
     selected: Tensor
+    bounds: Tensor
     start: Tensor
     length: Tensor
 
@@ -78,7 +85,7 @@ def retrieval_append(
         index = position.shape[1] - 1 - position[:, -1:].clamp(min=0) % retrieval.block
         at = index.clamp(min=0)
         leader = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        fresh = _select(leader, position.gather(1, at), state, s, retrieval)[:, :, 0]
+        fresh = select(leader, position.gather(1, at), state, s, retrieval)[:, :, 0]
         state.selected.copy_(torch.where((index >= 0)[..., None], fresh, state.selected))
 
 
@@ -97,7 +104,7 @@ def retrieval_decode(
     blocks = [slice(lo, lo + step) for lo in range(0, q.shape[2], step)]
     selected = None
     if state.selected.shape[-1]:
-        fresh = [_select(q[:, :, x], position[:, x], state, s, retrieval) for x in blocks]
+        fresh = [select(q[:, :, x], position[:, x], state, s, retrieval) for x in blocks]
         selected = _of_first_in_block(torch.cat(fresh, 2), position, state, retrieval)
         state.selected.copy_(selected[:, :, -1])
     parts = [
@@ -161,7 +168,11 @@ def _pool_complete(
     slot = first[:, None] + torch.arange(chunks, device=before.device)
     complete = (slot + 1) * c <= after[:, None]
     slot = slot.clamp(max=state.rfa_k.shape[2] - 1)
-    for kept, x in zip((state.rfa_k, state.rfa_v, state.rfa_bias), pooled, strict=True):
+    kept_chunks = [state.rfa_k, state.rfa_v, state.rfa_bias]
+    if state.bounds.shape[2]:
+        kept_chunks.append(state.bounds)
+        pooled = (*pooled, bounds_of_each(k, state.mask.gather(1, columns), c))
+    for kept, x in zip(kept_chunks, pooled, strict=True):
         old, flag = _rows(kept, slot), complete[:, None]
         at = slot[:, None].expand(-1, kept.shape[1], -1)
         if kept.dim() == 4:
@@ -186,12 +197,12 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 # --- selecting ------------------------------------------------------------------------------------
 
 
-def _select(
+def select(
     q: Tensor, position: Tensor, state: RetrievalState, s: AttentionSettings, retrieval: Retrieval
 ) -> Tensor:
     """Select for each query by itself, ``[B, Hkv, L, n]`` as in the state."""
     chunks = _chunks_in_reach(position, state, s)
-    scores = _chunk_scores(_grouped(q, state, s), state, chunks, s)
+    scores = _selector_scores(_grouped(q, state, s), state, chunks, s)
     visible = _visible_chunks(position, chunks, s)
     found = largest_scores(scores.amax(2), visible[:, None], min(retrieval.chunks, chunks))
     width = state.selected.shape[-1] - found.shape[-1]
@@ -259,6 +270,13 @@ def _chunk_scores(q: Tensor, state: RetrievalState, chunks: int, s: AttentionSet
     return scores + state.rfa_bias[:, :, None, None, :chunks]
 
 
+def _selector_scores(q: Tensor, state: RetrievalState, chunks: int, s: AttentionSettings) -> Tensor:
+    if not state.bounds.shape[2]:
+        return _chunk_scores(q, state, chunks, s)
+    scores = _products(with_magnitudes(q), state.bounds[:, :, :chunks], s)
+    return scores + empty_chunks(state.rfa_bias)[:, :, None, None, :chunks]
+
+
 def _attend(
     q: Tensor,
     position: Tensor,
@@ -274,7 +292,8 @@ def _attend(
     visible = _visible_chunks(position, chunks, s)[:, None]
     if selected is None:
         count = min(retrieval.chunks, chunks)
-        selected = largest_scores(compressed.amax(2), visible, count)
+        by = _selector_scores(grouped, state, chunks, s) if state.bounds.shape[2] else compressed
+        selected = largest_scores(by.amax(2), visible, count)
     index = torch.where(selected < 0, chunks, selected).long()
     taken = torch.zeros(*selected.shape[:3], chunks + 1, dtype=torch.bool, device=q.device)
     left = visible & ~taken.scatter_(3, index, value=True)[..., :chunks]

@@ -27,10 +27,12 @@ class Retrieval:
     Attributes:
         chunks: Chunks that a query attends exactly.
         block: Consecutive positions that share the selection of the first of them.
+        by: ``"token"``: chunk tokens' logits select; ``"bounds"``: see ``chunk_bounds``.
     """
 
     chunks: int
     block: int = 1
+    by: str = "token"
 
 
 def group_size(block: int, *, uniform: bool) -> int:

@@ -5,6 +5,7 @@ Dense and literal; the definition that every other implementation is tested agai
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ def retrieval_attention(
     *,
     retrieve_chunks: int,
     retrieve_block: int = 1,
+    retrieve_by: str = "token",
     window_size: int,
     chunk_size: int,
     sink_tokens: int = 0,
@@ -51,11 +53,13 @@ def retrieval_attention(
         retrieve_chunks: Chunks that each query attends exactly.
         retrieve_block: Consecutive positions that use the selection of the first of them; more
             than 1 needs ``q_offset == 0``.
+        retrieve_by: What scores a chunk: ``"token"``, its chunk token's logit, or ``"bounds"``,
+            see :func:`chunk_bounds`.
         window_size: As all that follow: see :func:`eva_attention`.
         chunk_size: Keys per chunk [tokens].
         sink_tokens: Exact first tokens.
         window: ``"sliding"`` or ``"block"``.
-        chunk_rule: The chunk rule; also what selects.
+        chunk_rule: The chunk rule.
         parameters: The rule's parameters.
         causal: True; there is no bidirectional retrieval.
         q_offset: Column of the first query.
@@ -93,25 +97,54 @@ def retrieval_attention(
         window=window,
         causal=True,
     )
-    scores = joint_scores(
-        q,
-        k,
-        rfa_k,
-        rfa_bias,
-        chunks.members,
+    score = partial(
+        joint_scores,
+        members=chunks.members,
         seen=torch.cat([chunk, exact], -1)[:, None],
         q_offset=q_offset,
         scale=factor,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
+    scores = score(q, k, rfa_k, rfa_bias)
     if selected is None:
-        selector = scores[..., : rfa_k.shape[2]].unflatten(1, (k.shape[1], group)).amax(2)
+        selector = scores
+        if retrieve_by == "bounds":
+            magnitudes, wide = torch.cat([q, q.abs()], -1), torch.cat([k, k], -1)
+            bounds = chunk_bounds(k, chunks.members)
+            selector = score(magnitudes, wide, bounds, torch.zeros_like(rfa_bias))
+        selector = selector[..., : rfa_k.shape[2]].unflatten(1, (k.shape[1], group)).amax(2)
         selected = select_chunks(selector, chunk, retrieve_chunks)
         selected = _of_first_in_block(selected, keys, q_offset, retrieve_block)
     seen = torch.cat(retrieved_visibility(exact, chunk, chunks, selected), -1)
     values = torch.cat([rfa_v, v], 2).repeat_interleave(group, 1)
     return masked_attention(scores, seen.repeat_interleave(group, 1), values)
+
+
+def chunk_bounds(k: Tensor, members: Tensor) -> Tensor:
+    """Return what scores a chunk halfway from its mean key to its bounds: ``[centre | spread]``.
+
+    With ``low`` and ``high`` the smallest and largest value of each channel among the chunk's
+    keys, no key scores more than ``s (q.(low + high) + |q|.(high - low)) / 2``. The score is the
+    mean of that and of the mean key's, ``s (q.centre + |q|.spread)``.
+
+    Args:
+        k: Keys, ``[B, Hkv, S, D]``.
+        members: ``[B, C, S]``, which keys each chunk has.
+
+    Returns:
+        ``[B, Hkv, C, 2 D]``; 0 for an empty chunk.
+
+    Source:
+        The bounds are Quest's (arXiv:2406.10774); going halfway is ours.
+    """
+    flag = members[:, None, :, :, None]
+    count = flag.sum(3)
+    keys = k[:, :, None].detach()
+    low = keys.masked_fill(~flag, torch.inf).amin(3).masked_fill(count == 0, 0)
+    high = keys.masked_fill(~flag, -torch.inf).amax(3).masked_fill(count == 0, 0)
+    mean = keys.masked_fill(~flag, 0).sum(3) / count.clamp(min=1)
+    return torch.cat([mean / 2 + (low + high) / 4, (high - low) / 4], -1)
 
 
 def select_chunks(scores: Tensor, visible: Tensor, count: int) -> Tensor:

@@ -14,7 +14,21 @@ POINTERS = (
     *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "key_mask_ptr"),
     *("row_start_ptr", "length_ptr", "partial_ptr"),
-    *("selected_ptr", "bits_ptr", "scores_ptr", "candidates_ptr"),
+    *("selected_ptr", "bits_ptr", "turned_ptr", "scores_ptr", "peaks_ptr"),
+    *("sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr", "key_codes_ptr", "value_codes_ptr"),
+    *("key_book_ptr", "value_book_ptr", "book_scale_ptr", "key_words_ptr", "value_words_ptr"),
+    *(
+        "key_scale_ptr",
+        "key_offset_ptr",
+        "key_centre_ptr",
+        "key_rotation_ptr",
+        "value_rotation_ptr",
+        "coded_q_ptr",
+        "q_scale_ptr",
+    ),
+    "written_ptr",
+    *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
+    *("dk_parts_ptr", "dv_parts_ptr"),
 )
 
 DESCRIPTORS = tuple(
@@ -30,7 +44,18 @@ STRIDES = (
 
 LENGTHS = (
     *("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks"),
-    *("picks", "words", "candidates"),
+    *(
+        "picks",
+        "words",
+        "runs",
+        "room",
+        "key_stride",
+        "value_stride",
+        "rotation_stride",
+        "pieces",
+        "piece_size",
+        "group_words",
+    ),
 )
 """Integers that are not specialised: a new length is no new kernel."""
 

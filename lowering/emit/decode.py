@@ -248,8 +248,9 @@ def store_part(spec: KernelSpec, e: Dim, lost: str) -> list[str]:
 
 
 def emit_combine(spec: KernelSpec) -> str:
-    """Return the body of ``decode_combine``: a query head, a walk over the parts in order."""
+    """Return the body of ``decode_combine``: a query and head, a walk over the parts in order."""
     out, e = Source(), Dim("e", spec.value_dim, split=False)
+    tokens = "queries" if spec.kind == "extend_combine" else "1"
     out.lines(
         "pid = tl.program_id(0)",
         "pid64 = pid.to(tl.int64)",
@@ -287,6 +288,6 @@ def emit_combine(spec: KernelSpec) -> str:
         "tl.store(lse_ptr + pid64 + tl.arange(0, 1), lse)",
     )
     with out.block("if pid == 0:"):
-        out.line("# No program of ``decode`` reads it any more.")
-        out.line("tl.store(length_ptr, tl.load(length_ptr) + 1)")
+        out.line("# No program that attends reads it any more.")
+        out.line(f"tl.store(length_ptr, tl.load(length_ptr) + {tokens})")
     return out.text()

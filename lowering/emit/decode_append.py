@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.source import Dim, Source
     from flasheva_compile.lowering.spec import KernelSpec
 
-_MEMBERS = 8
+MEMBERS = 8
 """Keys of the chunk per tile: what pooling keeps in registers must not limit attention."""
 
 
@@ -64,11 +64,11 @@ def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
     """Pool the chunk that the token completes, if it does."""
     c = spec.chunk_size
     with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
-        out.lines(*_parameters(spec, d), *_initial(spec, d, e))
+        out.lines(*pool_start(spec, d, e))
         out.line(f"first_slot = slot - {c - 1}")
-        with out.block(f"for member in range(0, {c}, {_MEMBERS}):"):
+        with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
             out.lines(*_members(spec, d, e))
-        out.lines(*_results(spec, d, e))
+        out.lines(*pool_results(spec, d, e))
 
 
 def _is_valid(spec: KernelSpec) -> str:
@@ -97,8 +97,9 @@ def _parameters(spec: KernelSpec, d: Dim) -> list[str]:
     return lines
 
 
-def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    lines = ["l_n = tl.zeros([1], tl.float32)"]
+def pool_start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Load the rule's vectors of head ``hk``; start its sums."""
+    lines = [*_parameters(spec, d), "l_n = tl.zeros([1], tl.float32)"]
     for name in _softmaxes(spec):
         lines += [
             f"m_{name} = tl.full([1], -3.4028234663852886e38, tl.float32)",
@@ -110,17 +111,30 @@ def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
 def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     """Add a tile of the chunk's keys: all but the last are in the cache, the last is the token."""
     c = spec.chunk_size
-    of_keys, of_values = _weights(spec)
-    lines = [
-        f"at = member + tl.arange(0, {_MEMBERS})",
+    return [
+        f"at = member + tl.arange(0, {MEMBERS})",
         f"is_old = at < {c - 1}",
         f"is_new = at == {c - 1}",
         "seen = tl.load(exact_mask_ptr + first_slot + at, mask=is_old, other=0) != 0",
         "seen |= is_new & is_valid" if spec.key_mask else "seen |= is_new",
-        "w_n = seen.to(tl.float32)",
-        "l_n += tl.sum(w_n, 0)",
-        *_rows(d, "k"),
+        *pool_members(spec, d, e, _rows(d, "k"), _rows(e, "v")),
     ]
+
+
+def pool_members(
+    spec: KernelSpec, d: Dim, e: Dim, load_k: list[str], load_v: list[str]
+) -> list[str]:
+    """Add a tile of a chunk's keys to the rule's sums.
+
+    Args:
+        spec: What the kernel computes.
+        d: The columns of keys.
+        e: The columns of values.
+        load_k: Loads the tile of keys, fp32 in ``k0``, ...; ``seen`` are those that exist.
+        load_v: Loads their values, ``v0``, ...
+    """
+    of_keys, of_values = _weights(spec)
+    lines = ["w_n = seen.to(tl.float32)", "l_n += tl.sum(w_n, 0)", *load_k]
     if of_values == "v":
         lines.append(f"square = {d.row_sum('k', 'k')}")
     for name in _softmaxes(spec):
@@ -133,7 +147,7 @@ def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
             f"m_{name} = m_new",
         ]
     lines += _add(spec, d, "k", of_keys)
-    return [*lines, *_rows(e, "v"), *_add(spec, e, "v", of_values)]
+    return [*lines, *load_v, *_add(spec, e, "v", of_values)]
 
 
 def _rows(dim: Dim, name: str) -> list[str]:
@@ -165,7 +179,8 @@ def _logit(spec: KernelSpec, name: str, d: Dim) -> str:
     return f"scale * ({centre})"
 
 
-def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+def pool_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Store the chunk token ``chunk`` and its bias."""
     of_keys, of_values = _weights(spec)
     bias = {
         "mean": "tl.log(l_n)",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from flasheva_compile.lowering.emit import positions, resident_loops, scores
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
 from flasheva_compile.lowering.emit.queries import key_side, row_pointers, valid_flags
+from flasheva_compile.lowering.emit.retrieval_backward_keys import retrieved_parts
+from flasheva_compile.lowering.emit.selection_bits import unselected_rows
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.spec import STATE_BLOCK
 
@@ -38,6 +40,11 @@ def emit_key_kernel(spec: KernelSpec, schedule: Schedule) -> str:
 
 def _has_bias(spec: KernelSpec) -> bool:
     return spec.kind == "dchunk" and not spec.whole_chunks
+
+
+def _leaves_out(spec: KernelSpec) -> bool:
+    """Whether some queries attend the keys of a chunk instead of its chunk token."""
+    return spec.kind == "dchunk" and spec.selection_group > 0
 
 
 def program(out: Source, spec: KernelSpec) -> None:
@@ -185,6 +192,11 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: QueryLoop, d: Dim, e: Dim)
             "do_rows = do_head + row * tl.cast(stride_gm, tl.int64)",
             *e.load("do", "do_rows", "offs_m", "stride_gm", "rows < queries"),
         ]
+    mask = scores.mask_text(loop.mask, None, keys_first=True)
+    bits: list[str] = []
+    if _leaves_out(spec):
+        bits, is_left = unselected_rows(spec, schedule.block_m)
+        mask = f"{mask} & {is_left}" if mask else is_left
     by_window = bool(loop.mask) and not resident_loops.resident_bounds(spec)
     lines = [
         f"row = {resident_loops.tile_row(spec)}",
@@ -194,10 +206,11 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: QueryLoop, d: Dim, e: Dim)
         *_query_side(spec, needs_window=by_window),
         "lse = tl.load(lse2_ptr + state_head + rows)",
         "delta = tl.load(delta_ptr + state_head + rows)",
+        *bits,
         *d.contract("s", "k", "q", dot),
         *scores.scores(spec, source, keys_first=True),
         f"p = tl.exp2(s - (lse{scores.constant_bias(spec, source)})[None, :])",
-        *scores.masked_weights(scores.mask_text(loop.mask, None, keys_first=True)),
+        *scores.masked_weights(mask),
         *load_do,
         *scores.keep(spec, source, keys_first=True),
     ]
@@ -286,6 +299,8 @@ def _key_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
             rows = f"{pointer} + (bhk64 * {spec.sink_size} + offset) * {dim.size}"
             lines += dim.load("sink", rows, "offs_t", str(dim.size), bound)
             lines += [f"{tile}{n} += sink{n}" for n in dim.indices]
+    if spec.selection_group:
+        lines += retrieved_parts(spec, d, e)
     if spec.chunk_rule:
         lines += pool_gradient(spec, d, e)
     flags = valid_flags(spec, "key")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
 from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
+from flasheva_compile.lowering.emit.extend import emit_extend
+from flasheva_compile.lowering.emit.extend_append import emit_extend_append, emit_extend_pool
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
 from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
 from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
+from flasheva_compile.lowering.emit.retrieval_backward_bits import emit_selection_bits
+from flasheva_compile.lowering.emit.retrieval_backward_keys import emit_retrieved_dkv
+from flasheva_compile.lowering.emit.retrieval_backward_queries import emit_retrieved_dq
 from flasheva_compile.lowering.emit.retrieval_decode import emit_retrieval_decode
 from flasheva_compile.lowering.emit.retrieval_decode_select import (
     emit_decode_scores,
@@ -22,6 +27,9 @@ from flasheva_compile.lowering.emit.retrieval_decode_select import (
 from flasheva_compile.lowering.emit.retrieval_forward_attend import emit_retrieve
 from flasheva_compile.lowering.emit.retrieval_forward_select import emit_select
 from flasheva_compile.lowering.emit.scores import DROPOUT_FUNCTIONS
+from flasheva_compile.lowering.emit.vecinfer_append import emit_vecinfer_append
+from flasheva_compile.lowering.emit.vecinfer_combine import emit_vecinfer_combine
+from flasheva_compile.lowering.emit.vecinfer_decode import emit_vecinfer_decode
 from flasheva_compile.lowering.spec import GeneratedKernel, digest, group_rows
 
 if TYPE_CHECKING:
@@ -39,11 +47,21 @@ _PURPOSE = {
     "dpool": "gradient of pooling",
     "select": "find the chunks that each group of queries attends exactly",
     "retrieve": "attend to the keys of selected chunks, join with what is there",
+    "selection_bits": "mark the chunk tokens that were selected",
+    "retrieved_dq": "gradient of queries through the keys of selected chunks",
+    "retrieved_dkv": "gradient of the keys of a chunk from queries that selected it",
     "decode": "attend from a new token to part of the cache, append the token",
     "decode_combine": "add up what the parts of the cache give",
-    "retrieval_scores": "append a token, score chunk tokens, propose the best",
-    "retrieval_select": "find the best of the proposed chunks",
+    "extend_pool": "pool the chunks that new tokens complete",
+    "extend": "attend from new tokens to part of the cache and of themselves",
+    "extend_append": "write new tokens into the cache",
+    "extend_combine": "add up what the parts give",
+    "retrieval_scores": "append a token, score chunk tokens, note the peaks",
+    "retrieval_select": "find the best chunks where the peaks are",
     "retrieval_decode": "attend from a new token to part of what it sees",
+    "vecinfer_append": "transform queries, store tokens exactly or as codes",
+    "vecinfer_decode": "attend from new tokens to part of a cache of codes",
+    "vecinfer_combine": "add up what the parts give, count the new tokens",
 }
 
 
@@ -60,20 +78,30 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     )
 
 
-_BODIES: dict[str, Callable[[KernelSpec], str]] = {
+_BODIES: dict[str, Callable[[Any], str]] = {  # a kind has its own class of spec
     "chunk_tokens": emit_chunk_tokens,
     "dpool": emit_pool_gradient,
     "select": emit_select,
+    "selection_bits": emit_selection_bits,
     "decode": emit_decode,
     "decode_combine": emit_combine,
+    "extend_pool": emit_extend_pool,
+    "extend_combine": emit_combine,
     "retrieval_decode": emit_retrieval_decode,
+    "vecinfer_append": emit_vecinfer_append,
+    "vecinfer_combine": emit_vecinfer_combine,
 }
-_TILED_BODIES: dict[str, Callable[[KernelSpec, Schedule], str]] = {
+_TILED_BODIES: dict[str, Callable[[Any, Schedule], str]] = {
     **dict.fromkeys(("forward", "dq"), emit_query_kernel),
     **dict.fromkeys(("dchunk", "dsink", "dkv"), emit_key_kernel),
+    "extend": emit_extend,
+    "extend_append": emit_extend_append,
     "retrieve": emit_retrieve,
+    "retrieved_dq": emit_retrieved_dq,
+    "retrieved_dkv": emit_retrieved_dkv,
     "retrieval_scores": emit_decode_scores,
     "retrieval_select": emit_decode_select,
+    "vecinfer_decode": emit_vecinfer_decode,
 }
 
 
@@ -136,8 +164,8 @@ def _launcher(spec: KernelSpec, schedule: Schedule, names: tuple[str, ...]) -> s
     options += f", maxnreg={schedule.max_registers}" if schedule.max_registers else ""
     return (
         f"\n\ndef launch(programs, *arguments):\n"
-        f'    """Launch {spec.kind} over ``programs`` programs."""\n'
-        f"    {spec.kind}[(programs,)](*arguments, {options})\n"
+        f'    """Launch {spec.kind} over ``programs`` programs; return what Triton compiled."""\n'
+        f"    return {spec.kind}[(programs,)](*arguments, {options})\n"
     )
 
 

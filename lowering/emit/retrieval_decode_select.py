@@ -1,10 +1,12 @@
 """Selection in one step of generation: ``retrieval_scores``, then ``retrieval_select``.
 
 A program of ``retrieval_scores`` scores a tile of chunk tokens for all query heads of a key head,
-and proposes its best. A score in fp32 and its index become one integer that orders as both do, the
-lower index first (as in ``kernels/blocked/retrieval_select.py``): all are distinct, so that sorting
-networks give the same chunks whatever the tiles. The first program also appends the new token,
-which no chunk token that is scored depends on.
+and notes the best of every run of 16 chunks. The k best chunks lie in the k best runs, as each of
+these has a chunk that is as good as its run: so ``retrieval_select`` sorts peaks of runs, then the
+chunks of the best runs. A score in fp32 and its index become one integer that orders as both do,
+the lower index first (as in ``kernels/blocked/retrieval_select.py``): all are distinct, so that
+sorting networks give the same chunks whatever the tiles. The first program of ``retrieval_scores``
+also appends the new token, which no chunk token that is scored depends on.
 """
 
 from __future__ import annotations
@@ -22,17 +24,16 @@ if TYPE_CHECKING:
 
 _INVISIBLE = "-0x7FFFFFFFFFFFFFFF"
 """Below the integer of every score but some NaN."""
+_NO_PEAK = "-0x80000000"
+"""Of a run without a visible chunk: below the bits of every score but some NaN."""
 _NO_SLOT = "0x7FFFFFFF"
+RUN = 16
+"""Chunks; no tile is smaller."""
 
 
 def network_size(spec: KernelSpec) -> int:
     """Return how many chunks the sorting networks keep: a power of two."""
     return max(16, 1 << (spec.retrieve_chunks - 1).bit_length())
-
-
-def proposals(spec: KernelSpec, schedule: Schedule) -> int:
-    """Return how many chunks a tile of ``retrieval_scores`` proposes."""
-    return min(network_size(spec), schedule.block_n)
 
 
 # --- retrieval_scores -----------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def emit_decode_scores(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*program(), *place(spec), *chunk_range(spec), *_rows(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
     out.lines(*queries(spec, d), *_scores(spec, d), "")
-    out.lines(*_proposals(spec, proposals(spec, schedule)), "")
+    out.lines(*_peaks(spec, schedule.block_n // RUN), "")
     append_column(out, spec, d, e)
     return out.text()
 
@@ -88,18 +89,24 @@ def _scores(spec: KernelSpec, d: Dim) -> list[str]:
     ]
 
 
-def _proposals(spec: KernelSpec, count: int) -> list[str]:
-    """Store the best of the tile, as integers that order as score and index do."""
+def _peaks(spec: KernelSpec, runs: int) -> list[str]:
+    """Store the best score of each run of the tile, as integers that order as scores do."""
     bound = group_bound(spec)
     heads = f'tl.where(({bound})[:, None], s, float("-inf"))' if bound else "s"
     return [
-        f"score = tl.max({heads}, 0) + 0.0  # -0.0 equals 0.0",
-        "bits = score.to(tl.int32, bitcast=True)",
-        "ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)",
-        "number = (ordered << 32) + (chunks - 1 - offs_n)",
-        f"best = tl.topk(tl.where(inside, number, {_INVISIBLE}), {count})",
-        f"proposed = candidates_ptr + (bh64 * splits + split) * {count}",
-        f"tl.store(proposed + tl.arange(0, {count}), best)",
+        f"score = tl.max({heads}, 0)",
+        *_ordered(),
+        f"ordered = tl.reshape(tl.where(inside, ordered, {_NO_PEAK}), [{runs}, {RUN}])",
+        f"peaks = peaks_ptr + (bh64 * splits + split) * {runs}",
+        f"tl.store(peaks + tl.arange(0, {runs}), tl.max(ordered, 1))",
+    ]
+
+
+def _ordered() -> list[str]:
+    """Turn fp32 scores into int32 of the same order."""
+    return [
+        "bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0",
+        "ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)",
     ]
 
 
@@ -112,20 +119,44 @@ def emit_decode_select(spec: KernelSpec, schedule: Schedule) -> str:
     tile = max(schedule.block_n, count)
     out.lines(
         "row = tl.program_id(0).to(tl.int64)",
-        "candidates_ptr += row * candidates",
+        "b = row // heads",
+        "position = (tl.load(length_ptr) - tl.load(row_start_ptr + b)).to(tl.int32)",
+        *chunk_range(spec),
+        f"scores_ptr += row * chunks * {spec.group}",
+        "peaks_ptr += row * runs",
         f"offs_t = tl.arange(0, {tile})",
         f"best = tl.full([{count}], {_INVISIBLE}, tl.int64)",
     )
-    with out.block(f"for offset in range(0, candidates, {tile}):"):
+    with out.block(f"for offset in range(0, runs, {tile}):"):
         out.lines(
             "offs_n = offset + offs_t",
-            "inside = offs_n < candidates",
-            f"number = tl.load(candidates_ptr + offs_n, mask=inside, other={_INVISIBLE})",
+            f"peak = tl.load(peaks_ptr + offs_n, mask=offs_n < runs, other={_NO_PEAK})",
+            "number = (peak.to(tl.int64) << 32) + (runs - 1 - offs_n)",
+            f"number = tl.where(peak == {_NO_PEAK}, {_INVISIBLE}, number)",
             f"both = tl.join(best, tl.topk(number, {count}))",
             f"best = tl.topk(tl.reshape(both, [{2 * count}]), {count})",
         )
-    out.lines(*_selection(spec, count))
+    out.lines(*_chunks_of_runs(spec, count), *_selection(spec, count))
     return out.text()
+
+
+def _chunks_of_runs(spec: KernelSpec, count: int) -> list[str]:
+    """Find the best chunks of the best runs."""
+    first = spec.sink_size // spec.chunk_size
+    seen = "(offs_n < chunk_stop)" + (f" & (offs_n >= {first})" if first else "")
+    address = "scores_ptr + head * tl.cast(chunks, tl.int64) + offs_n"
+    return [
+        "run = runs - 1 - (best & 0xFFFFFFFF).to(tl.int32)",
+        f"offs_n = run[:, None] * {RUN} + tl.arange(0, {RUN})[None, :]",
+        f"inside = (best != {_INVISIBLE})[:, None] & {seen}",
+        f'score = tl.full([{count}, {RUN}], float("-inf"), tl.float32)',
+        f"for head in range({spec.group}):",
+        f'    score = tl.maximum(score, tl.load({address}, mask=inside, other=float("-inf")))',
+        *_ordered(),
+        "number = (ordered.to(tl.int64) << 32) + (chunks - 1 - offs_n)",
+        f"number = tl.where(inside, number, {_INVISIBLE})",
+        f"best = tl.topk(tl.reshape(number, [{count * RUN}]), {count})",
+    ]
 
 
 def _selection(spec: KernelSpec, count: int) -> list[str]:
@@ -139,7 +170,6 @@ def _selection(spec: KernelSpec, count: int) -> list[str]:
         f"is_found = is_wanted & (best != {_INVISIBLE})",
         "slot = chunks - 1 - (best & 0xFFFFFFFF).to(tl.int32)",
         "offs_g = tl.arange(0, BLOCK_G)",
-        f"scores_ptr += row * chunks * {spec.group}",
         "taken = scores_ptr + offs_g[:, None] * tl.cast(chunks, tl.int64) + slot[None, :]",
         f'tl.store(taken, float("-inf"), mask={is_score})',
         f"slots = tl.sort(tl.where(is_found, slot, {_NO_SLOT}))",

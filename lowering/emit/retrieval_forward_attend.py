@@ -29,20 +29,17 @@ def group_queries(spec: KernelSpec) -> int:
 def emit_retrieve(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the body of ``retrieve``."""
     out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
-    out.lines(*_program(spec, schedule), *d.offsets(), *e.offsets())
-    out.lines(*_queries(spec, d), "", *_state(e), "")
-    out.lines(
-        "offs_t = tl.arange(0, BLOCK_N)",
-        "selected_ptr += (bh64 * groups + index) * picks",
-        f"stop = picks * {spec.chunk_size}",
-    )
+    out.lines(*group_program(spec, schedule), *d.offsets(), *e.offsets())
+    out.lines(*load_queries(spec, d), "", *_state(e), "")
+    out.lines(*selected_keys(spec))
     with out.block("for offset in range(0, stop, BLOCK_N):"):
         out.lines(*_tile(spec, d, e))
     out.lines("", *_results(e))
     return out.text()
 
 
-def _program(spec: KernelSpec, schedule: Schedule) -> list[str]:
+def group_program(spec: KernelSpec, schedule: Schedule) -> list[str]:
+    """Find row, head and group of a program, and which query of which head each row is."""
     parts = -(-group_queries(spec) // schedule.block_m)
     size = spec.selection_group
     return [
@@ -64,7 +61,8 @@ def _program(spec: KernelSpec, schedule: Schedule) -> list[str]:
     ]
 
 
-def _queries(spec: KernelSpec, d: Dim) -> list[str]:
+def load_queries(spec: KernelSpec, d: Dim, *, keys_first: bool = False) -> list[str]:
+    """Load the rows of a group, and what their scores need."""
     origin = " - start" if spec.documents == "padded" else ""
     lines = [
         "q_rows = h * tl.cast(stride_qh, tl.int64) + query * tl.cast(stride_qm, tl.int64)",
@@ -73,7 +71,7 @@ def _queries(spec: KernelSpec, d: Dim) -> list[str]:
     if spec.alibi:
         slope = "tl.load(slopes_ptr + h, mask=is_row, other=0.0).to(tl.float32)"
         lines += [
-            f"slope = ({slope} * {scores.LOG2E})[:, None]",
+            f"slope = ({slope} * {scores.LOG2E}){'[None, :]' if keys_first else '[:, None]'}",
             f"query_position = (query + q_offset{origin}).to(tl.float32)",
         ]
     return lines
@@ -91,8 +89,18 @@ def _state(e: Dim) -> list[str]:
     ]
 
 
-def _tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    c, dot = spec.chunk_size, scores.precision(spec)
+def selected_keys(spec: KernelSpec) -> list[str]:
+    """Bound the walk over the keys that a group has selected."""
+    return [
+        "offs_t = tl.arange(0, BLOCK_N)",
+        "selected_ptr += (bh64 * groups + index) * picks",
+        f"stop = picks * {spec.chunk_size}",
+    ]
+
+
+def gather(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Load a tile of the keys and values at ``offset`` of the selected chunks, -1 missing."""
+    c = spec.chunk_size
     slot = "(slot - first_slot)" if spec.documents == "padded" else "slot"
     valid = ["inside &= tl.load(valid_ptr + column, mask=inside, other=0) != 0"]
     return [
@@ -105,6 +113,13 @@ def _tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *e.load("v", "v_ptr", "key_rows", "stride_vn", "inside"),
         *(valid if spec.key_mask else []),
         *(["key_position = column.to(tl.float32)"] if spec.alibi else []),
+    ]
+
+
+def _tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    dot = scores.precision(spec)
+    return [
+        *gather(spec, d, e),
         *d.contract("s", "q", "k", dot),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(inside[None, :], s, float("-inf"))',

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
 from flasheva_compile.lowering.emit.queries import row_pointers
-from flasheva_compile.lowering.emit.selection_bits import WORD, group_count, times
+from flasheva_compile.lowering.emit.selection_bits import (
+    group_count,
+    store_bits,
+    times,
+    words_seen,
+)
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -37,13 +42,7 @@ def emit_select(spec: KernelSpec) -> str:
         with out.block("if tl.max(better.to(tl.int32), 0) > 0:"):
             _insert(out)
     out.lines("", *_sorted(spec, first))
-    with out.block("for word in range(0, words_seen):"):
-        out.lines(
-            f"here = (bit >= 0) & (bit // {WORD} == word)",
-            f"taken = tl.sum(tl.where(here, 1 << (bit % {WORD}), 0), 1)",
-            "at_word = bits_ptr + (bh64 * words + word) * groups",
-            "tl.store(at_word + rows, taken, mask=is_group)",
-        )
+    store_bits(out)
     return out.text()
 
 
@@ -180,7 +179,7 @@ def _insert(out: Source) -> None:
 def _sorted(spec: KernelSpec, first: int) -> list[str]:
     """Store the slots in ascending order, then -1; define each one's bit."""
     shift = " + first_slot" if spec.documents == "padded" else ""
-    c, size = spec.chunk_size, list_size(spec.retrieve_chunks)
+    size = list_size(spec.retrieve_chunks)
     minus = f" - {first}" if first else ""
     return [
         f"is_chunk = ((kept >> 32) != {_EMPTY}) & (kept != {_NEVER})",
@@ -192,8 +191,6 @@ def _sorted(spec: KernelSpec, first: int) -> list[str]:
         "row_places = selected_ptr + (bh64 * groups + rows)[:, None] * picks + places",
         "tl.store(row_places, slot, mask=is_group[:, None] & (places < picks))",
         "",
-        "# Bits for the chunk tokens that some query of these groups sees.",
         f"bit = tl.where(is_found, found{minus}, -1)",
-        f"seen = tl.minimum(lo_last // {c}, slots){minus}",
-        f"words_seen = tl.cdiv(tl.maximum(seen, 0), {WORD})",
+        *words_seen(spec),
     ]

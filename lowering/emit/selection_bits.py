@@ -1,7 +1,7 @@
-"""How ``forward`` leaves out selected chunks: one bit per chunk token and group of queries.
+"""How kernels leave out selected chunk tokens: one bit per chunk token and group of queries.
 
-``select`` writes the bits, word by word, groups side by side: ``[B, Hkv, words, groups]``. They
-count from the first chunk behind the sinks, where the loops over chunk tokens begin.
+``select`` or ``selection_bits`` write the bits, word by word, groups side by side: ``[B, Hkv,
+words, groups]``. They XX
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flasheva_compile.lowering.emit.source import Source
     from flasheva_compile.lowering.spec import KernelSpec
 
 WORD = 32
@@ -24,6 +25,32 @@ def group_count(spec: KernelSpec) -> str:
     """Define ``groups``, how many groups of queries share a selection."""
     size = spec.selection_group
     return "groups = queries" if size == 1 else f"groups = tl.cdiv(queries, {size})"
+
+
+def words_seen(spec: KernelSpec) -> list[str]:
+    """Define ``words_seen``, the words that the queries of a block see, up to ``lo_last``."""
+    first = spec.sink_size // spec.chunk_size
+    seen = f"tl.minimum(lo_last // {spec.chunk_size}, slots){f' - {first}' if first else ''}"
+    return [
+        "# Bits for the chunk tokens that some query of these groups sees.",
+        f"seen = {seen}",
+        f"words_seen = tl.cdiv(tl.maximum(seen, 0), {WORD})",
+    ]
+
+
+def store_bits(out: Source, *after: str) -> None:
+    """Write the words of the groups ``rows``, whose selected chunks have the numbers ``bit``.
+
+    ``after`` are lines that do something else with each word, ``taken``.
+    """
+    with out.block("for word in range(0, words_seen):"):
+        out.lines(
+            f"here = (bit >= 0) & (bit // {WORD} == word)",
+            f"taken = tl.sum(tl.where(here, 1 << (bit % {WORD}), 0), 1)",
+            "at_word = bits_ptr + (bh64 * words + word) * groups",
+            "tl.store(at_word + rows, taken, mask=is_group)",
+            *after,
+        )
 
 
 def selection_setup(spec: KernelSpec) -> list[str]:
@@ -49,4 +76,21 @@ def unselected(spec: KernelSpec, block_n: int) -> tuple[list[str], str]:
         bits = f"tl.where((offs_t < {n * WORD})[None, :], {bits}, bits{n})"
     place = f"offs_t + {bit} % {WORD}" if block_n < WORD else f"offs_t % {WORD}"
     lines += [f"bits = {bits}", f"place = {WORD - 1} - ({place})"]
+    return lines, "((bits << place[None, :]) >= 0)"
+
+
+def unselected_rows(spec: KernelSpec, block_m: int) -> tuple[list[str], str]:
+    """Return, where chunk tokens are a tile's rows, what :func:`unselected` does."""
+    size = spec.selection_group
+    index = f"row // {size * WORD}"
+    lines = [f"tile_bits = turned_ptr + ((bhk64 * group_words + {index}) * words * {WORD} + slot)"]
+    count = max(1, block_m // size // WORD)
+    for n in range(count):
+        at = f"tile_bits + {n} * words * {WORD}" if n else "tile_bits"
+        lines.append(f"bits{n} = tl.load({at} + offs_t)[:, None]")
+    bits = "bits0"
+    for n in range(1, count):
+        bits = f"tl.where((offs_m < {n * WORD * size})[None, :], {bits}, bits{n})"
+    group = f"rows // {size}" if size > 1 else "rows"
+    lines += [f"bits = {bits}", f"place = {WORD - 1} - ({group} & {WORD - 1})"]
     return lines, "((bits << place[None, :]) >= 0)"

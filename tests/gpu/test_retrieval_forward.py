@@ -161,7 +161,8 @@ def test_the_op_runs_these_kernels(monkeypatch):
     t = operands(s, 2048, torch.bfloat16)
     options = {"window_size": 256, "chunk_size": 16, "sink_tokens": 16, "window": "sliding"}
     options |= {"causal": True, "q_offset": 0, "scale": 0.125, "softcap": 0.0, "dropout_p": 0.0}
-    options |= {"retrieve_chunks": 8, "retrieve_block": 1, "version": OP_VERSION}
+    options |= {"retrieve_chunks": 8, "retrieve_block": 1, "retrieve_by": "token"}
+    options |= {"version": OP_VERSION}
     tensors = [t.q, t.k, t.v, t.rfa_k, t.rfa_v, t.rfa_bias]
     leaves = [x.detach().requires_grad_() for x in tensors]
     masks = [None] * 4

@@ -44,6 +44,7 @@ class RetrievalDecodeCase(DecodeCase):
     def new_state(self, dtype: torch.dtype) -> RetrievalState:
         _, k, v = self.qkv
         options = {**self.options, "retrieve_chunks": self.retrieve_chunks, "retrieve_block": 1}
+        options["retrieve_by"] = "token"
         return new_retrieval_state(k.to(dtype), v.to(dtype), self.tokens + self.room, options)
 
     def filled_state(self, dtype: torch.dtype) -> RetrievalState:

@@ -70,13 +70,11 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
     assert "rfa_k_ptr" not in attending.arguments  # its scores are there already
 
 
-def test_one_kernel_selects_for_all_layers_with_the_same_groups():
+def test_one_kernel_selects_for_all_layers_that_see_the_same_chunks():
     one = spec_of("retrieval_select")
-    other = spec_of(
-        "retrieval_select", "fp16", 128, 96, chunk_size=8, window="block", key_mask=True
-    )
-    assert other == one
-    assert spec_of("retrieval_select", chunks=8) != one
+    assert spec_of("retrieval_select", "fp16", 128, 96, key_mask=True) == one
+    for other in ({"chunks": 8}, {"chunk_size": 8}, {"window": "block"}):
+        assert spec_of("retrieval_select", **other) != one
 
 
 def test_one_kernel_attends_under_all_rules():
@@ -102,12 +100,12 @@ def test_choices_pass_the_static_rules(arch):
             assert rejection(like, chosen, target) is None, (name, chosen)
 
 
-@pytest.mark.parametrize("candidates", [1, 16, 17, 512, 100_000])
-def test_the_network_is_no_larger_than_what_it_gets(candidates):
+@pytest.mark.parametrize("runs", [1, 16, 17, 512, 100_000])
+def test_the_network_is_no_larger_than_what_it_gets(runs):
     spec = spec_of("retrieval_select")
     most = schedule.choose(spec)
-    chosen = fitted(most, candidates)
-    assert chosen.block_n == most.block_n or chosen.block_n >= candidates > chosen.block_n // 2 - 8
+    chosen = fitted(most, runs)
+    assert chosen.block_n == most.block_n or chosen.block_n >= runs > chosen.block_n // 2 - 8
     assert chosen.block_n >= network_size(spec)
 
 

@@ -1,19 +1,22 @@
-"""Survey attention in the architectures of the installed transformers, and of PyTorch's modules.
+"""Survey attention in transformers' architectures, PyTorch's modules, x-transformers and timm.
 
-``python -m tests.models.gallery`` writes ``docs/gallery.md``; names as arguments survey only those
-and print them. Every model is built from its own configuration class, made tiny, with random
-weights; one that does not build or run within the limits is listed as such.
+``python -m tests.models.gallery`` surveys everything that is installed, keeps what it found in
+``build/gallery/``, one file for each environment, and writes ``docs/gallery.md`` from those files
+(that with the most architectures first); names as arguments survey only those and print them.
+Every model is tiny, with random weights; one that does not build or run within the limits is
+listed as such. An attention that the model runs and the report does not mention is a failure.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import json
 import logging
 import multiprocessing
 import signal
-import sys
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,79 +26,44 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
 
 import flasheva_compile as fe
+from tests.models import gallery_document, gallery_models
+from tests.models.attention_calls import attention_calls
+from tests.models.gallery_libraries import subjects
 from tests.models.oracle import assert_as_accurate
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "gallery.md"
+FOUND = Path(__file__).parents[2] / "build" / "gallery"
 WHOLE = {"window_size": 8192, "chunk_size": 8, "inner_backend": "eager"}
-SECONDS, PARAMETERS, LENGTH = 25, 40_000_000, 24
-SMALL = {
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "dim": 32,
-    "embed_dim": 32,
-    "encoder_hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "num_decoder_layers": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "d_kv": 8,
-    "intermediate_size": 64,
-    "ffn_dim": 64,
-    "d_ff": 64,
-    "d_inner": 64,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "vocab_size": 99,
-    "embedding_size": 32,
-    "word_embed_proj_dim": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "image_size": 32,
-    "patch_size": 8,
-    "projection_dim": 32,
-    "max_position_embeddings": 128,
-    "n_positions": 128,
-    "num_mel_bins": 16,
-}
+SECONDS = 25
+ROUNDING = 64  # machine epsilons of the largest number, where double precision is no help
 
 
 @dataclass
 class Entry:
-    """What a survey of one architecture found."""
+    """What a survey of one architecture found.
+
+    Attributes:
+        name: Model type of transformers, or library and model.
+        ran: Attentions that the model runs, counted without the matcher.
+        found: Rows of the report.
+        rewritten: Those that compute FlashEVA.
+        refused: Reason -> how many were left full for it.
+        not_seen: What the report could not look into.
+        exact: Whether the compiled model equals the model, and by which comparison.
+        failure: Why it was not surveyed.
+        seconds: Processor time of all this.
+    """
 
     name: str
+    ran: int = 0
     found: int = 0
     rewritten: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     not_seen: tuple[str, ...] = ()
     exact: str = ""
     failure: str = ""
+    seconds: float = 0.0
 
 
 class TooSlowError(Exception):
@@ -104,93 +72,55 @@ class TooSlowError(Exception):
 
 @contextmanager
 def limited(seconds: int):
+    """Limit the processor time, which another program on the machine does not change."""
+
     def stop(*_: object) -> None:
         raise TooSlowError(f"more than {seconds} s")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def names() -> list[str]:
-    """Architectures with a base model, then PyTorch's own modules."""
-    return [*sorted(set(MODEL_MAPPING_NAMES) & set(CONFIG_MAPPING)), *MODULES]
+    """Architectures of transformers with a base model, then those of other libraries."""
+    return [*gallery_models.architectures(), *subjects()]
 
 
-def make_small(config: Any) -> None:
-    """Shrink a configuration and those inside it, as far as it has the fields."""
-    stages = any(isinstance(vars(config).get(n), list | tuple) for n in ("num_heads", "depths"))
-    for name, value in ({} if stages else SMALL).items():
-        present = name in config.attribute_map or name in vars(config)
-        if present and isinstance(getattr(config, name, None), int):
-            setattr(config, name, value)
-    for name in ("layer_types", "mlp_layer_types", "block_types", "layers_block_type"):
-        kinds = vars(config).get(name)
-        if isinstance(kinds, list) and kinds:
-            setattr(config, name, list(dict.fromkeys(kinds))[:2] * 2)
-            setattr(config, name, getattr(config, name)[:2])
-    for part in vars(config).values():
-        if isinstance(part, transformers.PretrainedConfig):
-            make_small(part)
+def representative() -> list[str]:
+    """Return a part of the names: those of other libraries, and of transformers some."""
+    return [*gallery_models.REPRESENTATIVE, *subjects()]
 
 
-def build(name: str) -> nn.Module:
-    """Build a tiny random model in evaluation mode."""
-    torch.manual_seed(0)
-    if name in MODULES:
-        return MODULES[name]().eval()
-    config = CONFIG_MAPPING[name]()
-    make_small(config)
-    kind = AutoModelForCausalLM if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-    with torch.device("meta"):
-        size = sum(p.numel() for p in kind.from_config(config).parameters())
-    if size > PARAMETERS:
-        raise ValueError(f"{size / 1e6:.0f} million parameters even when small")
-    return kind.from_config(config).eval()
-
-
-def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Guess the inputs from what the model calls its main one."""
-    generator = torch.Generator().manual_seed(1)
-    if not hasattr(model, "config"):
-        return {"x": torch.randn(2, LENGTH, 16, generator=generator)}
-    main, config = model.main_input_name, model.config
-    if main == "pixel_values":
-        side = getattr(config, "image_size", 32)
-        side = side if isinstance(side, int) else side[0]
-        channels = getattr(config, "num_channels", 3)
-        return {main: torch.randn(2, channels, side, side, generator=generator)}
-    if main == "input_values":
-        return {main: torch.randn(2, 4000, generator=generator)}
-    if main == "input_features":
-        bins = getattr(config, "num_mel_bins", 16)
-        return {main: torch.randn(2, bins, 2 * LENGTH, generator=generator)}
-    given = {"input_ids": torch.randint(3, 99, (2, LENGTH), generator=generator)}
-    if getattr(config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = given["input_ids"].flip(1)
-    return given
-
-
-def survey(name: str) -> Entry:
+def survey(name: str, seconds: int = SECONDS) -> Entry:
     """Explain one architecture, and compare it compiled with itself as it is."""
-    entry = Entry(name)
+    entry, start = Entry(name), time.process_time()
     try:
-        with limited(SECONDS), torch.no_grad(), warnings.catch_warnings():
+        with limited(seconds), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _survey(entry, name)
+            _survey(entry)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         entry.failure = f"{type(error).__name__}: {lines[0][:90]}"
+    entry.seconds = round(time.process_time() - start, 1)
     return entry
 
 
-def _survey(entry: Entry, name: str) -> None:
-    model = build(name)
-    given = inputs_of(model)
-    plain = _tensors(model(**given))
+def _built(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    if name in (known := subjects()):
+        return known[name].build().eval(), known[name].inputs()
+    model = gallery_models.build(name)
+    return model, gallery_models.inputs_of(model)
+
+
+def _survey(entry: Entry) -> None:
+    model, given = _built(entry.name)
+    output, places = attention_calls(model, given)
+    entry.ran, plain = len(places), _tensors(output)
     torch._dynamo.reset()
     compiled = copy.deepcopy(model)
     compiled.compile(backend="flasheva", options=WHOLE)
@@ -206,18 +136,12 @@ def _survey(entry: Entry, name: str) -> None:
 
 
 def _compared(model: nn.Module, given: dict, ours: list, plain: list) -> str:
-    try:
-        truth = _tensors(
-            copy.deepcopy(model).double()(
-                **{n: x.double() if x.is_floating_point() else x for n, x in given.items()}
-            )
-        )
-    except TooSlowError:
-        raise
-    except Exception:
-        return "does not run in double precision"
-    if not all(true.isfinite().all() for true in truth):
-        return "not finite in double precision"
+    truth = _in_double(model, given)
+    if not all(own.isfinite().all() for own in plain):
+        return "the model's own result is not finite"
+    if truth is None:
+        same = _equal_to_rounding(ours, plain)
+        return "yes, in single precision" if same else "DIFFERS in single precision"
     try:
         for got, own, true in zip(ours, plain, truth, strict=True):
             assert_as_accurate(got, [own], true)
@@ -226,16 +150,38 @@ def _compared(model: nn.Module, given: dict, ours: list, plain: list) -> str:
     return "yes"
 
 
+def _in_double(model: nn.Module, given: dict) -> list[torch.Tensor] | None:
+    """Return what the model computes in double precision, if it can."""
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation"):
+        exact.set_experts_implementation("eager")  # grouped products know no double precision
+    doubled = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    try:
+        truth = _tensors(exact(**doubled))
+    except TooSlowError:
+        raise
+    except Exception:
+        return None
+    return truth if all(true.isfinite().all() for true in truth) else None
+
+
 def _as_dynamo_runs_it(model: nn.Module, given: dict, ours: list) -> str:
     """Compare with the model under Dynamo alone: some models choose other masks there."""
     torch._dynamo.reset()
     traced = copy.deepcopy(model)
     traced.compile(backend="eager")
-    for got, own in zip(ours, _tensors(traced(**given)), strict=True):
-        error = (got - own).abs().max()
-        if not error <= 64 * torch.finfo(own.dtype).eps * own.abs().max().clamp(min=1):
-            return ""
-    return "yes, as under Dynamo alone"
+    same = _equal_to_rounding(ours, _tensors(traced(**given)))
+    return "yes, as under Dynamo alone" if same else ""
+
+
+def _equal_to_rounding(ours: list, plain: list) -> bool:
+    return all(
+        bool(
+            (got - own).abs().max()
+            <= ROUNDING * torch.finfo(own.dtype).eps * own.abs().max().clamp(min=1)
+        )
+        for got, own in zip(ours, plain, strict=True)
+    )
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -246,98 +192,9 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())]
 
 
-class SelfAttention(nn.Module):
-    """``nn.MultiheadAttention`` of one sequence, weights not asked for or not used."""
-
-    def __init__(self, need_weights: bool = False):
-        super().__init__()
-        self.need_weights = need_weights
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=self.need_weights)[0]
-
-
-class Wrapped(nn.Module):
-    """Dynamo does not look into a module of PyTorch's own that is compiled in place."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x)
-
-
-def _encoder() -> nn.Module:
-    # The fused layer of evaluation would hide the attention.
-    torch.backends.mha.set_fastpath_enabled(False)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    return Wrapped(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
-
-
-def _attention(need_weights: bool) -> nn.Module:
-    torch.backends.mha.set_fastpath_enabled(False)
-    return SelfAttention(need_weights)
-
-
-MODULES = {
-    "torch.nn.MultiheadAttention": lambda: _attention(False),
-    "torch.nn.MultiheadAttention, weights unused": lambda: _attention(True),
-    "torch.nn.TransformerEncoder": _encoder,
-}
-
-
-def document(entries: list[Entry]) -> str:
-    """Write the table."""
-    ran = [e for e in entries if not e.failure]
-    attending = [e for e in ran if e.found]
-    found, rewritten = sum(e.found for e in ran), sum(e.rewritten for e in ran)
-    reasons: collections.Counter[str] = collections.Counter()
-    for entry in ran:
-        reasons.update({_short(reason): n for reason, n in entry.refused.items()})
-    exact = sum(e.exact.startswith("yes") for e in ran)
-    lines = [
-        "# Gallery",
-        "",
-        f"Attention in the architectures of transformers {transformers.__version__} and in modules",
-        f"of torch {torch.__version__.split('+')[0]}, tiny, with random weights, in evaluation",
-        "mode, without padding. Made by `make gallery`.",
-        "",
-        f"- {len(entries)} architectures; {len(ran)} build and run within {SECONDS} s as they are",
-        f"  configured here, {len(attending)} of them attend.",
-        f"- {found} attentions found, {rewritten} rewritten, {found - rewritten} left full, each",
-        "  with a reason (equal rows of a report count once).",
-        "- With a window over every token the compiled model equals the model to rounding in",
-        f"  {exact} of {sum(bool(e.exact) for e in ran)} that were rewritten in part or entirely.",
-        "",
-        "| left full because | attentions |",
-        "|---|--:|",
-        *(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
-        "",
-        "| architecture | found | rewritten | left full because | equal |",
-        "|---|--:|--:|---|---|",
-        *map(_row, attending),
-        "",
-        "No attention seen: " + ", ".join(e.name for e in ran if not e.found) + ".",
-        "",
-        "Not surveyed, since they do not build or run here:",
-        "",
-        *(f"- {e.name}: `{e.failure}`" for e in entries if e.failure),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _row(entry: Entry) -> str:
-    reasons = "; ".join(f"{_short(reason)} ({n})" for reason, n in entry.refused.items())
-    notes = "; ".join(note for note in entry.not_seen)
-    text = "; ".join(filter(None, (reasons, notes)))
-    return f"| {entry.name} | {entry.found} | {entry.rewritten} | {text} | {entry.exact} |"
-
-
-def _short(reason: str) -> str:
-    """The reason without what differs from model to model."""
-    return reason.split(": ")[0].replace("|", "or").split(" for ")[0]
+def environment() -> dict[str, str]:
+    """Name the versions that a survey is about."""
+    return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
 
 
 def _quiet() -> None:
@@ -346,19 +203,32 @@ def _quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def main(arguments: list[str]) -> None:
-    """Survey everything and write the document, or print what was asked for."""
-    entries = []
+def main() -> None:
+    """Survey and write the document, or print what was asked for."""
+    parser = argparse.ArgumentParser(description="Survey attention in many models.")
+    parser.add_argument("names", nargs="*", help="print what is found in these alone")
+    parser.add_argument("--continue", dest="goes_on", action="store_true", help="after a stop")
+    parser.add_argument("--representative", action="store_true", help="a part, for other versions")
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    file = FOUND / "torch-{torch}-transformers-{transformers}.jsonl".format(**environment())
+    FOUND.mkdir(parents=True, exist_ok=True)
+    if not options.names and not options.goes_on:
+        file.unlink(missing_ok=True)
+    done = gallery_document.read(file).entries if options.goes_on and file.exists() else {}
+    wanted = options.names or (representative() if options.representative else names())
     # Fresh processes now and then: compiled code is kept as long as a process lives.
-    pool = multiprocessing.get_context("spawn").Pool(2, _quiet, maxtasksperchild=40)
-    with pool:
-        for entry in pool.imap(survey, arguments or names()):
-            entries.append(entry)
-            print(json.dumps(asdict(entry)), flush=True)
-    if not arguments:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(document(entries))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes, _quiet, maxtasksperchild=40) as pool:
+        for entry in pool.imap(survey, [name for name in wanted if name not in done]):
+            line = json.dumps(asdict(entry))
+            print(line, flush=True)
+            if not options.names:
+                with file.open("a") as kept:
+                    kept.write(line + "\n")
+    if not options.names:
+        gallery_document.write(sorted(FOUND.glob("*.jsonl")))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.models.gallery import PARAMETERS, make_small
+from tests.models.gallery_models import PARAMETERS, make_small
 
 SHARPER = 4
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -59,6 +59,31 @@ def test_calibrate(folder, tmp_path, capsys):
     assert saved["layers"]["default"]["window_size"] == 16
 
 
+def test_calibrate_codebooks_beside_a_model(folder, tmp_path, capsys):
+    """In one call with the model, or added to it later: the same; ``generate`` then reads codes."""
+    layers = {"default": json.loads(CONFIG), 0: {"attention": "full", "kv": "vq-1bit"}}
+    out, more = tmp_path / "out", ["--data", folder / "text.txt", "--length", 64, "--rows", 3]
+    command = ["calibrate", folder / "model", *more, "--config", json.dumps(layers), "--out", out]
+    assert main([str(x) for x in (*command, "--kv", "vq-1bit")]) == 0
+    assert "vq-1bit codebooks of 1 layers, 192 tokens" in capsys.readouterr().out
+    file = out / "kv_codebooks.safetensors"
+    once = load_file(file)
+    file.unlink()
+    assert main([str(x) for x in ("calibrate", out, *more, "--kv", "vq-1bit")]) == 0
+    assert "saved to" in capsys.readouterr().out
+    added = load_file(file)
+    assert set(added) == {f"0.{name}" for name in ("scale", "keys", "values", "order", "offset")}
+    assert all(torch.equal(added[name], once[name]) for name in once)
+    model = fe.from_pretrained(out)
+    assert fe.explain(model).layers[0].decision == "full"
+    cache = fe.FlashEvaCache.for_model(model)
+    ids = torch.arange(300)[None] % 97 + 3
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=4, past_key_values=cache, do_sample=False)
+    assert type(cache.layers[0]).__name__ == "VecInferLayer"
+    assert cache.layers[0].storage.format == "vq-1bit"
+
+
 def test_adapt_writes_a_model_that_loads(adapted, folder):
     names = {path.name for path in adapted.iterdir()}
     assert {"config.json", "tokenizer.json", "report.json", "curves.png"} <= names

@@ -89,6 +89,32 @@ def test_a_tokenizer_of_another_model(broken, folder, capsys, tmp_path):
     assert "but the model has 80 tokens" in said
 
 
+def test_codebooks_that_cannot_be_written(folder, adapted, capsys, tmp_path):
+    text = ["--data", folder / "text.txt", "--length", 64, "--rows", 1]
+    command = ["calibrate", folder / "model", *text]
+    assert "nothing to write" in line(capsys, *command)
+    assert "--kv: invalid choice: 'vq-3bit'" in line(capsys, *command, "--kv", "vq-3bit")
+    assert "invalid choice: 'fp8'" in line(capsys, *command, "--kv", "fp8")
+    said = line(capsys, *command, "--kv", "vq-2bit", "--config", CONFIG)
+    assert "--config: changes the model" in said
+    (tmp_path / "model.gguf").write_bytes(b"nothing")
+    said = line(capsys, "calibrate", tmp_path / "model.gguf", *text, "--kv", "vq-2bit")
+    assert "is a single file" in said
+    shutil.copytree(adapted, tmp_path / "adapted")
+    (tmp_path / "adapted" / "kv_codebooks.safetensors").write_text("")
+    said = line(capsys, "calibrate", tmp_path / "adapted", *text, "--kv", "vq-2bit")
+    assert "holds kv_codebooks.safetensors already" in said
+
+
+def test_no_full_layer_to_learn_codebooks_for(folder, capsys, tmp_path):
+    text = ["--data", folder / "text.txt", "--length", 64, "--rows", 1]
+    out = tmp_path / "out"
+    command = ["calibrate", folder / "model", *text, "--config", CONFIG, "--out", out]
+    said = line(capsys, *command, "--kv", "vq-2bit")
+    assert "no full attention" in said
+    assert not (out / "config.json").exists()
+
+
 def test_texts_that_are_too_short_or_no_text(folder, capsys, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("A few words.")

@@ -20,7 +20,7 @@ MISTAKES = {
         {"windw_size": 64},
         "windw_size: unknown option; known: layers, config, strict, assume_mask, inner_backend, "
         "validate, window_size, chunk_size, sink_tokens, chunk_rule, window, "
-        "retrieve_chunks, retrieve_block. "
+        "retrieve_chunks, retrieve_block, retrieve_by. "
         'Hint: did you mean "window_size"?',
     ),
     "window no multiple of chunk": (

@@ -20,14 +20,27 @@ laws = settings(deadline=None, derandomize=True, max_examples=150, database=None
 calls = cached_calls(rules=("mean", "tangent", "evabyte"))
 counts = st.sampled_from([1, 2, 3, ALL])
 blocks = st.sampled_from([1, 2, 3, 8])
+selectors = st.sampled_from(["token", "bounds"])
 
 
-def in_portions(case, sizes, dtype, chunks, block, *, append_first=False, rows=slice(None), room=0):
+def in_portions(
+    case,
+    sizes,
+    dtype,
+    chunks,
+    block,
+    *,
+    append_first=False,
+    rows=slice(None),
+    room=0,
+    by="token",
+):
     """Run the ops; the first portion may be appended without attending."""
     q, k, v = (x.to(dtype)[rows] for x in case.qkv)
     parameters = [p.to(dtype) for p in case.parameters]
     key_mask = case.masks["key_mask"]
-    config = eva_config(case).replace(retrieve_chunks=chunks, retrieve_block=block)
+    config = eva_config(case)
+    config = config.replace(retrieve_chunks=chunks, retrieve_block=block, retrieve_by=by)
     options = retrieval_options(config, case.head_dim**-0.5, case.softcap)
     state = new_retrieval_state(k, v, room or case.keys, options)
     outs, lses, lo = [], [], 0
@@ -47,15 +60,15 @@ def in_portions(case, sizes, dtype, chunks, block, *, append_first=False, rows=s
     return [torch.cat([empty, *outs], 2), torch.cat([empty[..., 0], *lses], 2)], skipped, state
 
 
-@given(calls, counts, blocks)
-@laws
-def test_any_portions_are_one_call(call, chunks, block):
+@given(calls, counts, blocks, selectors)
+@settings(laws, max_examples=200)
+def test_any_portions_are_one_call(call, chunks, block, by):
     case, sizes, append_first = call
     actual, skipped, state = in_portions(
-        case, sizes, FP64, chunks, block, append_first=append_first
+        case, sizes, FP64, chunks, block, append_first=append_first, by=by
     )
     assert int(state.length) == case.keys
-    formula = reference(case, chunks, block)
+    formula = reference(case, chunks, block, by=by)
     assert_as_accurate_as_pytorch(
         actual, lambda dtype: [x[:, :, skipped:] for x in formula(dtype)[:2]], FP64
     )
@@ -71,11 +84,12 @@ def test_rows_do_not_see_each_other(call, chunks, block):
     assert_as_accurate_as_pytorch(alone, formula, FP64)
 
 
+@pytest.mark.parametrize("by", ["token", "bounds"])
 @pytest.mark.parametrize("block", [1, 4])
-def test_low_precision_is_as_accurate_as_pytorch(block):
+def test_low_precision_is_as_accurate_as_pytorch(block, by):
     case = AttentionCase(queries=45, keys=45, rule="tangent")
-    actual = in_portions(case, [30, *[1] * 15], torch.bfloat16, 2, block)[0]
-    formula = reference(case, 2, block, own=torch.bfloat16)
+    actual = in_portions(case, [30, *[1] * 15], torch.bfloat16, 2, block, by=by)[0]
+    formula = reference(case, 2, block, own=torch.bfloat16, by=by)
     assert_as_accurate_as_pytorch(actual, lambda dtype: formula(dtype)[:2], torch.bfloat16)
 
 

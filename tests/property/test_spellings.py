@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 
 import torch
@@ -24,6 +25,7 @@ from tests.spellings import (
     PROJECTIONS,
     REPEATS,
     SCALES,
+    SLOPES,
     SOFTMAXES,
     Choice,
     Spelled,
@@ -39,6 +41,7 @@ fuzz = settings(
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # shrinking a compilation takes minutes
 )
+RIGHT_SLOPES = [name for name in SLOPES if not name.startswith("slopes")]
 RIGHT_MASKS = [name for name in MASKS if name == "none" or name.startswith("causal")]
 
 
@@ -55,7 +58,13 @@ def choices(products):
         softmax=st.sampled_from(list(SOFTMAXES)),
         dropout=st.booleans(),
         padded=st.booleans(),
-    )
+        alibi=st.one_of(st.just("none"), st.sampled_from(RIGHT_SLOPES)),
+    ).map(_possible)
+
+
+def _possible(choice):
+    """ALiBi is of causal attention; of flex_attention's functions each has one spelling."""
+    return dataclasses.replace(choice, alibi="none") if choice.mask == "none" else choice
 
 
 def inputs(choice):
@@ -69,15 +78,20 @@ def inputs(choice):
 def scale_of(choice):
     """What is left for the scores: queries and keys are taken as they enter the product."""
     scales = {"other": 0.2, "scores": DIM**-0.5}
-    rest = DIM**-0.5 if choice.product == "sdpa" and choice.scale != "none" else 1.0
+    fused = choice.product in {"sdpa", "flex"}
+    rest = DIM**-0.5 if fused and choice.scale != "none" else 1.0
     return scales.get(choice.scale, rest)
 
 
 def step(call, model, x, padding=None):
     """Output at the real tokens, and the gradients of every parameter in one vector."""
     model.zero_grad()
-    out = call(x, padding) if padding is not None else call(x)
+    trains = model.choice.product != "flex"  # which PyTorch does not differentiate on a CPU
+    with torch.set_grad_enabled(trains):
+        out = call(x, padding) if padding is not None else call(x)
     out = out[padding.bool()] if padding is not None else out
+    if not trains:
+        return (out,)
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     (out * target.to(out)).sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
@@ -85,7 +99,7 @@ def step(call, model, x, padding=None):
 
 
 @fuzz
-@given(choices([*PRODUCTS, "sdpa"]))
+@given(choices([*PRODUCTS, "sdpa", "flex"]))
 def test_every_composed_spelling_is_rewritten_exactly(choice):
     torch._dynamo.reset()
     model, given_inputs = Spelled(choice), inputs(choice)
@@ -100,6 +114,7 @@ def test_every_composed_spelling_is_rewritten_exactly(choice):
     assert (row.heads, row.head_dim) == (HEADS, DIM)
     assert row.kv_heads in {choice.kv_heads, HEADS}
     assert ("key padding" in row.mask) is choice.padded
+    assert ("ALiBi" in row.mask) is (choice.alibi != "none")
     assert abs(row.scale - scale_of(choice)) < torch.finfo(torch.float32).eps
     theirs = step(model, model, *given_inputs)
     x, *padding = given_inputs
@@ -113,7 +128,8 @@ def test_every_composed_spelling_is_rewritten_exactly(choice):
 def test_no_near_miss_is_rewritten(choice, near_miss):
     torch._dynamo.reset()
     model = Spelled(choice, near_miss)
-    report = fe.explain(model, *inputs(choice), options=OPTIONS)
+    with torch.set_grad_enabled(not near_miss.startswith("flex")):
+        report = fe.explain(model, *inputs(choice), options=OPTIONS)
     for row in report.layers:
         assert row.decision == "full", (choice, near_miss)
         assert row.reason

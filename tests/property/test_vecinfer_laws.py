@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flasheva_compile.quantization import attention
 from flasheva_compile.quantization.formats import CodeFormat, KvFormat, KvStorage
 from flasheva_compile.quantization.fp8 import Fp8Codec
-from flasheva_compile.quantization.learn import LearningOptions, learn_layer
+from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 from flasheva_compile.quantization.state import append, coded_until, crop, new_state
 from flasheva_compile.quantization.vecinfer import VqCodec
 from tests.tolerance import assert_as_accurate_as_pytorch
@@ -63,7 +63,11 @@ class Case:
             return Fp8Codec(self.size, self.size)
         (_, k, v), _ = self.tensors()
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
-        books = learn_layer(k, v, k.abs().amax(0), form, self.options)
+        generator = torch.Generator().manual_seed(self.count)
+        attention = torch.rand(k.shape[:2], generator=generator, dtype=k.dtype)
+        queries = torch.rand(k.shape[1:], generator=generator, dtype=k.dtype)
+        readers = Readers(attention, queries)
+        books = learn_layer(k, v, k.abs().amax(0), form, self.options, readers)
         return VqCodec(books, form, self.size, self.size, lookup=lookup)
 
     def run(self, codec, dtype=FP64, calls=None):
@@ -111,8 +115,10 @@ def cases(draw, most=60):
         count=count,
         storage=storage,
         options=LearningOptions(
-            smooth=draw(flag),
-            rotate_keys=draw(flag),
+            smooth=draw(st.sampled_from(["balance", "largest", "none"])),
+            rotate=draw(st.sampled_from(["grouped", "hadamard", "none"])),
+            centre=draw(flag),
+            weigh=draw(st.sampled_from([0.0, 0.7])),
             rotate_values=draw(flag),
             per_head=draw(flag),
             iterations=2,
@@ -190,7 +196,7 @@ def test_transforms_leave_scores_as_they_are(case):
 def test_codes_of_codewords_are_their_own(case, form):
     """Quantising twice changes nothing, to the bit: distances to codewords are exact."""
     # Where nothing is transformed; elsewhere the way back rounds.
-    plain = LearningOptions(smooth=False, rotate_keys=False, iterations=2)
+    plain = LearningOptions(smooth="none", rotate="none", centre=False, iterations=2)
     codec = dataclasses.replace(case, options=plain).codec(form)
     _, k, v = case.tensors()[0]
     keys = codec.decode_keys(codec.encode_keys(k), FP64)

@@ -6,7 +6,10 @@ from flasheva_compile.config import EvaConfig, HybridConfig, parse_options
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.layer_names import name_layers
 
-FIELDS = "window_size, chunk_size, sink_tokens, chunk_rule, window, retrieve_chunks, retrieve_block"
+FIELDS = (
+    "window_size, chunk_size, sink_tokens, chunk_rule, window, "
+    "retrieve_chunks, retrieve_block, retrieve_by"
+)
 OPTIONS = f"layers, config, strict, assume_mask, inner_backend, validate, {FIELDS}"
 DECODER = name_layers([f"model.layers.{i}.self_attn" for i in range(30)], [])
 KNOWN = "matches no attention; known: model.layers.{0-29}.self_attn"

@@ -119,7 +119,7 @@ def test_it_can_be_turned_off(monkeypatch):
 
 def test_equal_structures_are_run_once(monkeypatch):
     runs = []
-    monkeypatch.setattr(translation, "run", lambda *a: runs.append(a) or slices.run(*a))
+    monkeypatch.setattr(translation, "run", lambda *a, **o: runs.append(a) or slices.run(*a, **o))
 
     def three(q, k, v):
         first = core(q, k, v)
@@ -134,9 +134,10 @@ def test_equal_structures_are_run_once(monkeypatch):
 def test_a_long_sequence_is_checked_at_a_short_length(dynamic, monkeypatch):
     lengths = []
 
-    def counted(part, values, sizes):
-        lengths.append(slices.run(part, values, sizes)[part.result].shape[2])
-        return slices.run(part, values, sizes)
+    def counted(part, values, sizes, **options):
+        found = slices.run(part, values, sizes, **options)
+        lengths.append(found[part.result].shape[2])
+        return found
 
     monkeypatch.setattr(translation, "run", counted)
     x, padding = torch.randn(2, 2048, 32), torch.ones(2, 2048, dtype=torch.long)
@@ -156,7 +157,7 @@ def test_a_long_sequence_is_checked_at_a_short_length(dynamic, monkeypatch):
 
 
 def test_what_cannot_be_run_is_rewritten_with_a_warning(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise slices.NotRunError("no such op here")
 
     monkeypatch.setattr(translation, "run", fails)
@@ -175,3 +176,18 @@ def test_the_callers_random_numbers_stay_what_they_were():
     torch.manual_seed(9)
     fe.explain(model, x, options={**OPTIONS, "validate": False})
     assert torch.equal(after, torch.rand(3))
+
+
+def test_a_gradient_that_stops_inside_is_noticed(monkeypatch):
+    """Behind matching, which refuses what stops a gradient: its results are the same."""
+
+    def stopped(part, values, sizes, **options):
+        found = dict(slices.run(part, values, sizes, **options))
+        found[part.result] = found[part.result].detach()
+        return found
+
+    monkeypatch.setattr(translation, "run", stopped)
+    (row,) = report(core).layers
+    assert row.reason == "validation failed: has no gradient"
+    with torch.no_grad():
+        assert report(core).layers[0].decision == "eva"

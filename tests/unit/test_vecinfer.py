@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,10 +11,15 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.quantization.codebook import learn_codebook, nearest
 from flasheva_compile.quantization.formats import FORMATS, CodeFormat, KvFormat, KvStorage
 from flasheva_compile.quantization.fp8 import Fp8Codec
-from flasheva_compile.quantization.learn import LearningOptions, learn_layer
+from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 from flasheva_compile.quantization.packing import pack, unpack
-from flasheva_compile.quantization.transform import hadamard, smoothing_scale
-from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
+from flasheva_compile.quantization.transform import (
+    balancing_scale,
+    grouped_rotation,
+    hadamard,
+    smoothing_scale,
+)
+from flasheva_compile.quantization.vecinfer import VqCodec
 
 
 def seeded(seed=0):
@@ -101,6 +108,32 @@ def test_a_power_of_two_mixes_all_channels_and_others_their_parts():
     assert (hadamard(80) != 0).sum() == 64**2 + 16**2
 
 
+@pytest.mark.parametrize(("size", "vector"), [(8, 4), (64, 4), (80, 8), (96, 2), (6, 6), (5, 1)])
+def test_a_grouped_rotation_is_orthonormal_and_mixes_channels_of_alike_size(size, vector):
+    order = torch.randperm(size, generator=seeded())
+    rotation = grouped_rotation(order, vector)
+    rounding = 4 * size * torch.finfo(torch.float64).eps
+    assert (rotation @ rotation.T - torch.eye(size)).abs().max() <= rounding
+    codes = size // vector
+    for group in range(vector):
+        own = rotation[order[group * codes : (group + 1) * codes]]
+        assert set(own.abs().sum(0).nonzero()[:, 0].tolist()) == set(range(group, size, vector))
+
+
+def test_a_balancing_scale_gives_the_smallest_errors_of_scores():
+    keys, queries = torch.rand(2, 3, 16, generator=seeded()) + 0.01
+
+    def error(scale):
+        return (keys / scale**2).sum(1) * (queries * scale**2).sum(1)
+
+    best = error(balancing_scale(keys, queries))
+    torch.testing.assert_close(best, (keys * queries).sqrt().sum(1) ** 2)  # Cauchy-Schwarz
+    assert (best < error(smoothing_scale(keys.sqrt()))).all()
+    assert (best < error(torch.ones_like(keys))).all()
+    zero = torch.zeros(1, 2)
+    assert torch.isfinite(1 / balancing_scale(zero, zero)).all()
+
+
 def test_scales_are_roots_and_never_zero():
     assert smoothing_scale(torch.tensor([4.0, 0.0])).tolist() == pytest.approx([2, 1e-4])
 
@@ -169,6 +202,28 @@ def test_a_cluster_without_vectors_begins_again_at_the_farthest():
         assert len(set(nearest(vectors, codebook).tolist())) == 3
 
 
+def test_what_weighs_more_is_nearer_to_a_codeword():
+    vectors = torch.randn(2000, 2, generator=seeded())
+    right = vectors[:, 0] > 0
+    weights = torch.where(right, 50.0, 1.0)
+    errors = {}
+    for name, given in (("alike", None), ("weighed", weights)):
+        codebook = learn_codebook(vectors, 16, iterations=20, generator=seeded(), weights=given)
+        distance = (vectors - codebook[nearest(vectors, codebook)]).square().sum(1)
+        errors[name] = distance[right].mean(), (distance * weights).mean()
+    assert errors["weighed"][0] < 0.8 * errors["alike"][0]
+    assert errors["weighed"][1] < errors["alike"][1]
+
+
+def test_a_weight_is_a_number_of_copies():
+    """Of one cluster: the mean of vectors, each as often as it weighs."""
+    vectors = torch.tensor([[0.0], [1], [4], [9]])
+    weights = torch.tensor([1.0, 2, 3, 4])
+    options = {"iterations": 3, "generator": seeded()}
+    codebook = learn_codebook(vectors, 1, weights=weights, **options)
+    assert float(codebook) == pytest.approx((0 + 2 + 12 + 36) / 10)
+
+
 def test_the_seed_decides():
     vectors = torch.randn(500, 2, generator=seeded())
     assert torch.equal(learn(vectors, 16), learn(vectors, 16))
@@ -177,6 +232,7 @@ def test_the_seed_decides():
 
 # --- layers ---------------------------------------------------------------------------------------
 
+PLAIN = LearningOptions.paper()
 SMALL = KvFormat(CodeFormat(2, 6), CodeFormat(4, 5))
 
 
@@ -200,9 +256,13 @@ def error(k, v, books, form=SMALL):
         {},
         {"per_head": True},
         {"rotate_values": True},
-        {"smooth": False},
-        {"rotate_keys": False},
-        {"smooth": False, "rotate_keys": False},
+        {"smooth": "largest"},
+        {"smooth": "none"},
+        {"rotate": "hadamard"},
+        {"rotate": "none"},
+        {"smooth": "none", "rotate": "none"},
+        {"centre": False},
+        {"weigh": 0},
     ],
 )
 def test_learned_codebooks_keep_most_of_a_layer(options):
@@ -221,16 +281,51 @@ def test_learned_codebooks_keep_most_of_a_layer(options):
 def test_a_codebook_per_head_is_read_by_its_head():
     k, v = tokens(count=64, heads=2)
     k[:, 1] += 50  # what one head's codewords cannot say
-    books = learn_layer(k, v, k.abs().amax(0), SMALL, LearningOptions(per_head=True))
-    swapped = LayerCodebooks(scale=books.scale, keys=books.keys.flip(0), values=books.values)
+    books = learn_layer(k, v, k.abs().amax(0), SMALL, dataclasses.replace(PLAIN, per_head=True))
+    swapped = dataclasses.replace(books, keys=books.keys.flip(0))
     assert error(k, v, books)[0] < 0.1 * error(k, v, swapped)[0]
+
+
+def test_the_default_reads_scores_better_than_the_paper():
+    """Where it should: a mean, channels of different sizes, few tokens that get all attention."""
+    generator = seeded()
+    k, v = tokens(count=600, size=16)
+    k = k * torch.linspace(0.2, 3, 16) + 4
+    read = torch.rand(600, 2, generator=generator) < 0.1
+    k, v = k.where(~read[..., None], 2 * k), v.where(~read[..., None], 0.3 * v)
+    queries = torch.linspace(3, 0.2, 16).square().expand(2, -1)
+    readers = Readers(read.float(), queries)
+    errors = {}
+    for name, options in (("ours", LearningOptions()), ("paper", LearningOptions.paper())):
+        books = learn_layer(k, v, k.abs().amax(0), SMALL, options, readers)
+        codec = VqCodec(books, SMALL, 16, 16)
+        stored = codec.restore_keys(
+            codec.decode_keys(codec.encode_keys(k.transpose(0, 1)[None]), torch.float32)
+        )
+        wrong = (stored[0].transpose(0, 1) - k).square() * queries
+        errors[name] = float(wrong.sum(-1)[read].mean())
+    assert errors["ours"] < 0.5 * errors["paper"]
 
 
 def test_what_is_not_finite_is_refused():
     k, v = tokens()
     v[3, 1, 2] = torch.nan
-    with pytest.raises(ConfigError, match="keys or values are not finite"):
+    with pytest.raises(ConfigError, match="keys, values or queries are not finite"):
         learn_layer(k, v, k.abs().amax(0), SMALL, LearningOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"smooth": "max"}, 'smooth: must be one of "balance", "largest", "none"'),
+        ({"rotate": True}, 'rotate: must be one of "grouped", "hadamard", "none", got True'),
+        ({"weigh": 1}, "weigh: must be at least 0 and below 1, got 1"),
+        ({"vectors": 0}, "vectors: must be an integer of at least 1, got 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        LearningOptions(**options)
 
 
 @pytest.mark.parametrize("name", ["iterations", "seed"])

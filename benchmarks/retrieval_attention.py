@@ -1,9 +1,10 @@
-"""GPU time of one causal attention forward with retrieval, against SDPA and without, as JSON.
+"""GPU time of one causal attention with retrieval, against SDPA and without, as JSON.
 
-Run ``PYTHONPATH=. python benchmarks/retrieval_forward.py``. All contestants get the same tensors in
-the same run; times are medians. ``retrieval`` and ``flasheva`` include the pooling of chunk tokens;
-``pool``, ``select``, ``attend`` and ``retrieve`` are the phases of ``retrieval``, one by one.
-SDPA computes full attention, another function: what is compared is the time, not the quality.
+Run ``PYTHONPATH=. python benchmarks/retrieval_attention.py``; ``--passes bwd`` for the backward
+pass alone. All contestants get the same tensors in the same run; times are medians. ``retrieval``
+and ``flasheva`` include the pooling of chunk tokens; ``pool`` and the names behind it are the
+phases of ``retrieval``, one by one. SDPA computes full attention, another function: what is
+compared is the time, not the quality.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from flasheva_compile.kernels.blocked.block import Operands
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
-from flasheva_compile.lowering import launch_retrieval, schedule
+from flasheva_compile.lowering import launch_retrieval, launch_retrieval_backward, schedule
 from flasheva_compile.lowering.rows import rows_of
 from records import OUT_OF_TIME, Results, Row, header, restart
 from timing import DeviceLostError, Effort, describe, measure, release, side_stream
@@ -40,11 +41,18 @@ if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
     from torch import Tensor
 
-WHAT = "one causal attention forward, bf16: SDPA, FlashEVA, FlashEVA with retrieval and its phases"
-RESULT = Path(__file__).parent / "results" / "retrieval_forward.json"
+WHAT = "one causal attention, bf16: SDPA, FlashEVA, FlashEVA with retrieval and its phases"
+RESULT = Path(__file__).parent / "results" / "retrieval_attention.json"
 FULL = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-PHASES: tuple[str, ...] = ("select", "attend", "retrieve")
-CONTESTANTS = (*FULL, "flasheva", "retrieval", "pool", *PHASES)
+PHASES: dict[str, tuple[str, ...]] = {
+    "fwd": ("select", "attend", "retrieve"),
+    "bwd": (
+        *("lists", "selection_bits", "dq", "retrieved_dq", "retrieved_dkv"),
+        *("dchunk", "dsink", "dkv"),
+    ),
+}
+WHOLE = (*FULL, "flasheva", "retrieval", "pool")
+CONTESTANTS = (*WHOLE, *itertools.chain.from_iterable(PHASES.values()))
 SHAPE = ("length", "head_dim", "heads", "kv_heads")
 EVA = ("window_size", "chunk_size", "sink_tokens")
 RETRIEVAL = ("retrieve_chunks", "retrieve_block")
@@ -75,9 +83,9 @@ class Case:
         scale = self.head_dim**-0.5
         return AttentionSettings(causal=True, q_offset=0, scale=scale, **self.eva)
 
-    def identity(self, contestant: str) -> Row:
+    def identity(self, contestant: str, step: str) -> Row:
         """Return the fields that tell a row apart, those that the contestant knows."""
-        row: Row = {"contestant": contestant}
+        row: Row = {"contestant": contestant, "pass": step}
         row |= {name: getattr(self, name) for name in (*SHAPE, *EVA, *RETRIEVAL)}
         unknown = (*EVA, *RETRIEVAL) if contestant in FULL else ()
         if contestant in ("flasheva", "pool"):
@@ -94,6 +102,7 @@ class Run:
     effort: Effort
     deadline: float
     contestants: Sequence[str]
+    passes: Sequence[str]
     schedules: dict[str, dict[str, Any]]
 
 
@@ -114,61 +123,95 @@ def cases(a: argparse.Namespace) -> Iterator[Case]:
         )
 
 
-def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw queries, keys and values; at random, so that neighbours select different chunks."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Tensors of one case: random, so that neighbours select different chunks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi: Tensor
+    dout: Tensor
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw queries, keys, values and what arrives at the output."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
         shape = (1, heads, case.length, case.head_dim)
         return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
 
-    return normal(case.heads), normal(case.kv_heads), normal(case.kv_heads)
+    q, k, v, dout = (normal(n) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads))
+    return Inputs(q=q, k=k, v=v, dout=dout, phi=k.new_zeros(case.kv_heads, case.head_dim))
 
 
-def _pool(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    phi = torch.zeros(case.kv_heads, case.head_dim, dtype=k.dtype, device=k.device)
+def _pool(case: Case, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     options = {"rule": "tangent", "chunk_size": case.chunk_size, "scale": case.head_dim**-0.5}
     pool = torch.ops.flasheva.chunk_tokens
-    return pool(k, v, [phi], None, None, **options, version=OP_VERSION)
+    return pool(x.k, x.v, [x.phi], None, None, **options, version=OP_VERSION)
 
 
-def functions(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """Return what is timed, by contestant."""
+def forward_function(case: Case, x: Inputs, contestant: str) -> Callable[[], Any]:
+    """Return the forward pass of a contestant that is no phase."""
+    q, k, v = x.q, x.k, x.v
+    options = {**case.eva, "parameters": [x.phi]}
+    retrieve = {name: getattr(case, name) for name in RETRIEVAL}
 
-    def full(backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
+    def full() -> Tensor:
+        with sdpa_kernel(FULL[contestant]):
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    found: dict[str, Callable[[], object]] = {n: partial(full, b) for n, b in FULL.items()}
-    phi = torch.zeros(case.kv_heads, case.head_dim, dtype=k.dtype, device=k.device)
-    options = {**case.eva, "parameters": [phi]}
-    retrieve = {name: getattr(case, name) for name in RETRIEVAL}
-    found["flasheva"] = lambda: flasheva_attention(q, k, v, **options)
-    found["retrieval"] = lambda: flasheva_attention(q, k, v, **options, **retrieve)
-    found["pool"] = lambda: _pool(case, k, v)
+    functions: dict[str, Callable[[], Any]] = {
+        "flasheva": lambda: flasheva_attention(q, k, v, **options),
+        "retrieval": lambda: flasheva_attention(q, k, v, **options, **retrieve),
+        "pool": lambda: _pool(case, x),
+    }
+    return functions.get(contestant, full)
+
+
+def whole_function(case: Case, x: Inputs, contestant: str, step: str) -> Callable[[], object]:
+    """Return what is timed of a contestant that is no phase."""
+    if step == "fwd":
+        return torch.no_grad()(forward_function(case, x, contestant))
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in ("q", "k", "v", "phi")}
+    learned = dataclasses.replace(x, **leaves)
+    out = forward_function(case, learned, contestant)()
+    outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+    grads = [x.dout] if len(outputs) == 1 else [torch.randn_like(y) for y in outputs]
+    inputs = list(leaves.values())
+    return partial(
+        torch.autograd.grad, outputs, inputs, grads, retain_graph=True, allow_unused=True
+    )
+
+
+def phase_functions(case: Case, x: Inputs, step: str) -> dict[str, Callable[[], None]]:
+    """Return the launches of the retrieval tier one by one; each has run once."""
+    arguments = launched(case, x)
+    launches = launch_retrieval.launches(*arguments)
+    found = dict(zip(PHASES["fwd"], launches, strict=True))
+    if step == "bwd":
+        result = launch_retrieval.retrieval_forward(*arguments)
+        found = launch_retrieval_backward.steps(x.dout, result, *arguments)
+    for one in found.values():
+        one()  # each needs the results of those before it
     return found
 
 
-def launched(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+def launched(case: Case, x: Inputs) -> tuple[Any, ...]:
     """Return the arguments of the launches, chunk tokens made."""
     names = ("rfa_k", "rfa_v", "rfa_bias")
-    tokens = dict(zip(names, _pool(case, k, v), strict=True))
-    t = Operands(q=q, k=k, v=v, **tokens)
+    tokens = dict(zip(names, _pool(case, x), strict=True))
+    t = Operands(q=x.q, k=x.k, v=x.v, **tokens)
     retrieval = Retrieval(chunks=case.retrieve_chunks, block=case.retrieve_block)
-    return t, rows_of(k, None, None, chunk_size=case.chunk_size), case.settings(), retrieval
+    return t, rows_of(x.k, None, None, chunk_size=case.chunk_size), case.settings(), retrieval
 
 
-def phase_functions(arguments: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
-    """Return the launches of the retrieval tier one by one."""
-    launches = launch_retrieval.launches(*arguments)
-    for one in launches:
-        one()  # each needs the results of those before it
-    return dict(zip(PHASES, launches, strict=True))
-
-
-def given_schedules(run: Run, arguments: tuple[Any, ...]) -> dict[KernelSpec, Schedule]:
+def given_schedules(run: Run, case: Case, x: Inputs) -> dict[KernelSpec, Schedule]:
     """Return the schedules that the command line changes."""
-    named = dict(zip(PHASES, launch_retrieval.specs(*arguments), strict=True))
+    arguments = launched(case, x)
+    named = dict(zip(PHASES["fwd"], launch_retrieval.specs(*arguments), strict=True))
+    named |= launch_retrieval_backward.specs(*arguments)
     return {
         named[name]: dataclasses.replace(schedule.choose(named[name]), **fields)
         for name, fields in run.schedules.items()
@@ -177,35 +220,43 @@ def given_schedules(run: Run, arguments: tuple[Any, ...]) -> dict[KernelSpec, Sc
 
 def run_case(run: Run, case: Case) -> None:
     """Measure what is not there yet of one case."""
-    todo = [case.identity(name) for name in run.contestants]
-    todo = [row for row in todo if not run.results.has(row)]
-    if not todo:
-        return
-    if time.monotonic() > run.deadline:
+    for step in run.passes:
+        names = [n for n in run.contestants if n in (*WHOLE, *PHASES[step])]
+        todo = [case.identity(name, step) for name in names]
+        todo = [row for row in todo if not run.results.has(row)]
+        if todo and time.monotonic() > run.deadline:
+            for row in todo:
+                run.results.add({**row, "skipped": OUT_OF_TIME})
+        elif todo:
+            measure_rows(run, case, step, todo)
+            release(run.device)
+
+
+def measure_rows(run: Run, case: Case, step: str, todo: list[Row]) -> None:
+    """Measure one pass of some contestants."""
+    x = make_inputs(case, run.device)
+    phases: dict[str, Callable[[], None]] = {}
+    with schedule.forced(given_schedules(run, case, x)):
         for row in todo:
-            run.results.add({**row, "skipped": OUT_OF_TIME})
-        return
-    inputs = make_inputs(case, run.device)
-    arguments = launched(case, *inputs)
-    found = functions(case, *inputs)
-    for row in todo:
-        name = row["contestant"]
-        try:
-            with schedule.forced(given_schedules(run, arguments)):
-                function = phase_functions(arguments)[name] if name in PHASES else found[name]
-                measured = measure([torch.no_grad()(function)], run.device, run.effort).fields()
-        except Exception as error:  # noqa: BLE001, RUF100 - the run goes on, the row says why
-            measured = {"error": describe(error)}
-        run.results.add({**row, **measured})
-        print(json.dumps(run.results.rows[-1]), flush=True)
-    release(run.device)
+            name = row["contestant"]
+            try:
+                if name in WHOLE:
+                    function = whole_function(case, x, name, step)
+                else:
+                    phases = phases or phase_functions(case, x, step)
+                    function = phases[name]
+                measured = measure([function], run.device, run.effort).fields()
+            except Exception as error:  # noqa: BLE001, RUF100 - the run goes on, the row says why
+                measured = {"error": describe(error)}
+            run.results.add({**row, **measured})
+            print(json.dumps(run.results.rows[-1]), flush=True)
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Add, to rows of FlashEVA, how many times longer each SDPA takes: ``vs_<peer>``."""
     measured = [row for row in rows if "ms" in row]
     for row, peer in itertools.product(measured, measured):
-        same = all(row[name] == peer[name] for name in SHAPE)
+        same = all(row[name] == peer[name] for name in ("pass", *SHAPE))
         if row["contestant"] in ("retrieval", "flasheva") and peer["contestant"] in FULL and same:
             row[f"vs_{peer['contestant']}"] = round(peer["ms"] / row["ms"], 3)
 
@@ -228,6 +279,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chunk-sizes", type=int, nargs="+", default=[16, 32])
     add("--chunks", type=int, nargs="+", default=[8, 16], help="retrieved by each query")
     add("--blocks", type=int, nargs="+", default=[1, 16, 64], help="queries of one selection")
+    add("--passes", choices=list(PHASES), nargs="+", default=list(PHASES))
     add("--contestants", choices=CONTESTANTS, nargs="+", default=list(CONTESTANTS))
     add("--budget-s", type=float, default=math.inf, help="start nothing new after that")
     add("--measure-ms", type=float, default=60.0)
@@ -244,7 +296,7 @@ def main() -> None:
     """Measure, print and store."""
     a = parse_arguments()
     device, start = torch.device(a.device), time.monotonic()
-    names = ("contestant", *SHAPE, *EVA, *RETRIEVAL)
+    names = ("contestant", "pass", *SHAPE, *EVA, *RETRIEVAL)
     what = {**header(device, a.commit), "what": WHAT}
     results = Results(path=a.out, identity=names, header=what)
     if a.resume:
@@ -257,6 +309,7 @@ def main() -> None:
         effort=Effort(**effort),
         deadline=start + a.budget_s,
         contestants=a.contestants,
+        passes=a.passes,
         schedules=json.loads(a.schedules),
     )
     try:

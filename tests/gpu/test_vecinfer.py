@@ -1,0 +1,164 @@
+"""Kernels over a cache of codes on a GPU: against PyTorch, bit for bit again, in a CUDA graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from flasheva_compile import vecinfer_ops
+from flasheva_compile.quantization.formats import FORMATS
+from flasheva_compile.quantization.state import QuantizedState
+from tests.kernels.vecinfer_cases import (
+    COPIED,
+    VecInferCase,
+    assert_codes_are_nearest,
+    run_kernels,
+    run_pytorch,
+    steps_of,
+)
+from tests.tolerance import assert_as_accurate_as_pytorch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+BASE = VecInferCase(
+    device="cuda",
+    batch=2,
+    kv_heads=2,
+    head_dim=128,
+    value_dim=128,
+    key=(4, 8),
+    value=(4, 8),
+    scale=128**-0.5,
+    prefix=1500,
+    steps=4,
+    sinks=16,
+    exact=128,
+    block=128,
+)
+CASES = {
+    **{
+        name: {
+            "key": (form.key.vector, form.key.bits),
+            "value": (form.value.vector, form.value.bits),
+        }
+        for name, form in FORMATS.items()
+    },
+    "d64": {"head_dim": 64, "value_dim": 64},
+    "d80": {"head_dim": 80, "value_dim": 80},
+    "d256": {"head_dim": 256, "value_dim": 256},
+    "values": {"head_dim": 64, "value_dim": 96},
+    "one head": {"group": 1},
+    "group of 7": {"group": 7},
+    "several tokens": {"new_tokens": 3},
+    "many queries": {"new_tokens": 16, "group": 5},
+    "padding": {"mask": "holes"},
+    "padding of several tokens": {"mask": "holes", "new_tokens": 4},
+    "softcap": {"softcap": 20.0},
+    "per head": {"per_head": True},
+    "grouped": {"grouped": True},
+    "no rotation": {"rotate_keys": False},
+    "rotated values": {"rotate_values": True},
+    "no sinks, odd blocks": {"sinks": 0, "exact": 33, "block": 7},
+    "nothing coded yet": {"prefix": 40},
+}
+
+
+def case_of(**fields) -> VecInferCase:
+    return dataclasses.replace(BASE, **fields)
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_equal_pytorch(fields, dtype):
+    case = case_of(dtype=dtype, **fields)
+    out, lse, states = run_kernels(case, own_schedule=True)
+    *_, wanted = run_pytorch(case, dtype, states)
+    for got, want in zip(states[1:], wanted, strict=True):
+        for name in COPIED:
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert_codes_are_nearest(case, states[-1])
+
+    def formula(precision):
+        return [x.cpu() for x in run_pytorch(case, precision, states)[:2]]
+
+    assert_as_accurate_as_pytorch([out.cpu(), lse.cpu()], formula, dtype)
+
+
+def test_at_64k():
+    case = case_of(prefix=65536, dtype=torch.bfloat16, steps=2)
+    out, lse, states = run_kernels(case, own_schedule=True)
+
+    def formula(precision):
+        return [x.cpu() for x in run_pytorch(case, precision, states)[:2]]
+
+    assert_as_accurate_as_pytorch([out.cpu(), lse.cpu()], formula, case.dtype)
+
+
+def call(case: VecInferCase, qkv, mask, state, books):
+    options = vecinfer_ops.vecinfer_options(case.codec, case.storage, case.scale, case.softcap)
+    return torch.ops.flasheva.vecinfer_decode(*qkv, mask, books, *state, **options)
+
+
+def test_the_op_runs_the_kernels_and_repeats_bit_for_bit():
+    case, results = case_of(steps=6, dtype=torch.bfloat16), []
+    books = vecinfer_ops.op_books(case.codec, case.dtype)
+    for _ in range(2):
+        state = case.filled_state(case.dtype)
+        for qkv, _ in steps_of(case, case.dtype):
+            with mock.patch.object(
+                vecinfer_ops, "append_and_attend", side_effect=AssertionError("PyTorch code")
+            ):
+                results += call(case, qkv, None, state, books)
+        results += state
+    half = len(results) // 2
+    for first, second in zip(results[:half], results[half:], strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mask", ["none", "holes"])
+def test_a_captured_call_goes_on_by_itself(mask):
+    """One graph, over every phase of a block, equals calls that are launched one by one."""
+    case = case_of(steps=150, prefix=300, mask=mask, dtype=torch.bfloat16)
+    books = vecinfer_ops.op_books(case.codec, case.dtype)
+    state, want = case.filled_state(case.dtype), []
+    for qkv, valid in steps_of(case, case.dtype):
+        want += call(case, qkv, None if mask == "none" else valid, state, books)
+    expected = QuantizedState(*(x.clone() for x in state))
+
+    state = case.filled_state(case.dtype)
+    before = [x.clone() for x in state]
+    qkv, valid = next(steps_of(case, case.dtype))
+    static, flags = [x.clone() for x in qkv], valid.clone()
+    given = None if mask == "none" else flags
+    call(case, static, given, state, books)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = call(case, static, given, state, books)
+    for x, old in zip(state, before, strict=True):
+        x.copy_(old)
+    found = []
+    for qkv, valid in steps_of(case, case.dtype):
+        for x, fresh in zip(static, qkv, strict=True):
+            x.copy_(fresh)
+        flags.copy_(valid)
+        graph.replay()
+        found += [out.clone(), lse.clone()]
+    for got, wanted in zip([*found, *state], [*want, *expected], strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_another_stream_and_a_view_of_a_larger_tensor():
+    case = case_of(layout="slice", dtype=torch.bfloat16)
+    want = run_kernels(case_of(dtype=torch.bfloat16), own_schedule=True)[:2]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run_kernels(case, own_schedule=True)[:2]
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

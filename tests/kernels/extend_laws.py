@@ -1,0 +1,129 @@
+"""Laws of the kernels of several new tokens, interpreted; see ``test_extend_interpreted.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import tests.triton_interpreter  # noqa: F401 isort: skip - before anything that imports Triton
+
+import torch
+from flasheva_compile.kernels.blocked.cache_state import CacheState
+from hypothesis import given
+
+from tests.kernels import decode_cases
+from tests.kernels.decode_cases import DecodeCase
+from tests.kernels.decode_laws import COPIED, POOLED, poisoned_buffers
+from tests.kernels.extend_cases import ExtendCase, extend_cases, run_blocked, run_kernels
+from tests.kernels.interpreted_laws import examples
+from tests.tolerance import assert_as_accurate_as_pytorch
+
+
+def check(case: ExtendCase) -> None:
+    """Compare results and the state after each call."""
+    sequence = case.sequence
+    with poisoned_buffers():
+        out, lse, states = run_kernels(case)
+    copied = (*COPIED, "open_q")
+    for call, (got, want) in enumerate(
+        zip(states, run_blocked(case, sequence.dtype)[2], strict=True)
+    ):
+        for name in copied:
+            same = torch.equal(getattr(got, name), getattr(want, name))
+            assert same, f"{name} after call {call}"
+
+    def formula(dtype):
+        out, lse, states = run_blocked(case, dtype)
+        return [out, lse, *(getattr(state, name) for state in states for name in POOLED)]
+
+    pooled = [getattr(state, name) for state in states for name in POOLED]
+    assert_as_accurate_as_pytorch([out, lse, *pooled], formula, sequence.dtype)
+
+
+@given(extend_cases())
+@examples(5)
+def test_calls_are_the_blocked_code(case):
+    check(case)
+    if case.sequence.spare_chunks >= 0:
+        reference = decode_cases.run_reference
+        out, lse, _ = run_kernels(case)
+        assert_as_accurate_as_pytorch(
+            [out, lse], lambda d: reference(case.sequence, d), case.sequence.dtype
+        )
+
+
+@given(extend_cases(batch=1, kv_heads=1, group=3))
+@examples(2)
+def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
+    for block_m, block_n, splits in ((16, 16, 1), (64, 16, 5), (32, 64, 2), (16, 32, 11)):
+        sequence = dataclasses.replace(case.sequence, block_n=block_n, splits=splits)
+        check(dataclasses.replace(case, sequence=sequence, block_m=block_m))
+
+
+@pytest.mark.parametrize("window", ["sliding", "block"])
+@pytest.mark.parametrize("mask", ["none", "holes", "left_padding"])
+def test_calls_longer_than_window_and_ring(window, mask):
+    """Later tokens of a call see as chunk tokens what earlier ones completed."""
+    rule = {"rule": "tangent", "parameter_count": 1, "seed": 3}
+    sequence = DecodeCase(window=window, mask=mask, prefix=5, steps=75, splits=2, group=2, **rule)
+    check(ExtendCase(sequence=sequence, portions=(30, 45)))
+    empty = dataclasses.replace(sequence, prefix=0, steps=45, splits=1)
+    check(ExtendCase(sequence=empty, portions=(45,)))
+
+
+def test_rows_start_in_different_calls():
+    """One of them never: it sees nothing, and nothing of it is kept."""
+    sequence = DecodeCase(batch=3, steps=12, mask="left_padding", splits=2)
+    starts = torch.tensor([[0], [7], [99]])
+    vars(sequence)["key_mask"] = torch.arange(sequence.tokens) >= starts
+    case = ExtendCase(sequence=sequence, portions=(4, 5, 3))
+    check(case)
+    out, lse, states = run_kernels(case)
+    assert (out[2] == 0).all()
+    assert (lse[2] == -torch.inf).all()
+    assert (states[-1].exact_k[2] == 0).all()
+    assert states[-1].start.tolist() == [0, 7, 12]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_cache_that_was_too_small_gives_nan(splits):
+    sequence = DecodeCase(prefix=20, steps=12, spare_chunks=-4, splits=splits)
+    case = ExtendCase(sequence=sequence, portions=(8, 4))
+    with poisoned_buffers():
+        out, _, _ = run_kernels(case)
+    want, _, _ = run_blocked(case, sequence.dtype)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert 0 < out.isnan().sum() < out.numel()
+
+
+@given(extend_cases())
+@examples(2)
+def test_appending_alone_leaves_the_same_state(case):
+    _, _, attended = run_kernels(case)
+    _, _, appended = run_kernels(case, attend=False)
+    for got, want in zip(appended, attended, strict=True):
+        for name in CacheState._fields:
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize("mask", ["none", "holes", "left_padding"])
+@pytest.mark.parametrize("portions", [(1, 1, 1), (5, 9)])
+def test_the_eva_rule_is_pooled_in_front_of_the_kernels(mask, portions):
+    sequence = DecodeCase(
+        mask=mask, prefix=14, steps=sum(portions), group=2, batch=2, splits=2, seed=1
+    )
+    check(ExtendCase(sequence=sequence, portions=portions, eva=True))
+
+
+@given(extend_cases(prefix=0, kv_heads=1, batch=1, mask="none"))
+@examples(2)
+def test_what_no_token_was_written_to_is_never_read(case):
+    out, lse, _ = run_kernels(case)
+    state = case.sequence.new_state(case.sequence.dtype)
+    for x in (state.exact_k, state.exact_v, state.rfa_k, state.rfa_v, state.rfa_bias):
+        x.fill_(torch.nan)
+    state.exact_mask.fill_(True)
+    poisoned = run_kernels(case, CacheState(*state))
+    assert torch.equal(out, poisoned[0])
+    assert torch.equal(lse, poisoned[1])

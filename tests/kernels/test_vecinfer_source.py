@@ -1,0 +1,149 @@
+"""Generated text of the kernels over a cache of codes, their choices of tiles, compiling.
+
+``FLASHEVA_COMPILE=full`` compiles everything for all targets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from flasheva_compile.lowering import launch_vecinfer, offline, schedule
+from flasheva_compile.lowering.emit.module import emit
+from flasheva_compile.lowering.offline import TARGETS, resources
+from flasheva_compile.lowering.spec_vecinfer import VecInferSpec, code_layout
+
+from flasheva_compile.quantization.formats import FORMATS
+from tests.kernels import test_source
+
+FULL = os.environ.get("FLASHEVA_COMPILE") == "full"
+KINDS = ("vecinfer_append", "vecinfer_decode", "vecinfer_combine")
+
+
+def spec_of(kind="vecinfer_decode", dtype="bf16", head_dim=128, value_dim=None, **changes):
+    fields = {"sink_size": 16, "group": 4, "key_code": "d4b8", "value_code": "d4b8"}
+    fields |= {"new_tokens": 1, "exact_tokens": 128, "block_tokens": 128, "ring": 288}
+    whole = VecInferSpec(
+        kind="vecinfer_append",
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        chunk_size=1,
+        **{**fields, **changes},
+    )
+    return whole.of_kind(kind)
+
+
+SIZES = {
+    **{
+        name: {"key_code": str(form.key), "value_code": str(form.value)}
+        for name, form in FORMATS.items()
+    },
+    "fp16-d64": {"dtype": "fp16", "head_dim": 64, "group": 1},
+    "d80-masked": {"head_dim": 80, "new_tokens": 4, "key_mask": True},
+    "d256": {"head_dim": 256},
+    "d192-e128": {"head_dim": 192, "value_dim": 128},
+    "fp32": {"dtype": "fp32", "head_dim": 64},
+    "per-head": {"per_head": True, "softcap": True},
+    "odd": {"sink_size": 0, "block_tokens": 7, "rotate_keys": False, "rotate_values": True},
+    "many": {"new_tokens": 16, "group": 8, "key_mask": True},
+}
+SPECS = {f"{kind}-{n}": spec_of(kind, **size) for n, size in SIZES.items() for kind in KINDS}
+
+
+@pytest.fixture(scope="module", name="kernels")
+def _kernels():
+    return {name: emit(spec, schedule.choose(spec)) for name, spec in SPECS.items()}
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [
+        test_source.test_names_identify_texts,
+        test_source.test_arguments_are_those_that_the_body_reads,
+        test_source.test_every_name_is_defined,
+    ],
+)
+def test_text_is_what_is_demanded_of_all_kernels(kernels, demand):
+    demand(kernels)
+
+
+def test_ruff_finds_nothing(kernels, tmp_path):
+    test_source.test_ruff_finds_nothing(kernels, tmp_path)
+
+
+def test_a_switched_off_feature_leaves_no_trace(kernels):
+    plain = kernels["vecinfer_decode-vq-2bit"].source
+    for word in ("key_mask_ptr", "softcap", "sees", "key_stride", "key_shift", "visible = is_past"):
+        assert word not in plain, word
+    assert "inside" not in plain.split("else:")[1]  # whole blocks of tokens become codes
+    assert not any("atomic" in kernel.source for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("code", ["d4b8", "d2b8", "d8b12", "d8b8", "d1b4"])
+@pytest.mark.parametrize("size", [16, 40, 64, 80, 128, 256])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_columns_of_a_tile_are_all_channels(code, size, warps):
+    layout = code_layout(code, size)
+    text = layout.channel("n", warps)
+    found = [eval(text, {"n": n}) for n in range(layout.padded)]
+    assert sorted(found) == list(range(layout.padded))
+
+
+@pytest.mark.parametrize("room", [0, 100, 16384, 200_000])
+@pytest.mark.parametrize("rows", [1, 8, 32, 256, 1000, 5000])
+def test_parts_keep_the_device_busy(rows, room):
+    chosen = schedule.choose(spec_of())
+    parts = launch_vecinfer.parts_of(chosen, rows, room)
+    assert 1 <= parts <= max(1, room // chosen.block_n)
+    if room == 200_000 and rows >= 8:
+        slots = 8 * 132
+        assert rows * parts / (-(-rows * parts // slots) * slots) > 0.8
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+COMBINED = ("vecinfer_combine-vq-2bit", "vecinfer_combine-d256", "vecinfer_combine-odd")
+COMPILED = [name for name in SPECS if "combine" not in name or name in COMBINED]
+EVERYWHERE = [name for name in COMPILED if name.endswith("vq-2bit")]
+MATRIX = {
+    "sm_90": COMPILED,
+    **dict.fromkeys(("sm_80", "sm_100", "gfx942"), COMPILED if FULL else EVERYWHERE),
+}
+
+
+@pytest.fixture(name="_caches")
+def _own_caches(tmp_path_factory, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.fail("TRITON_INTERPRET=1: kernels would be interpreted, not compiled")
+    for name in ("FLASHEVA_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.usefixtures("_caches")
+@pytest.mark.parametrize(
+    ("target", "name"), [(target, name) for target, names in MATRIX.items() for name in names]
+)
+def test_compiles_without_spills(target, name):
+    spec = SPECS[name]
+    used = resources(emit(spec, schedule.choose(spec, schedule.known_target(target))), target)
+    assert used.shared <= TARGETS[target].shared_limit
+    assert used.stack == 0
+    if spec.kind == "vecinfer_decode" and spec.dtype != "fp32":
+        assert used.matrix == {"gfx942": "mfma"}.get(target, "mma")
+
+
+@pytest.mark.usefixtures("_caches")
+@pytest.mark.parametrize("form", ["vq-4bit", "vq-2bit", "vq-1bit"])
+def test_codewords_go_straight_to_registers(form):
+    """Of what Triton lays out, nothing in the loop over codes goes through shared memory."""
+    spec = SPECS[f"vecinfer_decode-{form}"]
+    kernel = offline.compile_for(emit(spec, schedule.choose(spec)), "sm_90")
+    text = kernel.asm["ptx"]
+    # Labels and jumps of the loops; the last loop walks over codes.
+    loops = list(re.finditer(r"(?m)^(\$L__BB\d+_\d+):(.*?)bra\s+\1;", text, re.DOTALL))
+    body = max((m.group(2) for m in loops), key=lambda loop: loop.count("ld.global"))
+    assert body.count("mma.sync") > 0
+    assert "st.shared" not in body
+    assert "stmatrix" not in body

@@ -1,0 +1,218 @@
+"""What codebooks are learned from, where they lie, and which layers they are for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicCache
+
+import flasheva_compile as fe
+from flasheva_compile.adaptation.kv_tokens import attention_received
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.codebooks import KvCodebooks
+from flasheva_compile.quantization.formats import FORMATS, KvStorage
+from flasheva_compile.quantization.learn import LearningOptions
+from tests.models.test_generate import SMALL, generate, llama, tokens
+from tests.models.test_vecinfer_cache import COARSE, cache_of, close, hybrid, learned
+
+# --- layers that say themselves how they are stored -----------------------------------------------
+
+
+def test_generation_stores_layers_as_their_configuration_says(tmp_path):
+    """With codebooks that lie beside the model, and without naming them again."""
+    asked = {"attention": "full", "kv": "vq-2bit"}
+    model = fe.prepare(llama(), {"default": SMALL, 0: asked})
+    with pytest.raises(ConfigError, match="codebooks: 'vq-2bit' needs them"):
+        generate(model, tokens(1, 30))
+    books = fe.calibrate_kv(model, [tokens(1, 60)], "vq-2bit")
+    model.save_pretrained(tmp_path)
+    books.save(tmp_path / "kv_codebooks.safetensors")
+    loaded = fe.from_pretrained(tmp_path)
+    layer = generate(loaded, tokens(1, 30)).past_key_values.layers[0]
+    assert isinstance(layer, VecInferLayer)
+    assert layer.storage == KvStorage(format="vq-2bit")
+    exact = fe.FlashEvaCache.for_model(loaded, full_layers="exact").layers[0]
+    assert not isinstance(exact, VecInferLayer)
+    fp8 = fe.FlashEvaCache.for_model(loaded, full_layers="fp8").layers[0]
+    assert fp8.storage.format == "fp8"
+
+
+def test_codebooks_of_other_weights_beside_a_model_are_refused(tmp_path):
+    model = fe.prepare(llama(), {"default": SMALL, 0: {"attention": "full", "kv": "vq-1bit"}})
+    fe.calibrate_kv(model, [tokens(1, 60)], "vq-1bit").save(tmp_path / "kv_codebooks.safetensors")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="were learned from another model, or other weights"):
+        fe.FlashEvaCache.for_model(fe.from_pretrained(tmp_path))
+
+
+def test_layers_may_differ():
+    fp8, codes = ({"attention": "full", "kv": kv} for kv in ("fp8", "vq-1bit"))
+    model = llama(layers=4)
+    fe.prepare(model, {"default": SMALL, 0: fp8, 1: "full", 2: codes})
+    books = fe.calibrate_kv(model, [tokens(1, 60)], "vq-1bit", layers=[2])
+    cache = fe.FlashEvaCache.for_model(model, codebooks=books)
+    assert [getattr(getattr(x, "storage", None), "format", "") for x in cache.layers] == [
+        "fp8",
+        "",
+        "vq-1bit",
+        "",
+    ]
+    fe.prepare(model, {"default": SMALL, 0: {"attention": "full", "kv": "vq-2bit"}, 2: codes})
+    with pytest.raises(ConfigError, match="kv: 'vq-1bit' and 'vq-2bit': codebooks are of one"):
+        fe.FlashEvaCache.for_model(model, codebooks=books)
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def test_calibration_sees_what_the_cache_holds():
+    model, ids = hybrid(), tokens(1, 30)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    options = LearningOptions.paper()
+    books = fe.calibrate_kv(model, [ids[:, :10], ids], "vq-1bit", options=options)
+    assert list(books.layers) == [0]
+    assert books.tokens == 40
+    largest = cache.layers[0].keys[0].abs().amax(1)
+    torch.testing.assert_close(books.layers[0].scale, largest.sqrt())
+
+
+def test_tokens_count_by_the_attention_of_queries_far_behind_them():
+    """Against weights that a whole matrix of scores gives, with padding and softcap."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.randn(2, 2, 3, 200, 8, generator=generator),
+        torch.randn(2, 2, 200, 8, generator=generator),
+    )
+    valid = torch.ones(2, 200, dtype=torch.bool)
+    valid[1, :17] = False
+    got = attention_received(q, k, valid, 0.7, 5.0)
+    expected = torch.zeros(2, 2, 200)
+    for row, first in ((0, 0), (1, 17)):
+        scores = 5 * torch.tanh(0.7 * q[row, :, :, first:] @ k[row, :, None, first:].mT / 5)
+        place = torch.arange(200 - first)
+        weights = scores.masked_fill(place[:, None] < place, -torch.inf).softmax(-1)
+        coded = (place[:, None] - place >= 128) & (place >= 16)
+        expected[row, :, first:] = (weights * coded).sum((1, 2))
+    torch.testing.assert_close(got, expected)
+    assert (got[:, :, :16] == 0).all()
+    assert got[0, :, 16:72].gt(0).all()
+
+
+def test_padding_is_not_learned_from():
+    model, ids = hybrid(), tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[:, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = learned(model, ids, COARSE, attention_mask=mask, position_ids=positions)
+    alone = learned(model, ids[:, 9:], COARSE)
+    assert padded.tokens == alone.tokens == 42
+    close(padded.layers[0].scale, alone.layers[0].scale)
+    for name in ("keys", "values"):
+        got, want = (getattr(books.layers[0], name) for books in (padded, alone))
+        close(got.sort(1).values, want.sort(1).values)
+
+
+def test_a_model_is_calibrated_before_or_after_it_is_prepared():
+    model, ids = llama(), tokens(2, 40)
+    before = fe.calibrate_kv(model, [ids], "vq-2bit")
+    assert list(before.layers) == [0, 1]
+    fe.prepare(model, {"default": SMALL, 0: "full"})
+    after = fe.calibrate_kv(model, [ids], "vq-2bit")
+    assert torch.equal(before.layers[0].keys, after.layers[0].keys)
+    assert cache_of(model, "vq-2bit", before).layers[0].path == "model.layers.0.self_attn"
+
+
+def test_calibration_is_repeatable_and_samples_all_batches():
+    model, ids = llama(), tokens(40, 120)
+    one, two = (fe.calibrate_kv(model, ids.split(8), "vq-1bit", layers=[1]) for _ in range(2))
+    assert torch.equal(one.layers[1].keys, two.layers[1].keys)
+    assert one.tokens == 4800
+    head = fe.calibrate_kv(model, ids[:8].split(8), "vq-1bit", layers=[1])
+    assert not torch.equal(one.layers[1].keys, head.layers[1].keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"format": "vq-3bit"}, "format: 'vq-3bit' is not one of 'vq-4bit'"),
+        ({"layers": [0, 7]}, "layers: layer 7 has no keys and values in its cache"),
+        ({"batches": []}, "batches: is empty"),
+        ({"batches": [{"input_ids": tokens(1, 9), "attention_mask": torch.zeros(1, 9)}]}, "valid"),
+    ],
+)
+def test_wrong_calibration_is_refused(options, match):
+    options = {"batches": [tokens(1, 9)], **options}
+    with pytest.raises(ConfigError, match=match):
+        fe.calibrate_kv(llama(), **options)
+
+
+# --- codebooks on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codebooks_are_loaded_as_they_were_saved(name, tmp_path):
+    model, path = hybrid(), tmp_path / "books.safetensors"
+    options = LearningOptions(rotate_values=True, per_head=True)
+    books = fe.calibrate_kv(model, [tokens(1, 30)], name, options=options)
+    books.save(path)
+    loaded = KvCodebooks.load(path)
+    assert (loaded.format, loaded.model, loaded.tokens) == (name, books.model, 30)
+    assert loaded.shapes == books.shapes
+    expected = books.layers[0].tensors()
+    assert list(expected) == ["scale", "keys", "values", "order", "offset"]
+    for part, tensor in loaded.layers[0].tensors().items():
+        assert torch.equal(tensor, expected.pop(part))
+    assert not expected
+    assert loaded.layers[0].rotate_values
+    assert cache_of(model, name, path).layers[0].codec.codebooks.rotate_values
+
+
+def test_codebooks_fit_the_model_in_another_precision():
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "vq-2bit")
+    model.to(torch.bfloat16)
+    result = generate(model, tokens(1, 30), past_key_values=cache_of(model, "vq-2bit", books))
+    assert result.past_key_values.layers[0].state.tail_k.dtype == torch.bfloat16
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "vq-2bit")
+    other = hybrid()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    every, pure = hybrid(full=1), fe.prepare(llama(), SMALL)
+    nothing = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, nothing)
+    refusals = [
+        (other, "vq-2bit", books, "were learned from another model, or other weights"),
+        (every, "vq-2bit", books, "have nothing for layer 1 of the cache, which has 2 kv heads"),
+        (model, "vq-1bit", books, "are of format 'vq-2bit', not 'vq-1bit'"),
+        (model, "vq-2bit", None, "codebooks: 'vq-2bit' needs them"),
+        (model, "fp8", books, "codebooks: fp8 has none"),
+        (model, None, books, "codebooks: no layer is stored as codes"),
+        (model, "exact", books, "codebooks: no layer is stored as codes"),
+        (model, "int4", None, "full_layers: 'int4' is not one of"),
+        (pure, "fp8", None, "no full attention of the model can be quantised"),
+        (model, "vq-2bit", nothing, "holds no codebooks of a cache"),
+        (model, "vq-2bit", tmp_path / "none", "is no file"),
+    ]
+    for owner, storage, given, match in refusals:
+        with pytest.raises(ConfigError, match=match):
+            cache_of(owner, storage, given)
+
+
+def test_codebooks_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "books.safetensors"
+    save_file({}, path, {"kind": "flasheva kv codebooks", "version": "1"})
+    with pytest.raises(ConfigError, match="is of version 1, not 2"):
+        KvCodebooks.load(path)
+    (tmp_path / "text").write_text("no safetensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KvCodebooks.load(tmp_path / "text")

@@ -1,0 +1,115 @@
+"""Options of the cache of retrieving models: a store in host memory, an exact prompt, bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flasheva_compile as fe
+from flasheva_compile.errors import ConfigError
+from tests.models.test_generate import GREEDY, SMALL, generate, llama, tokens
+
+RETRIEVING = {**SMALL, "retrieve_chunks": 2}
+BY_BOUNDS = {**RETRIEVING, "retrieve_by": "bounds"}
+EVERYTHING = {**SMALL, "retrieve_chunks": 100}
+
+
+def logits(model, ids, mask=None, **options):
+    """Return the logits of a prompt's last token and of 20 single steps."""
+    cache = fe.FlashEvaCache.for_model(model, **options)
+    made, at = [], ids.shape[1] - 20
+    mask = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        for lo, hi in ((0, at), *((n, n + 1) for n in range(at, ids.shape[1]))):
+            inputs = {"attention_mask": mask[:, :hi], "past_key_values": cache}
+            made.append(model(ids[:, lo:hi], **inputs).logits[:, -1])
+    return torch.stack(made, 1), cache
+
+
+@pytest.mark.parametrize("config", [RETRIEVING, BY_BOUNDS, {**RETRIEVING, "window": "block"}])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_store_on_the_host_computes_what_one_on_the_device_does(config, padding):
+    model, ids = fe.prepare(llama(), config).double(), tokens(2, 75)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    here, _ = logits(model, ids, mask)
+    there, cache = logits(model, ids, mask, store="offloaded")
+    torch.testing.assert_close(there, here)
+    assert cache.host_nbytes() > 0
+    plain, _ = logits(fe.prepare(llama(), SMALL).double(), ids, mask)
+    assert (plain - here).abs().max() > 1e-3, "nothing was retrieved"
+
+
+def test_decoding_by_bounds_is_the_formula():
+    model, ids = fe.prepare(llama(), BY_BOUNDS).double(), tokens(2, 75)
+    stepped, _ = logits(model, ids)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, -21:]
+    torch.testing.assert_close(stepped, whole)
+
+
+def test_the_device_holds_no_exact_store():
+    model, ids = fe.prepare(llama(), RETRIEVING), tokens(1, 400)
+    _, here = logits(model, ids)
+    _, there = logits(model, ids, store="offloaded")
+    assert there.nbytes() < here.nbytes() / 2
+    assert there.host_nbytes() > there.nbytes()
+
+
+def test_generate_grows_the_host_s_store_and_reorders_it():
+    model = fe.prepare(llama(), RETRIEVING)
+    options = {**GREEDY, "max_new_tokens": 12, "num_beams": 2}
+    here = model.generate(tokens(2, 60), **options)
+    cache = fe.FlashEvaCache.for_model(model, store="offloaded")
+    assert torch.equal(model.generate(tokens(2, 60), past_key_values=cache, **options), here)
+
+
+def test_an_exact_prompt_is_the_model_as_it_was():
+    model, ids = llama(), tokens(2, 60)
+    with torch.no_grad():
+        full = model(ids).logits
+        fe.prepare(model, RETRIEVING)
+        plain, exact = (fe.FlashEvaCache.for_model(model, prefill=p) for p in ("formula", "exact"))
+        ours = model(ids, past_key_values=exact).logits
+        torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-4)
+        assert (model(ids, past_key_values=plain).logits - full).abs().max() > 1e-3
+        # The first layer's keys are the same, so its chunk tokens and store are, too.
+        for ours, theirs in zip(exact.layers[0].state, plain.layers[0].state, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert "exact prefill" in repr(exact.layers[0])
+    assert "exact prefill" not in repr(plain.layers[0])
+
+
+def test_an_exact_prompt_and_everything_retrieved_generates_what_the_model_did():
+    model = llama()
+    full = generate(model, tokens(1, 40))
+    fe.prepare(model, EVERYTHING)
+    cache = fe.FlashEvaCache.for_model(model, prefill="exact")
+    ours = generate(model, tokens(1, 40), past_key_values=cache)
+    assert torch.equal(ours.sequences, full.sequences)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (RETRIEVING, {"store": "moon"}, "store"),
+        (RETRIEVING, {"prefill": "none"}, "prefill"),
+        (SMALL, {"store": "offloaded"}, "no layer has retrieve_chunks"),
+        (RETRIEVING, {"store": "offloaded", "max_cache_len": 64}, "max_cache_len=64"),
+        ({**RETRIEVING, "retrieve_block": 4}, {"store": "offloaded"}, "retrieve_block=4"),
+        ({**RETRIEVING, "chunk_rule": "eva"}, {"store": "offloaded"}, "chunk_rule='eva'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config, options, words):
+    model = fe.prepare(llama(), config)
+    with pytest.raises(ConfigError, match=words):
+        fe.FlashEvaCache.for_model(model, **options)
+
+
+def test_a_store_on_the_host_refuses_what_it_would_lose(tmp_path):
+    model = fe.prepare(llama(), RETRIEVING)
+    _, cache = logits(model, tokens(1, 40), store="offloaded")
+    with pytest.raises(ConfigError, match="rolled back"):
+        cache.activate_past_recording()
+    with pytest.raises(ConfigError, match="host memory"):
+        cache.save(model, tmp_path / "cache.safetensors")

@@ -1,0 +1,88 @@
+"""A GPU that does nothing, so that all the host does for it can be tested and timed on a CPU.
+
+Kernels are chosen for an H100, generated, and launched through Triton's own code with tensors of
+the CPU; only compiling and running them is left out. Results are whatever memory holds.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import triton
+import triton.compiler
+import triton.compiler.compiler
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+_CALLERS = ("flasheva_compile.implementations", "flasheva_compile.cache_ops")
+
+
+class _Device:
+    """What Triton asks a driver for."""
+
+    utils = SimpleNamespace(fill_tma_descriptor=lambda *arguments: arguments[0])
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class _Compiled:
+    """A compiled kernel up to the call of the driver."""
+
+    function, packed_metadata = 1, ()
+
+    def __init__(self, source: Any, launches: list[tuple[Any, ...]]) -> None:
+        described = [x for x in source.signature.values() if str(x).startswith("tensordesc")]
+        names = ("swizzle", "elem_size", "elem_type", "block_size", "fp4_padded")
+        metadata = [dict.fromkeys(names, 0) for _ in described]
+        name = source.fn.__name__
+        launch = nvidia.wrap_handle_tensordesc(
+            lambda *arguments: launches.append((name, *arguments)), source.signature, metadata
+        )
+        # The three in the middle are what the launcher itself adds.
+        self.run = lambda x, y, z, stream, function, *rest: launch(
+            x, y, z, stream, function, False, False, None, None, *rest
+        )
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+
+@contextmanager
+def stand_in_device():
+    """Run kernels nowhere; yields the list of launches, ``(kernel, programs, ...)``."""
+    launches: list[tuple[Any, ...]] = []
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Device())
+
+    def compiled(src, **_: Any):
+        return _Compiled(src, launches)
+
+    patches = [
+        mock.patch.object(triton.compiler.compiler, "compile", compiled),
+        mock.patch.object(triton.compiler, "compile", compiled),
+        mock.patch.object(nvidia, "TMA_DTYPE_DEVICE_TO_HOST", {0: 0}),
+        *(mock.patch(f"{name}.runs_kernels", return_value=True) for name in _CALLERS),
+    ]
+    from flasheva_compile.lowering.load import load
+
+    load.cache_clear()  # a launcher of real kernels belongs to a real device
+    for patch in patches:
+        patch.start()
+    try:
+        yield launches
+    finally:
+        for patch in patches:
+            patch.stop()
+        driver._active = before
+        load.cache_clear()

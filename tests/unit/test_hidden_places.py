@@ -1,0 +1,148 @@
+"""Attention inside torch.func, inside higher-order ops, and in bodies that layers share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import flasheva_compile as fe
+from tests.attention_cores import Core
+
+WHOLE = {"window_size": 32, "chunk_size": 4, "inner_backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    torch._dynamo.reset()
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def by_hand(q, k, v):
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1) @ v
+
+
+class Inside(Core):
+    """An attention that ``place`` calls."""
+
+    def __init__(self, place, core=attend):
+        super().__init__(core)
+        self.place = place
+
+    def split(self, x, heads):
+        return x.unflatten(-1, (heads, self.size)).transpose(-3, -2)
+
+    def forward(self, x):
+        return self.place(super().forward, x)
+
+
+def under_vmap(attention, x):
+    return torch.vmap(attention)(x)
+
+
+def under_grad(attention, x):
+    return torch.func.grad(lambda y: attention(y).square().sum())(x)
+
+
+def in_cond(attention, x):
+    return torch.cond(x.sum() > -1e9, lambda y: attention(y), lambda y: attention(y) * 2, (x,))
+
+
+def in_loop(attention, x):
+    def step(n, y):
+        return n + 1, y + attention(y).transpose(-3, -2).flatten(-2)
+
+    loop = torch._higher_order_ops.while_loop
+    return loop(lambda n, _: n < 3, step, (torch.tensor(0), x))[1]
+
+
+PLACES = {under_vmap: "func.vmap", under_grad: "func.grad", in_cond: "cond", in_loop: "while_loop"}
+
+
+@pytest.mark.parametrize("core", [attend, by_hand], ids=lambda core: core.__name__)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_what_is_not_looked_into_is_reported_and_unchanged(place, core):
+    model, x = (
+        Inside(place, core).eval().requires_grad_(requires_grad=False),
+        torch.randn(2, 24, 32),
+    )
+    ours = torch.compile(model, backend="flasheva", options=WHOLE | {"window_size": 4})(x)
+    rows = fe.explain(model).layers
+    assert rows
+    assert {row.decision for row in rows} == {"full"}
+    assert all(PLACES[place] in row.reason for row in rows)
+    torch.testing.assert_close(ours, model(x))
+
+
+def test_a_router_in_a_branch_is_no_attention():
+    def routed(attention, x):
+        return torch.cond(x.sum() > 0, lambda y: y.softmax(-1) * 2, lambda y: y + 1, (x,))
+
+    report = fe.explain(Inside(routed).eval(), torch.randn(2, 24, 32), options=WHOLE)
+    assert report.layers == ()
+
+
+class Layer(Core):
+    """Attention with a mask and a residual."""
+
+    def forward(self, x, mask):
+        q, k, v = (self.split(p(x), 4) for p in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+class Layers(nn.Module):
+    """Three layers that run one compiled region; ``padding`` masks keys."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(attend) for _ in range(3))
+
+    def forward(self, x, padding=None):
+        mask = None
+        if padding is not None:
+            n = torch.arange(x.shape[1])
+            mask = (n[:, None] >= n) & (padding > 0)[:, None, None]
+        for layer in self.layers:
+            x = region(layer, x, mask)
+        return x
+
+
+@torch.compiler.nested_compile_region
+def region(layer, x, mask):
+    return layer(x, mask)
+
+
+PADDING = torch.ones(2, 24)
+PADDING[0, -5:] = 0
+
+
+class TestSharedRegions:
+    """``nested_compile_region``: one body, edited once, for all the layers that run it."""
+
+    @pytest.mark.parametrize("given", [(), (PADDING,)], ids=["causal", "padded"])
+    def test_attention_in_them_is_rewritten(self, given):
+        model, x = Layers(), torch.randn(2, 24, 32, requires_grad=True)
+        ours = torch.compile(model, backend="flasheva", options=WHOLE)(x, *given)
+        theirs = model(x, *given)
+        assert len(fe.explain(model).rewritten) > 0
+        assert fe.explain(model).left_full == ()
+        for left, right in ((ours, theirs), (gradient(ours, x), gradient(theirs, x))):
+            torch.testing.assert_close(left, right)
+
+    def test_rules_cannot_tell_their_layers_apart(self):
+        model, x = Layers().eval(), torch.randn(2, 24, 32)
+        options = WHOLE | {"layers": {0: "full"}}
+        ours = torch.compile(model, backend="flasheva", options=options)(x)
+        assert {row.decision for row in fe.explain(model).layers} == {"full"}
+        torch.testing.assert_close(ours, model(x))
+
+
+def gradient(out, x):
+    return torch.autograd.grad(out.square().sum(), x)[0]

@@ -106,10 +106,10 @@ def test_parts_keep_the_device_busy(rows, room):
 
 COMBINED = ("vecinfer_combine-vq-2bit", "vecinfer_combine-d256", "vecinfer_combine-odd")
 COMPILED = [name for name in SPECS if "combine" not in name or name in COMBINED]
-EVERYWHERE = [name for name in COMPILED if name.endswith("vq-2bit")]
+EVERYWHERE = [name for name in COMPILED if FULL or name == "vecinfer_decode-vq-2bit"]
 MATRIX = {
-    "sm_90": COMPILED,
-    **dict.fromkeys(("sm_80", "sm_100", "gfx942"), COMPILED if FULL else EVERYWHERE),
+    "sm_90": [x for x in COMPILED if FULL or "decode" in x or x.endswith("vq-2bit")],
+    **dict.fromkeys(("sm_80", "sm_100", "gfx942"), EVERYWHERE),
 }
 
 

@@ -1,6 +1,6 @@
 """Laws of the kernels of generation with retrieval, interpreted.
 
-``test_retrieval_decode_interpreted.py`` starts them.
+``test_cache_laws_interpreted.py`` starts them.
 """
 
 from __future__ import annotations

@@ -121,3 +121,20 @@ def test_kernels_that_triton_interprets_or_amd_runs_are_launched_by_triton():
     with mock.patch.object(torch.version, "hip", "7.0"):
         assert direct_launch.direct(print, function) is print
     assert load.load is not None
+
+
+def test_all_that_a_binary_depends_on_is_in_the_key():
+    x = torch.zeros(64)
+    base = (x, 5, 0.5)
+    key, _ = direct_launch._kinds(0, base)
+    assert direct_launch._kinds(0, (torch.zeros(64), 7, 1.5))[0] == key  # values are not
+    others = [
+        (1, base),
+        (0, (x[1:], 5, 0.5)),  # no longer aligned
+        (0, (x.half(), 5, 0.5)),
+        (0, (x, 1, 0.5)),
+        (0, (x, 16, 0.5)),
+        (0, (x, 2**31 + 1, 0.5)),
+    ]
+    keys = [direct_launch._kinds(device, arguments)[0] for device, arguments in others]
+    assert len({key, *keys}) == len(others) + 1

@@ -142,6 +142,11 @@ def arms() -> tuple[Arm, ...]:
         Arm(name="tangent w512 c16, lm", config=eva(window_size=512), training="lm"),
         Arm(name="tangent w128 c16, lm", config=eva(window_size=128), training="lm"),
         Arm(name="tangent c16, 1/8 retrieval, lm", config=eva(), **{**hybrid, **PROBED}),
+        Arm(
+            name="tangent c16, 1/8 retrieval, distill",
+            config=eva(),
+            **{**hybrid, **PROBED, "training": "distill"},
+        ),
         Arm(name="tangent c16, lm, compiled", config=eva(), training="lm", compiled=True),
         Arm(name="window, 1/8 selected, distill", **without, **{**hybrid, "training": "distill"}),
         Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),

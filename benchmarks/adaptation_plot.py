@@ -33,6 +33,11 @@ CURVES = {
     "evabyte c16, lm": ("C1", "-"),
     "full, lm": ("C2", "--"),
 }
+NOISE = {
+    "eva c16 block, paper": ("C7", "-"),
+    "eva c16 block, paper, clamped noise": ("C0", "-"),
+    "eva c16 block, paper, normal noise": ("C3", "-"),
+}
 POSITIONS = {
     "full, lm": ("C2", "--"),
     "window, lm": ("C7", "-"),
@@ -46,9 +51,11 @@ SMOOTH = 10  # steps a point of a curve is a mean over
 def recovered(rows: dict[str, Row], row: Row, length: str) -> float | None:
     """Return the share of the loss between window + sinks and full attention that an arm wins back.
 
-    All three trained alike; full attention is the teacher of ``distill`` and so is not trained.
+    All three trained alike, on the same order of sequences; full attention is the teacher of
+    ``distill`` and so is not trained.
     """
-    full, window = (rows.get(names[row["training"]]) for names in (FULL_OF, WINDOW_OF))
+    seed = f", seed {row['seed']}" if row["seed"] else ""
+    full, window = (rows.get(names[row["training"]] + seed) for names in (FULL_OF, WINDOW_OF))
     if full is None or window is None or "perplexity" not in row:
         return None
     own, best, worst = (math.log(x["perplexity"][length]) for x in (row, full, window))
@@ -86,18 +93,23 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(values[i : i + SMOOTH]) / SMOOTH for i in range(len(values) - SMOOTH + 1)]
 
 
-def plot_curves(rows: dict[str, Row], path: Path) -> None:
-    """Draw losses and gradient norms, step by step."""
+def plot_curves(
+    rows: dict[str, Row],
+    curves: dict[str, tuple[str, str]],
+    limits: tuple[float, float],
+    path: Path,
+) -> None:
+    """Draw losses and gradient norms of the arms that ``curves`` names, step by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, (color, style) in CURVES.items():
+    for name, (color, style) in curves.items():
         if name in rows and "loss" in rows[name]:
             options = {"color": color, "linestyle": style, "label": name}
             left.plot(smooth(rows[name]["loss"]), **options)
             right.plot(smooth(rows[name]["gradient_norm"]), **options)
-    left.set(xlabel="step", ylabel="loss [nats/token]", ylim=(2.1, 3.3))
+    left.set(xlabel="step", ylabel="loss [nats/token]", ylim=limits)
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
     left.legend(fontsize=7)
     figure.savefig(path)
@@ -138,7 +150,8 @@ def main() -> None:
     if arguments.plots:
         named = {row["name"]: row for row in rows}
         arguments.plots.mkdir(parents=True, exist_ok=True)
-        plot_curves(named, arguments.plots / "adaptation_curves.svg")
+        plot_curves(named, CURVES, (2.1, 3.3), arguments.plots / "adaptation_curves.svg")
+        plot_curves(named, NOISE, (2.4, 4.5), arguments.plots / "adaptation_noise.svg")
         plot_positions(named, arguments.plots / "adaptation_positions.svg")
 
 

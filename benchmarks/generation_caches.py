@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import functional
@@ -70,18 +70,36 @@ class Arm:
         static: Whether the cache is preallocated, so that a step can be captured or compiled.
         eva: Whether the model is prepared.
         attention: The attention of a model that is not.
+        config: What differs from the command line's configuration.
+        store: Where a retrieving layer's exact keys are.
     """
 
     about: str
     static: bool
     eva: bool = False
     attention: str = "sdpa"
+    config: dict[str, Any] = field(default_factory=dict)
+    store: Literal["device", "offloaded"] = "device"
 
 
+TOP_8 = {"chunk_size": 32, "retrieve_chunks": 8}
 ARMS = {
     "flasheva_static": Arm(about="FlashEvaCache, preallocated", static=True, eva=True),
     "full_static": Arm(about="StaticCache, transformers' sdpa with its mask", static=True),
     "full_dynamic": Arm(about="DynamicCache, sdpa: what generate does by itself", static=False),
+    "flasheva_retrieval": Arm(
+        about="FlashEvaCache, preallocated; top-8 of chunks of 32 keys, exact keys on the device",
+        static=True,
+        eva=True,
+        config=TOP_8,
+    ),
+    "flasheva_offloaded": Arm(
+        about="the same with exact keys in host memory",
+        static=True,
+        eva=True,
+        config=TOP_8,
+        store="offloaded",
+    ),
     "flasheva_dynamic": Arm(about="FlashEvaCache, growing", static=False, eva=True),
     "full_unmasked": Arm(
         about="StaticCache, SDPA without a mask: it reads the unwritten columns at the end too, "
@@ -172,8 +190,9 @@ class Shape:
         """Return the bytes of that many keys and values in every layer."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize * tokens
 
-    def visible_bytes(self, name: str, config: fe.EvaConfig, context: int) -> int:
+    def visible_bytes(self, name: str, a: argparse.Namespace, context: int) -> int:
         """Return the bytes of the keys, values and biases that the token after ``context`` sees."""
+        config = eva_config(a, ARMS[name])
         w, c, sinks = config.window_size, config.chunk_size, config.sink_size
         if name == "window_sinks":
             return self.bytes_of(sinks + w + c)
@@ -182,6 +201,7 @@ class Shape:
         first = max(0, context - w + 1) // c * c  # of the window
         chunks = max(0, first - sinks) // c
         exact = context + 1 - first + min(sinks, first)
+        exact += min(chunks, config.retrieve_chunks) * c
         return self.bytes_of(exact + chunks) + 4 * self.layers * self.kv_heads * chunks
 
 
@@ -202,14 +222,13 @@ def build_model(a: argparse.Namespace, name: str, arm: Arm) -> Any:  # noqa: ANN
         dtype = getattr(torch, a.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.eval()
-    return fe.prepare(model, eva_config(a)) if arm.eva else model
+    return fe.prepare(model, eva_config(a, arm)) if arm.eva else model
 
 
-def eva_config(a: argparse.Namespace) -> fe.EvaConfig:
+def eva_config(a: argparse.Namespace, arm: Arm) -> fe.EvaConfig:
     """Return FlashEVA's configuration."""
-    return fe.EvaConfig(
-        window_size=a.window_size, chunk_size=a.chunk_size, sink_tokens=a.sink_tokens
-    )
+    sizes = {name: getattr(a, name) for name in ("window_size", "chunk_size", "sink_tokens")}
+    return fe.EvaConfig(**{**sizes, **arm.config})
 
 
 def step_weights(model: torch.nn.Module) -> int:
@@ -233,13 +252,14 @@ def nbytes(cache: Cache) -> int:
 # --- caches, filled with random numbers -----------------------------------------------------------
 
 
-def filled_cache(model: Any, name: str, rows: int, context: int, config: fe.EvaConfig) -> Any:  # noqa: ANN401
+def filled_cache(model: Any, name: str, rows: int, context: int, a: argparse.Namespace) -> Any:  # noqa: ANN401
     """Return the cache of an arm after ``context`` tokens that nobody computed."""
     arm, shape = ARMS[name], Shape.of(model)
+    config = eva_config(a, arm)
     like = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, device=model.device)
     like = like.to(model.dtype)
     if arm.eva:
-        return _filled_eva(model, rows, context, config, static=arm.static)
+        return _filled_eva(model, rows, context, config, arm)
     if not arm.static:
         dynamic = DynamicCache(config=model.config)
         for layer in dynamic.layers:
@@ -271,23 +291,24 @@ def _filled_eva(
     rows: int,
     context: int,
     config: fe.EvaConfig,
-    *,
-    static: bool,
+    arm: Arm,
 ) -> fe.FlashEvaCache:
     shape, columns = Shape.of(model), static_columns(context)
-    sizes = {"max_batch_size": rows, "max_cache_len": columns} if static else {}
-    cache = fe.FlashEvaCache.for_model(model, **sizes)
+    sizes = {"max_batch_size": rows, "max_cache_len": columns} if arm.static else {}
+    cache = fe.FlashEvaCache.for_model(model, **sizes, store=arm.store)
     layers: list[Any] = cache.layers
     for layer in layers:
-        if not static:  # as after a prefill of the whole context
+        if not arm.static:  # as after a prefill of the whole context
             size = (rows, shape.kv_heads, context, shape.head_dim)
             keys = torch.empty(1, dtype=model.dtype, device=model.device).expand(size)
             layer.lazy_initialization(keys, keys)
             layer.seen = context
         layer.is_empty = False
-        for part in ("exact_k", "exact_v", "rfa_k", "rfa_v"):
+        exact = ("keys", "values") if config.retrieve_chunks else ("exact_k", "exact_v")
+        for part in (*exact, "rfa_k", "rfa_v"):
             getattr(layer.state, part).normal_()
-        layer.state.exact_mask.fill_(True)
+        mask = layer.state.mask if config.retrieve_chunks else layer.state.exact_mask
+        mask.fill_(True)
         layer.state.rfa_bias.fill_(torch.tensor(float(config.chunk_size)).log())
         layer.state.length.fill_(context)
     return cache

@@ -31,7 +31,6 @@ from generation_caches import (
     TINY,
     Shape,
     build_model,
-    eva_config,
     filled_cache,
     nbytes,
     static_columns,
@@ -149,7 +148,7 @@ def measure_steps(a: argparse.Namespace, model: Any, row: Row) -> Row:  # noqa: 
     device, rows, context = torch.device(a.device), row["rows"], row["context"]
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    cache = filled_cache(model, row["arm"], rows, context, eva_config(a))
+    cache = filled_cache(model, row["arm"], rows, context, a)
     cache_bytes = nbytes(cache)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -182,7 +181,7 @@ def measure_steps(a: argparse.Namespace, model: Any, row: Row) -> Row:  # noqa: 
 
 def bound(a: argparse.Namespace, model: Any, row: Row, ms: float) -> Row:  # noqa: ANN401
     """Return what a step must read, and the time that this takes at the bandwidth of a copy."""
-    cache = Shape.of(model).visible_bytes(row["arm"], eva_config(a), row["context"])
+    cache = Shape.of(model).visible_bytes(row["arm"], a, row["context"])
     weights = step_weights(model)
     moved = weights + row["rows"] * cache
     least = moved / (a.bandwidth * 1e9)
@@ -240,7 +239,7 @@ def largest_batch(a: argparse.Namespace, model: Any, row: Row, deadline: float) 
     low, high, first = 0, a.largest_limit + 1, 32
     if torch.device(a.device).type == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        least = Shape.of(model).visible_bytes(row["arm"], eva_config(a), row["context"])
+        least = Shape.of(model).visible_bytes(row["arm"], a, row["context"])
         first = 1 << max(0, (free // least // 2).bit_length() - 1)
     brief = argparse.Namespace(**{**vars(a), "steps": 2})
     rows = min(first, a.largest_limit)

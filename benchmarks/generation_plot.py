@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LARGEST = "largest"
 STYLES = {  # FlashEVA solid, its rivals not; a color for each arm
     "flasheva_static": ("FlashEVA, preallocated", "C0", "-"),
+    "flasheva_retrieval": ("top-8 retrieval", "C5", "-"),
+    "flasheva_offloaded": ("top-8 retrieval, exact keys on the host", "C6", "-"),
     "flasheva_dynamic": ("FlashEVA, growing", "C1", "-"),
     "full_dynamic": ("full, growing", "C3", "--"),
     "full_static": ("full, preallocated", "C2", "--"),

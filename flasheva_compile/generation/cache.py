@@ -76,7 +76,7 @@ class FlashEvaCache(Cache):
             prefill: How the first call reads several tokens: by the "formula", or "exact", by full
                 attention, as its layers' ``repr`` then says. Later tokens follow the formula.
             store: Where retrieving layers keep exact keys: on the "device", or "offloaded" to the
-                host, from which each step fetches the selected chunks.
+                host, from where kernels read the selected chunks, sinks and window.
 
         Raises:
             ConfigError: Model not prepared, contradicting arguments, or another model's codebooks.
@@ -139,12 +139,12 @@ class FlashEvaCache(Cache):
     def nbytes(self) -> int:
         """Return the bytes of all tensors of all layers, without what is in a store on the host."""
         tensors = [x for layer in self.layers for x in _tensors(layer)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.numel() * x.element_size() for x in tensors) - self.host_nbytes()
 
     def host_nbytes(self) -> int:
         """Return the bytes of exact keys and values in host memory."""
-        stores = [getattr(layer, "store", None) for layer in self.layers]
-        return sum(store.nbytes() for store in stores if store is not None)
+        layers = [x for x in self.layers if isinstance(x, OffloadedCacheLayer)]
+        return sum(layer.host_nbytes() for layer in layers)
 
 
 def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: ANN401
@@ -166,8 +166,6 @@ def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaC
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
-    if isinstance(layer, OffloadedCacheLayer):
-        return [x for x in (*(layer.state or ()), layer.bounds, layer.open_k) if x is not None]
     if isinstance(layer, EvaCacheLayer | VecInferLayer):
         return list(layer.state or ())
     return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

@@ -176,8 +176,18 @@ class EvaCacheLayer(CacheLayerMixin):
         memo[id(self)] = copy
         # Tensors that an op returned cannot be deep-copied where gradients are on.
         for name, value in vars(self).items():
-            setattr(copy, name, _copied(value))
+            setattr(copy, name, self._copied(value))
         return copy
+
+    def _copied(self, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
+            return type(value)(*(self._clone(x) for x in value))
+        if isinstance(value, list):
+            return [tuple(x if x is None else self._clone(x) for x in call) for call in value]
+        return value
+
+    def _clone(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
 
     # --- rollback ---------------------------------------------------------------------------------
 
@@ -336,11 +346,3 @@ class _Replay:
 
 def _extended(x: Tensor, more: int) -> Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2)
-
-
-def _copied(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
-        return type(value)(*(x.detach().clone() for x in value))
-    if isinstance(value, list):
-        return [tuple(x if x is None else x.detach().clone() for x in call) for call in value]
-    return value

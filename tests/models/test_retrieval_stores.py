@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -95,8 +97,6 @@ def test_an_exact_prompt_and_everything_retrieved_generates_what_the_model_did()
         (RETRIEVING, {"store": "moon"}, "store"),
         (RETRIEVING, {"prefill": "none"}, "prefill"),
         (SMALL, {"store": "offloaded"}, "no layer has retrieve_chunks"),
-        (RETRIEVING, {"store": "offloaded", "max_cache_len": 64}, "max_cache_len=64"),
-        ({**RETRIEVING, "retrieve_block": 4}, {"store": "offloaded"}, "retrieve_block=4"),
         ({**RETRIEVING, "chunk_rule": "eva"}, {"store": "offloaded"}, "chunk_rule='eva'"),
     ],
 )
@@ -106,10 +106,33 @@ def test_what_does_not_fit_is_refused(config, options, words):
         fe.FlashEvaCache.for_model(model, **options)
 
 
-def test_a_store_on_the_host_refuses_what_it_would_lose(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [({**RETRIEVING, "retrieve_block": 4}, {}), (BY_BOUNDS, {"max_cache_len": 80})],
+)
+def test_a_store_on_the_host_is_preallocated_and_selects_in_blocks(config, options):
+    model, ids = fe.prepare(llama(), config).double(), tokens(2, 75)
+    here, _ = logits(model, ids, **options)
+    there, _ = logits(model, ids, store="offloaded", **options)
+    assert torch.equal(there, here)
+
+
+def test_a_store_on_the_host_rolls_back_and_is_copied():
+    model, ids = fe.prepare(llama(), RETRIEVING), tokens(2, 60)
+    with torch.no_grad():
+        cache = fe.FlashEvaCache.for_model(model, store="offloaded")
+        model(ids[:, :50], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        assert twin.layers[0].state.keys.data_ptr() != cache.layers[0].state.keys.data_ptr()
+        expected = model(ids[:, 50:], past_key_values=twin).logits
+        cache.activate_past_recording()
+        model(ids[:, :10], past_key_values=cache)
+        cache.crop(-10)
+        assert torch.equal(model(ids[:, 50:], past_key_values=cache).logits, expected)
+
+
+def test_a_store_on_the_host_is_not_written_to_a_file(tmp_path):
     model = fe.prepare(llama(), RETRIEVING)
     _, cache = logits(model, tokens(1, 40), store="offloaded")
-    with pytest.raises(ConfigError, match="rolled back"):
-        cache.activate_past_recording()
     with pytest.raises(ConfigError, match="host memory"):
         cache.save(model, tmp_path / "cache.safetensors")

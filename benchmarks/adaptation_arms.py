@@ -129,6 +129,7 @@ def arms() -> tuple[Arm, ...]:
                 options = {"keep": keep, "placement": placement, "training": training}
                 found.append(Arm(name=name, config=eva(), **options))
     hybrid = {"keep": 4, "placement": "selected", "training": "lm"}
+    distilled = {**hybrid, "training": "distill"}
     found += [
         Arm(name="window, 1/8 selected, lm", **without, **hybrid),
         Arm(name="tangent c8, lm", config=eva(chunk_size=8), training="lm"),
@@ -142,13 +143,9 @@ def arms() -> tuple[Arm, ...]:
         Arm(name="tangent w512 c16, lm", config=eva(window_size=512), training="lm"),
         Arm(name="tangent w128 c16, lm", config=eva(window_size=128), training="lm"),
         Arm(name="tangent c16, 1/8 retrieval, lm", config=eva(), **{**hybrid, **PROBED}),
-        Arm(
-            name="tangent c16, 1/8 retrieval, distill",
-            config=eva(),
-            **{**hybrid, **PROBED, "training": "distill"},
-        ),
+        Arm(name="tangent c16, 1/8 retrieval, distill", config=eva(), **{**distilled, **PROBED}),
         Arm(name="tangent c16, lm, compiled", config=eva(), training="lm", compiled=True),
-        Arm(name="window, 1/8 selected, distill", **without, **{**hybrid, "training": "distill"}),
+        Arm(name="window, 1/8 selected, distill", **without, **distilled),
         Arm(name="tangent c16, lm, seed 1", config=eva(), training="lm", seed=1),
         Arm(name="window, lm, seed 1", **without, training="lm", seed=1),
         Arm(name="full, lm, seed 1", config=FULL, training="lm", seed=1),

@@ -43,7 +43,7 @@ RESULT = Path(__file__).parent / "results" / "model_gpu.json"
 CONTESTANTS = ("flasheva", "sdpa_is_causal", "sdpa")
 PASSES = ("prefill", "train")
 CAUSAL = "is_causal_only"  # transformers takes any name with "flash" in it for FlashAttention
-IDENTITY = ("contestant", "pass", "length", "layers", "hidden", "checkpointing")
+IDENTITY = ("contestant", "pass", "length", "layers", "hidden", "checkpointing", "cudagraphs")
 
 
 def attend_causally(
@@ -93,11 +93,13 @@ def compile_model(a: argparse.Namespace, model: torch.nn.Module, contestant: str
     """Compile in place."""
     if a.no_compile and contestant != "flasheva":
         return
+    inductor = {"triton.cudagraphs": True} if a.cudagraphs else {}
     if contestant != "flasheva":
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, options=inductor)
         return
     sizes = {"window_size": a.window_size, "chunk_size": a.chunk_size, "window": a.window}
-    options: dict[str, Any] = {"layers": {"default": {**sizes, "sink_tokens": a.sink_tokens}}}
+    layers = {"default": {**sizes, "sink_tokens": a.sink_tokens}}
+    options: dict[str, Any] = {"layers": layers, **inductor}
     if a.no_compile:
         options["inner_backend"] = "eager"
     model.compile(backend="flasheva", dynamic=False, options=options)
@@ -136,6 +138,7 @@ def step_function(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def train() -> object:
+        torch.compiler.cudagraph_mark_step_begin()
         hidden = body(ids, use_cache=False).last_hidden_state
         loss = chunked_loss(head, hidden, ids, a.loss_chunk)
         return torch.autograd.grad(loss, parameters)
@@ -193,6 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--loss-chunk", type=int, default=4096, help="tokens whose logits exist at a time")
     add("--checkpointing", action="store_true", help="recompute every layer in the backward")
+    add("--cudagraphs", action="store_true", help="let Inductor capture CUDA graphs, for all alike")
     add("--no-compile", action="store_true", help="rewrite, but compile nothing: a trial")
     add("--budget-s", type=float, default=math.inf, help="start nothing new after that")
     add("--measure-ms", type=float, default=2000.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from flasheva_compile.backend import reports_of
 from flasheva_compile.config import parse_options
 from flasheva_compile.errors import CaptureError, ConfigError, FlashEvaError
 from flasheva_compile.generation.prepared import ATTRIBUTE
+from flasheva_compile.kernel_listing import list_kernels
 from flasheva_compile.report import CompileReport
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def explain(
     /,
     *args: Any,  # noqa: ANN401
     options: Mapping[str, Any] | None = None,
+    kernels: bool | str = False,
     **kwargs: Any,  # noqa: ANN401
 ) -> CompileReport:
     """Say what becomes of every attention of a model, and why.
@@ -40,15 +43,30 @@ def explain(
         model: A module or function, compiled or not.
         args: Inputs of the model.
         options: As for the backend.
+        kernels: Also generate the rewritten attentions' kernels and compile them for a target such
+            as ``"sm_90"`` (True), ``"sm_80"`` or ``"gfx942"``; takes seconds and needs no GPU.
         kwargs: More inputs of the model.
 
     Returns:
-        One row per attention, totals, seconds per stage; ``print`` it or call ``to_json``.
+        One row per attention, totals, seconds per stage; ``print`` it or call ``to_json``. Each
+        of its ``kernels`` has its source.
 
     Raises:
         ConfigError: Wrong options, or nothing to report.
     """
-    target = getattr(model, "_orig_mod", model)
+    report = _explained(getattr(model, "_orig_mod", model), args, options, kwargs)
+    if kernels is False:
+        return report
+    target = "sm_90" if kernels is True else kernels
+    return dataclasses.replace(report, kernels=list_kernels(report, target))
+
+
+def _explained(
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: Mapping[str, Any] | None,
+    kwargs: dict[str, Any],
+) -> CompileReport:
     if not args and not kwargs:
         return _compiled_so_far(target)
     settings = parse_options(options, inductor_options=compat.inductor_option_names())

@@ -38,6 +38,7 @@ from flasheva_compile.lowering import (
     launch_pooling,
     launch_retrieval,
     launch_retrieval_backward,
+    recording,
 )
 from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
@@ -85,7 +86,9 @@ def runs_kernels(k: Tensor, v: Tensor, dropout_p: float = 0.0) -> bool:
     """Whether a call runs generated kernels; the blocked code computes the same."""
     covered = k.dtype in DTYPES and max(k.shape[3], v.shape[3]) <= _LARGEST_HEAD_DIM
     sized = 0 not in k.shape and v.shape[3] > 0
-    return k.is_cuda and covered and sized and dropout_p < 1 and _device_runs_kernels(k.device)
+    if not covered or not sized or dropout_p >= 1:
+        return False
+    return recording.specs is not None or (k.is_cuda and _device_runs_kernels(k.device))
 
 
 def mass_sizes(

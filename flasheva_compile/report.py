@@ -15,6 +15,9 @@ from flasheva_compile.lowering.op import EvaOp
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+PREPARED = "prepared"
+"""The reason of attentions that ``prepare`` converted."""
+
 _VERSION = 1
 _WIDTH = 100
 _NARROWEST = 30
@@ -36,6 +39,7 @@ class LayerReport:
         training: Whether the graph also computes gradients.
         itemsize: Bytes per element of keys and values.
         causal: A query sees only its past; None where it is not known.
+        rule_parameters: How many parameters of its own the chunk rule has here.
         heads: Query heads, and so on as in ``EvaOp``; None where they are not known.
     """
 
@@ -48,11 +52,16 @@ class LayerReport:
     training: bool = False
     itemsize: int = 4
     causal: bool | None = None
+    rule_parameters: int = 0
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
     scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    has_key_mask: bool = False
+    has_segments: bool = False
     window_size: int | None = None
     chunk_size: int | None = None
     sink_tokens: int | None = None
@@ -65,10 +74,43 @@ class LayerReport:
     @classmethod
     def rewritten(cls, path: str, op: EvaOp, **facts: Any) -> LayerReport:  # noqa: ANN401
         """Describe an attention that now computes ``op``."""
-        shared = ("causal", "heads", "kv_heads", "head_dim", "value_dim", "scale")
+        shared = ("causal", "heads", "kv_heads", "head_dim", "value_dim", "scale", "softcap")
+        shared += ("dropout_p", "has_key_mask", "has_segments")
         geometry = (*_GEOMETRY, "retrieve_block", "retrieve_by")
         fields = {name: getattr(op, name) for name in shared + geometry}
         return cls(path=path, decision="eva", sink_tokens=op.sink_size, **fields, **facts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelReport:
+    """One generated kernel of a model, compiled for a target.
+
+    Attributes:
+        layers: Module paths of the attentions that run it, abbreviated.
+        kind: Which of an attention's kernels it is.
+        name: Of its file in the cache of generated kernels.
+        source: A complete module.
+        target: Such as ``"sm_90"``.
+        registers: Of a thread.
+        shared_bytes: Shared memory of a program.
+        spilled_bytes: What a thread keeps in memory for want of registers.
+        matrix: The matrix instruction that it runs, "" = none.
+    """
+
+    layers: str
+    kind: str
+    name: str
+    source: str = field(repr=False)
+    target: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    matrix: str
+
+    def __str__(self) -> str:
+        spills = f"{self.spilled_bytes} bytes spilled" if self.spilled_bytes else "no spills"
+        used = f"{self.registers} registers, {_binary(self.shared_bytes)} shared, {spills}"
+        return f"{self.kind:<15} {used}, {self.matrix or 'no matrix instruction'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +143,14 @@ class CompileReport:
         length: Sequence length that totals are for [tokens]; None = no totals.
         seconds: How long each stage took.
         warnings: What could not be looked into.
+        kernels: What the rewritten attentions run, where that was asked for.
     """
 
     layers: tuple[LayerReport, ...] = ()
     length: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    kernels: tuple[KernelReport, ...] = ()
 
     @property
     def rewritten(self) -> tuple[LayerReport, ...]:
@@ -139,6 +183,7 @@ class CompileReport:
             "totals": dataclasses.asdict(self.totals(self.length)) if self.length else None,
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
         }
 
     def to_json(self) -> str:
@@ -153,6 +198,7 @@ class CompileReport:
             length=data["length"],
             seconds=data["seconds"],
             warnings=tuple(data["warnings"]),
+            kernels=tuple(KernelReport(**kernel) for kernel in data["kernels"]),
         )
 
     def __str__(self) -> str:
@@ -161,6 +207,8 @@ class CompileReport:
             lines += ["", *_table(self.layers)]
         if self.length and self.layers:
             lines += ["", *_totals_lines(self.totals(self.length), len(self.layers))]
+        if self.kernels:
+            lines += ["", *_kernel_lines(self.kernels)]
         if self.seconds:
             stages = ", ".join(f"{name} {time:.2f}" for name, time in self.seconds.items())
             lines += ["", *_wrap(f"seconds: {stages}", "")]
@@ -263,6 +311,17 @@ def _note(layer: LayerReport) -> str:
 def _wrap(text: str, indent: str) -> list[str]:
     """Break a line at 100 columns."""
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _kernel_lines(kernels: Sequence[KernelReport]) -> list[str]:
+    """Write what each kernel needs, under the attentions that run it."""
+    lines, layers = [f"kernels on {kernels[0].target}:"], ""
+    for kernel in kernels:
+        if kernel.layers != layers:
+            layers = kernel.layers
+            lines += _wrap(layers or "(no module)", "  ")
+        lines.append(f"    {kernel}")
+    return lines
 
 
 def _totals_lines(totals: Totals, attentions: int) -> list[str]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flasheva_compile.lowering import recording
 from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import (
     DTYPES,
@@ -114,6 +115,9 @@ def of_kind(spec: KernelSpec, kind: AnyKind) -> KernelSpec:
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
     """Launch the kernel of a spec with the values that it reads."""
+    if recording.specs is not None:
+        recording.specs.append(spec)
+        return
     with on_device(values["k_ptr"].device):
         schedule = choose(spec)
         count = programs(schedule)

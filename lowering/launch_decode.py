@@ -40,7 +40,7 @@ _TILES_PER_PART = 2
 _MOST_PARTS = 128
 
 
-class _Shape(NamedTuple):
+class StepShape(NamedTuple):
     """What a plan depends on besides the settings.
 
     Attributes:
@@ -120,7 +120,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     device, count, masked = q.device, len(parameters), key_mask is not None
     chunks = state.rfa_k.shape[2]
-    shape = _Shape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked)
+    shape = StepShape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked)
     with on_device(device):
         plan = _plan(shape, settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -152,7 +152,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape: _Shape, s: AttentionSettings) -> Plan:
+def _plan(shape: StepShape, s: AttentionSettings) -> Plan:
     """Generate and load the kernels; schedules are those of the first step of such a layer."""
     spec = decode_spec(shape, s)
     schedule, combine_spec = choose(spec), spec.of_kind("decode_combine")
@@ -181,7 +181,7 @@ def _plan(shape: _Shape, s: AttentionSettings) -> Plan:
     )
 
 
-def decode_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
+def decode_spec(shape: StepShape, s: AttentionSettings) -> KernelSpec:
     """Return the spec of the ``decode`` kernel of a layer."""
     assert shape.q[2] == 1  # longer calls run the blocked code
     assert shape.rule != "eva"  # it keeps mean queries, which no kernel reads

@@ -46,6 +46,10 @@ def _explain(parser: Parser) -> None:
     parser.add_argument("--config", metavar="JSON", help=_CONFIG)
     _add_count(parser, "--length", 8192, "that costs are given for [tokens]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    what = "registers, shared memory and spills of every kernel, for sm_80, sm_90, gfx942 ..."
+    parser.add_argument("--kernels", nargs="?", const="sm_90", metavar="TARGET", help=what)
+    what = "write the kernels' sources there, a file each; with --kernels"
+    parser.add_argument("--sources", type=Path, metavar="DIR", help=what)
     parser.set_defaults(memory="try --device cpu or --dtype bf16")
 
 
@@ -60,6 +64,11 @@ def _calibrate(parser: Parser) -> None:
     _add_count(parser, "--length", 2048, "of a row [tokens]")
     _add_count(parser, "--batch-size", 1, "rows at a time")
     _add_count(parser, "--rows", 8, "at most as many rows of text are read")
+    what = "of a row that codebooks are learned from [tokens], default: the most, up to "
+    what += "8192, of which the text fills --rows; codes fit texts of up to this length best"
+    parser.add_argument("--kv-length", type=_positive, metavar="N", help=what)
+    what = "learn codebooks for every kv head, instead of one for all of a layer"
+    parser.add_argument("--kv-per-head", action="store_true", help=what)
 
 
 def _adapt(parser: Parser) -> None:

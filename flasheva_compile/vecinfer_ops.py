@@ -1,17 +1,18 @@
-"""The op of generation over a cache of codes, ``flasheva::vecinfer_decode``: it writes a state.
+"""The ops of generation over a cache of codes: they write a :class:`QuantizedState`.
 
-A call sees ``L`` new tokens and the state of :class:`QuantizedState`; it appends them and attends
-from them. On a GPU a few tokens run generated kernels, everything else the PyTorch code of
-``quantization/attention.py``.
+``flasheva::vecinfer_append`` stores the first tokens; ``flasheva::vecinfer_decode`` sees ``L`` new
+tokens, appends them and attends from them. On a GPU a few tokens run generated kernels, everything
+else the PyTorch code of ``quantization``.
 """
 
 # ruff: noqa: ANN401 - the ops' functions are typed by their schemas
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.lowering import launch_vecinfer
@@ -20,7 +21,7 @@ from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.quantization.attention import append_and_attend
 from flasheva_compile.quantization.formats import FP8, CodeFormat, KvFormat, KvStorage
 from flasheva_compile.quantization.fp8 import Fp8Codec
-from flasheva_compile.quantization.state import QuantizedState
+from flasheva_compile.quantization.state import QuantizedState, append
 from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 
 if TYPE_CHECKING:
@@ -29,18 +30,19 @@ if TYPE_CHECKING:
     from flasheva_compile.quantization.state import Codec
 
 _STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(QuantizedState._fields))
-_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor[] books, {_STATE_SCHEMA}"
+_NEW_TOKENS = f"Tensor k, Tensor v, Tensor? key_mask, Tensor[] books, {_STATE_SCHEMA}"
 _OPTIONS = (
     "str key_code, str value_code, bool rotate_keys, bool rotate_values, bool lookup, "
     "int sink_tokens, int exact_tokens, int block_tokens, float scale, float softcap, str version"
 )
 _SUBJECT = "flasheva::vecinfer_decode"
+_OWN = 5  # tensors of ``LayerCodebooks``
 
 
 def vecinfer_options(
     codec: Codec, storage: KvStorage, scale: float, softcap: float = 0.0
 ) -> dict[str, Any]:
-    """Return the keyword arguments of the op for a layer."""
+    """Return the keyword arguments of the ops for a layer."""
     names = ("sink_tokens", "exact_tokens", "block_tokens")
     options: dict[str, Any] = {name: getattr(storage, name) for name in names}
     options |= {"scale": scale, "softcap": softcap, "version": OP_VERSION}
@@ -59,7 +61,7 @@ def vecinfer_options(
 
 
 def op_books(codec: Codec, dtype: torch.dtype) -> list[Tensor]:
-    """Return the tensors of a codec as the op takes them: to be made once for a layer.
+    """Return the tensors of a codec as the ops take them: to be made once for a layer.
 
     The first five are those of ``LayerCodebooks``, empty where there is none; the others are what
     kernels read. fp8 has none.
@@ -83,23 +85,72 @@ def _code_format(text: str) -> CodeFormat:
     return CodeFormat(*map(int, found.groups()))
 
 
-def _codec(q: Tensor, v: Tensor, books: list[Tensor], o: dict[str, Any]) -> Codec:
-    sizes = (q.shape[3], v.shape[3])
-    if o["key_code"] == FP8:
+class _Call(NamedTuple):
+    """What calls that are alike have in common.
+
+    Attributes:
+        form: Of the codes; None = fp8.
+        storage: What is exact.
+        kernels: Whether generated kernels run, where ``op_books`` prepared codebooks for them.
+    """
+
+    form: KvFormat | None
+    storage: KvStorage
+    kernels: bool
+
+
+def _described(args: tuple[Any, ...], o: dict[str, Any]) -> _Call:
+    """Check the arguments, once for calls that are alike: every layer does it for every token."""
+    q, k, v, key_mask, books, *state = args
+    tensors = tuple((x.shape, x.dtype) for x in (q, k, v, state[2], state[3]))
+    key = (tensors, k.device, None if key_mask is None else key_mask.shape, len(books), *o.items())
+    call = _known.get(key)
+    if call is None:
+        _check(args, o)
+        names = ("sink_tokens", "exact_tokens", "block_tokens")
+        storage = KvStorage(format=FP8, **{n: o[n] for n in names})  # the name is not read
+        form = None
+        if o["key_code"] != FP8:
+            form = KvFormat(_code_format(o["key_code"]), _code_format(o["value_code"]))
+        prepared = form is not None and len(books) > _OWN and runs_kernels(k, v)
+        kernels = prepared and form is not None and launch_vecinfer.covers(q, v, form)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        call = _known[key] = _Call(form, storage, kernels)
+    return call
+
+
+_known: dict[tuple[Any, ...], _Call] = {}
+_MOST_KNOWN = 4096
+
+
+def _codec(books: list[Tensor], sizes: tuple[int, int], form: KvFormat | None, o: Any) -> Codec:
+    """Return what the PyTorch code reads the books by: made once, for it prepares rotations."""
+    if form is None:
         return Fp8Codec(*sizes)
-    order, offset = (x if x.numel() else None for x in books[3:5])
-    rotate = {name: o[name] for name in ("rotate_keys", "rotate_values")}
-    scale, keys, values = books[:3]
-    layer = LayerCodebooks(
-        scale=scale, keys=keys, values=values, order=order, offset=offset, **rotate
-    )
-    form = KvFormat(_code_format(o["key_code"]), _code_format(o["value_code"]))
-    return VqCodec(layer, form, *sizes, lookup=o["lookup"])
+    own = books[:_OWN]
+    flags = (o["rotate_keys"], o["rotate_values"], o["lookup"])
+    # One layer's scale may be another's, too: their other tensors tell them apart.
+    identity = (sizes, form, flags, *((x.data_ptr(), x.shape) for x in own))
+    known: Any = _codecs.setdefault(own[0], {})
+    if identity not in known:
+        # Aliases: a codec that held the scale itself would keep its own entry alive.
+        scale, keys, values, order, offset = (x.detach() for x in own)
+        layer = LayerCodebooks(
+            scale=scale,
+            keys=keys,
+            values=values,
+            order=order if order.numel() else None,
+            offset=offset if offset.numel() else None,
+            rotate_keys=flags[0],
+            rotate_values=flags[1],
+        )
+        known[identity] = VqCodec(layer, form, *sizes, lookup=flags[2])
+    return known[identity]
 
 
-def _storage(o: dict[str, Any]) -> KvStorage:
-    names = ("sink_tokens", "exact_tokens", "block_tokens")
-    return KvStorage(format=FP8, **{name: o[name] for name in names})  # the name is not read
+_codecs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Scale of a layer -> codecs of the layers that have it."""
 
 
 def _check(args: tuple[Any, ...], o: dict[str, Any]) -> None:
@@ -117,36 +168,49 @@ def _check(args: tuple[Any, ...], o: dict[str, Any]) -> None:
         message = f"{name} is {tuple(x.shape)} {x.dtype}, the cache holds {tuple(kept.shape)}"
         hint = "use the batch and the model that the cache was filled with, or reset it"
         require(fits and x.dtype == kept.dtype, f"{message} {kept.dtype}", _SUBJECT, hint)
-    coded = o["key_code"] == FP8 or len(books) >= 5
+    coded = o["key_code"] == FP8 or len(books) >= _OWN
     require(coded, "codes without codebooks", _SUBJECT, "pass what op_books returned")
 
 
-@implements("vecinfer_decode", f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
+def _valid(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    return k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+
+
+@implements("vecinfer_append", f"({_NEW_TOKENS}, *, {_OPTIONS}) -> ()")
+def _append(*args: Any, **options: Any) -> None:
+    """Append without attending: scale and softcap are not read."""
+    call = _described((args[0], *args), options)
+    k, v, key_mask, books, *state = args
+    codec = _codec(books, (k.shape[3], v.shape[3]), call.form, options)
+    append(QuantizedState(*state), codec, call.storage, (k, v), _valid(k, key_mask))
+
+
+@fakes("vecinfer_append")
+def _(*args: Any, **options: Any) -> None:
+    _check((args[0], *args), options)
+
+
+@implements("vecinfer_decode", f"(Tensor q, {_NEW_TOKENS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
 def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
-    _check(args, options)
+    call = _described(args, options)
     q, k, v, key_mask, books, *tensors = args
-    state, codec, storage = (
-        QuantizedState(*tensors),
-        _codec(q, v, books, options),
-        _storage(options),
-    )
-    scale, softcap = options["scale"], options["softcap"]
-    prepared = len(books) > 5 and runs_kernels(k, v)
-    if prepared and isinstance(codec, VqCodec) and launch_vecinfer.covers(q, v, codec.form):
+    state, scale, softcap = QuantizedState(*tensors), options["scale"], options["softcap"]
+    if call.kernels and call.form is not None:
         return launch_vecinfer.vecinfer_decode(
             (q, k, v),
             key_mask,
             state,
-            launch_vecinfer.KernelCodebooks(*books[5:]),
-            codec.form,
-            storage,
+            launch_vecinfer.KernelCodebooks(*books[_OWN:]),
+            call.form,
+            call.storage,
             rotate=(options["rotate_keys"], options["rotate_values"]),
             scale=scale,
             softcap=softcap,
         )
-    valid = key_mask if key_mask is not None else k.new_ones(k.shape[0], k.shape[2]).bool()
-    return append_and_attend((q, k, v), valid, state, codec, storage, scale, softcap)
+    codec = _codec(books, (q.shape[3], v.shape[3]), call.form, options)
+    valid = _valid(k, key_mask)
+    return append_and_attend((q, k, v), valid, state, codec, call.storage, scale, softcap)
 
 
 @fakes("vecinfer_decode")

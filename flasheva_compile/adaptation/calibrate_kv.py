@@ -38,8 +38,10 @@ def calibrate_kv(
     Runs the model on the batches and watches what its attentions get: queries, and keys after the
     rotary embedding and values as the cache has them. Each layer's scales and codebooks are learned
     from a random sample of its tokens, each of which counts by the attention that it gets from
-    queries so far behind it that they would read it as a code. The model is not changed. Rows of
-    1024 tokens and more serve best: in rows shorter than what stays exact, all tokens count alike.
+    queries so far behind it that they would read it as a code. The model is not changed. Rows
+    should be as long as the texts to be cached, where the model takes that: keys turn with their
+    position, and codewords of early positions fit late ones badly. In rows shorter than what stays
+    exact, all tokens count alike.
 
     Args:
         model: A causal language model of transformers, prepared or not. It runs uncompiled, in

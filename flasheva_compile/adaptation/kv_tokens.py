@@ -160,14 +160,16 @@ def attention_received(
     keys = key.float()[:, :, None].mT
     total = torch.zeros(key.shape[:3], device=key.device)
     # No query before these reads a code.
-    for rows in column[storage.sink_tokens + storage.exact_tokens :].split(_ROWS):
-        scores = query[:, :, :, rows].float() @ keys * scale
+    first = storage.sink_tokens + storage.exact_tokens
+    for start in range(first, key.shape[2], _ROWS):
+        rows, seen_by = column[start : start + _ROWS], slice(0, start + _ROWS)  # none is later
+        scores = (query[:, :, :, rows].float() @ keys[..., seen_by]).mul_(scale)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        seen = (rows[:, None] >= column) & valid[:, None]
-        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-        coded = place[:, rows, None] - place[:, None] >= storage.exact_tokens
-        coded &= seen & (place >= storage.sink_tokens)[:, None] & valid[:, rows, None]
-        total += weights.masked_fill(~coded[:, None, None], 0).sum((2, 3))
+        seen = (rows[:, None] >= column[seen_by]) & valid[:, None, seen_by]
+        weights = scores.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1).sum(2)
+        coded = place[:, rows, None] - place[:, None, seen_by] >= storage.exact_tokens
+        coded &= seen & (place >= storage.sink_tokens)[:, None, seen_by] & valid[:, rows, None]
+        total[:, :, seen_by] += weights.masked_fill_(~coded[:, None], 0).sum(2)
     return total
 
 

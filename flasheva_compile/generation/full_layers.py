@@ -101,8 +101,9 @@ def quantized_layers(
     }
     if formats:
         codecs |= _codecs(model, formats[0], codebooks, of, storages)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {
-        index: VecInferLayer(full[index].path, codecs[index], storage, max_cache_len)
+        index: VecInferLayer(full[index].path, codecs[index], storage, max_cache_len, dtype)
         for index, storage in storages.items()
     }
 

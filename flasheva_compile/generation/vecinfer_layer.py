@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from flasheva_compile import _torch_compat as compat
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import NoGradient
-from flasheva_compile.quantization.attention import append_and_attend
-from flasheva_compile.quantization.state import QuantizedState, append, crop, new_state, ring_size
+from flasheva_compile.quantization.state import QuantizedState, crop, new_state, ring_size
+from flasheva_compile.vecinfer_ops import op_books, vecinfer_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,32 +28,43 @@ class VecInferLayer(CacheLayerMixin):
     """What one full attention keeps; see :class:`QuantizedState`.
 
     The first call attends in full precision by the model's own function; what it leaves behind is
-    quantised. Later calls attend to codes. ``update`` returns the new keys and values as they are:
-    so the layer works only under an attention of a prepared model.
+    quantised. Later calls attend to codes, by ``flasheva::vecinfer_decode``. ``update`` returns the
+    new keys and values as they are: so the layer works only under an attention of a prepared model.
 
     Args:
         path: The attention's module path, for messages.
-        codec: Writes and reads codes.
+        codec: Writes and reads codes; on the device of the attention.
         storage: What is exact.
         max_cache_len: Tokens to preallocate for; None = grow.
+        dtype: Of keys and values, as far as known: codebooks for others are made at the first call.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
-    is_compileable = False  # `append` and `attend` ask how many tokens there are
 
     def __init__(
-        self, path: str, codec: Codec, storage: KvStorage, max_cache_len: int | None = None
+        self,
+        path: str,
+        codec: Codec,
+        storage: KvStorage,
+        max_cache_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.path, self.codec, self.storage = path, codec, storage
-        self.max_cache_len = max_cache_len
+        self.max_cache_len, self.is_compileable = max_cache_len, max_cache_len is not None
+        self.options = vecinfer_options(codec, storage, 1.0)
+        self._prepare_books(dtype)
         self.state: QuantizedState | None = None
         self.is_empty = True
-        self.seen = 0  # columns, padding included
+        # Columns, padding included. Of a preallocated layer `columns` [1] counts them on its
+        # device, and `seen` only those that no graph appended: enough to notice a lack of room.
+        self.seen = 0
+        self.columns: Tensor | None = None
+        self.most_seen = 0  # columns before the last rollback, the most there were
         self.announced = False
-        self.recent: Tensor | None = None  # [B, columns] bool: which of the last ones are valid
+        self.recent: Tensor | None = None  # [B, ring] bool: whether column c is valid, at c % ring
 
     def __repr__(self) -> str:
         s = self.storage
@@ -64,12 +76,22 @@ class VecInferLayer(CacheLayerMixin):
         """Allocate for the first tokens."""
         k, v = key_states.detach(), value_states.detach()
         self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
+        if k.dtype != self.books_dtype:
+            self._prepare_books(k.dtype)
         tokens = self.max_cache_len or k.shape[2] + _FIRST_ROOM
         room = max(0, tokens - self.storage.sink_tokens)
         self.state = new_state(k, v, self.codec, self.storage, room)
-        self.recent = torch.ones(k.shape[0], 0, dtype=torch.bool, device=k.device)
+        ring = ring_size(self.storage)
+        self.recent = torch.ones(k.shape[0], ring, dtype=torch.bool, device=k.device)
+        if self.max_cache_len is not None:
+            self.columns = torch.zeros(1, dtype=torch.long, device=k.device)
+            compat.mark_static_addresses([*self.state, self.recent, self.columns, *self.books])
         self.keys = self.values = k.new_empty(0)  # models ask whether there are any
         self.is_initialized = True
+
+    @torch.compiler.disable()
+    def _prepare_books(self, dtype: torch.dtype) -> None:
+        self.books, self.books_dtype = op_books(self.codec, dtype), dtype
 
     def update(
         self,
@@ -81,7 +103,8 @@ class VecInferLayer(CacheLayerMixin):
         """Return the new keys and values; the attention that follows appends them.
 
         Raises:
-            ConfigError: No attention of a prepared model follows, or there is no room.
+            ConfigError: No attention of a prepared model follows, or there is no room. Where a
+                captured graph went on beyond the room, the attention returns NaN instead.
         """
         if not self.announced:
             raise ConfigError(
@@ -90,19 +113,24 @@ class VecInferLayer(CacheLayerMixin):
                 hint="pass the cache to the model that FlashEvaCache.for_model was called with",
             )
         self.announced = False
-        tokens = self.seen + key_states.shape[2]
-        if self.max_cache_len is not None and tokens > self.max_cache_len:
-            message = f"{tokens} tokens in a cache of {self.max_cache_len}"
-            raise ConfigError(message, subject=self.path, hint="give a larger max_cache_len")
+        if self.max_cache_len is not None and not torch.compiler.is_compiling():
+            tokens = self.seen + key_states.shape[2]
+            if tokens > self.max_cache_len:
+                message = f"{tokens} tokens in a cache of {self.max_cache_len}"
+                raise ConfigError(message, subject=self.path, hint="give a larger max_cache_len")
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the columns that the two-dimensional mask covers, and 0."""
-        return self.max_cache_len or self.seen + query_length, 0
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.seen + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Return the tokens seen."""
-        return self.seen
+    def get_seq_length(self) -> Any:  # noqa: ANN401 - as of transformers' own preallocated layers
+        """Return the tokens seen: an int, or a tensor if preallocated."""
+        if self.max_cache_len is None:
+            return self.seen
+        return self.columns[0] if self.columns is not None else 0
 
     def get_max_length(self) -> int:
         """Return the tokens there is room for, -1 = any number."""
@@ -110,12 +138,16 @@ class VecInferLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.is_empty, self.seen, self.announced = True, 0, False
-        if self.state is not None:
-            assert self.recent is not None
-            self.recent = self.recent[:, :0]
-            for x in self.state:
-                x.zero_()
+        self.is_empty, self.seen, self.announced, self.most_seen = True, 0, False, 0
+        for x in self._tensors():
+            x.zero_()
+
+    def _tensors(self) -> list[Tensor]:
+        """Return what changes as tokens arrive."""
+        if self.state is None:
+            return []
+        assert self.recent is not None
+        return [*self.state, self.recent, *(() if self.columns is None else (self.columns,))]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -133,9 +165,26 @@ class VecInferLayer(CacheLayerMixin):
         if self.state is None:
             return
         assert self.recent is not None
-        self.state = QuantizedState(*(change(x) for x in self.state))
-        self.recent = change(self.recent)
+        old = (*self.state, self.recent)
+        new = [change(x) for x in old]
+        if self.max_cache_len is not None and new[-1].shape == self.recent.shape:
+            for x, changed in zip(old, new, strict=True):
+                x.copy_(changed)  # captured CUDA graphs know these addresses
+            return
+        self.state, self.recent = QuantizedState(*new[:-1]), new[-1]
         self.batch_size = self.recent.shape[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VecInferLayer:
+        copy = type(self)(self.path, self.codec, self.storage, self.max_cache_len, self.books_dtype)
+        memo[id(self)] = copy
+        vars(copy).update(vars(self))  # nothing writes codebooks: both read the same
+        if self.state is not None:
+            assert self.recent is not None
+            # Tensors that an op returned cannot be deep-copied where gradients are on.
+            copy.state = QuantizedState(*(x.detach().clone() for x in self.state))
+            copy.recent = self.recent.clone()
+            copy.columns = None if self.columns is None else self.columns.clone()
+        return copy
 
     def offload(self) -> None:
         """Stay: the attention reads the state after ``update``, when transformers offloads."""
@@ -155,22 +204,25 @@ class VecInferLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or self.state is None:
             return
         assert self.recent is not None
-        removed = self.recent[:, tokens_to_remove:]
-        known = -tokens_to_remove <= self.recent.shape[1]
-        if not known or not crop(self.state, self.storage, removed.sum(1)):
+        count, ring = -tokens_to_remove, self.recent.shape[1]
+        seen = self.seen if self.columns is None else int(self.columns)
+        most = max(seen, self.most_seen)
+        # What the ring knows of: nothing before the last `ring` columns that there ever were.
+        known = count <= seen - max(0, most - ring)
+        slots = torch.arange(seen - count, seen, device=self.recent.device) % ring
+        if not known or not crop(self.state, self.storage, self.recent[:, slots].sum(1)):
             raise ConfigError(
-                f"crop({tokens_to_remove}) of {self.seen} tokens: what became codes cannot be "
-                "restored",
+                f"crop({tokens_to_remove}) of {seen} tokens: what became codes cannot be restored",
                 subject=self.path,
                 hint="prefill a new cache",
             )
-        self.recent = self.recent[:, :tokens_to_remove]
-        self.seen += tokens_to_remove
+        self.seen, self.most_seen = seen - count, most
+        if self.columns is not None:
+            self.columns.fill_(self.seen)
         self.is_empty = self.seen == 0
 
     # --- attention --------------------------------------------------------------------------------
 
-    @torch.compiler.disable()
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Store the first tokens.
 
@@ -179,11 +231,11 @@ class VecInferLayer(CacheLayerMixin):
             v: ``[B, Hkv, L, Dv]``.
             mask: Of every column, ``[B, columns]`` bool; None = all valid.
         """
-        valid = self._arrived(k, v, mask)
+        key_mask = self._arrived(k, v, mask)
         assert self.state is not None
-        append(self.state, self.codec, self.storage, (k.detach(), v.detach()), valid)
+        new = (k.detach(), v.detach(), key_mask)
+        torch.ops.flasheva.vecinfer_append(*new, self.books, *self.state, **self.options)
 
-    @torch.compiler.disable()
     def attend(
         self,
         qkv: tuple[Tensor, Tensor, Tensor],
@@ -193,36 +245,66 @@ class VecInferLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and attend from them; see :func:`append_and_attend`."""
         query, k, v = qkv
-        valid = self._arrived(k, v, mask)
+        key_mask = self._arrived(k, v, mask)
         assert self.state is not None
-        new = (query.detach(), k.detach(), v.detach())
-        state, codec, storage = self.state, self.codec, self.storage
-        out, lse = append_and_attend(new, valid, state, codec, storage, scale, softcap)
+        options = {**self.options, "scale": scale, "softcap": softcap}
+        new = (x.detach() if x.requires_grad else x for x in qkv)
+        out, lse = torch.ops.flasheva.vecinfer_decode(
+            *new, key_mask, self.books, *self.state, **options
+        )
         if torch.is_grad_enabled() and query.requires_grad:
             out = NoGradient.apply(out, query)
         return out, lse  # pyright: ignore[reportReturnType]
 
-    def _arrived(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Make room and count columns; return which new ones are valid, ``[B, L]``."""
+    def _arrived(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Make room and count columns; return which new ones are valid, ``[B, L]``; None = all."""
         if mask is not None and mask.dtype != torch.bool:
             message = "packed documents cannot be appended to a cache"
             raise ConfigError(message, subject=self.path, hint="pass use_cache=False")
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        assert self.recent is not None
-        tokens = k.shape[2]
-        if mask is None:
-            valid = self.recent.new_ones(k.shape[0], tokens)
+        tokens, key_mask = k.shape[2], None
+        if self.columns is None:
+            columns = torch.arange(self.seen, self.seen + tokens, device=k.device)
         else:
-            valid = mask[:, self.seen : self.seen + tokens].expand(k.shape[0], -1)
-        self.seen += tokens
+            columns = self.columns + torch.arange(tokens, device=k.device)
+        if mask is not None and self.columns is None:
+            key_mask = mask[:, self.seen : self.seen + tokens].expand(k.shape[0], -1)
+        elif mask is not None:
+            key_mask = self._columns_of(mask, columns).expand(k.shape[0], -1)
+        self._note(columns, key_mask)
         self.is_empty = False
+        if self.columns is None or not torch.compiler.is_compiling():
+            self.seen += tokens
         self._make_room()
-        self.recent = torch.cat([self.recent, valid], 1)[:, -ring_size(self.storage) :]
-        return valid
+        return key_mask
+
+    def _columns_of(self, mask: Tensor, columns: Tensor) -> Tensor:
+        """Return columns of the mask of a preallocated layer, ``[B or 1, L]``."""
+        assert self.max_cache_len is not None
+        if mask.shape[1] < self.max_cache_len:
+            message = f"a mask of {mask.shape[1]} columns for a cache of {self.max_cache_len}"
+            raise ConfigError(message, subject=self.path)
+        # A captured graph may go on beyond the room: what it reads then must exist.
+        return mask.index_select(1, columns.clamp_max(mask.shape[1] - 1))
+
+    def _note(self, columns: Tensor, key_mask: Tensor | None) -> None:
+        """Count new columns, ``[L]``, and remember which of the last ones are valid."""
+        assert self.recent is not None
+        ring = self.recent.shape[1]
+        slots = columns[-ring:] % ring
+        if key_mask is None:
+            self.recent.index_fill_(1, slots, True)
+        else:
+            self.recent.index_copy_(1, slots, key_mask[:, -ring:])
+        if self.columns is not None:
+            self.columns.add_(columns.shape[0])
 
     def _make_room(self) -> None:
+        """Grow the codes of a layer that is not preallocated."""
         assert self.state is not None
+        if self.max_cache_len is not None:
+            return
         room = self.state.key_codes.shape[2]
         needed = self.seen - self.storage.sink_tokens
         if needed <= room:

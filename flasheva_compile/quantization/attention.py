@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from flasheva_compile.quantization.state import append, coded_until
+from flasheva_compile.quantization.state import append, coded_until, last_places
 from flasheva_compile.quantization.transform import compute_dtype
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def append_and_attend(
         softcap: ``softcap * tanh(score / softcap)``; 0 = none.
 
     Returns:
-        ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``; a query that sees no key has zeros, -inf.
+        ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``; a query that sees no key has zeros, -inf. On
+        a device NaN where the state has no room: on the host that is an error.
     """
     query, k, v = qkv
     keys, values, place = _exact_tokens(state, storage, k, v, valid)
@@ -75,6 +76,8 @@ def append_and_attend(
     out = softmax.exact + codec.restore_values(softmax.coded)
     out = out / softmax.total.clamp_min(torch.finfo(dtype).tiny)[..., None]
     lse = softmax.largest + softmax.total.log()
+    lost = (seen > storage.sink_tokens + state.key_codes.shape[2])[:, None, None]
+    out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
@@ -87,9 +90,8 @@ def _exact_tokens(
         Keys ``[B, Hkv, T, D]``, values ``[B, Hkv, T, Dv]``, places ``[B, T]``.
     """
     sinks, ring = storage.sink_tokens, state.tail_k.shape[2]
-    length, device = state.length[:, None], k.device
-    first = torch.arange(sinks, device=device)
-    last = length - 1 - (length - 1 - torch.arange(ring, device=device)) % ring
+    length, last = state.length[:, None], last_places(state.length, ring)
+    first = torch.arange(sinks, device=k.device)
     new = length + valid.cumsum(1) - 1
     places = (
         first.where(first < length, -1),
@@ -118,7 +120,9 @@ def _add_codes(
     storage: KvStorage,
 ) -> _Softmax:
     """Go on with the tokens before ``coded [B, L]``, block by block."""
-    end = int(coded.max()) - storage.sink_tokens
+    # Only the host can be asked how many there are; elsewhere all that there is room for are read.
+    on_host = q.device.type == "cpu"
+    end = int(coded.max()) - storage.sink_tokens if on_host else state.key_codes.shape[2]
     for start in range(0, end, _BLOCK):
         block = slice(start, min(start + _BLOCK, end))
         place = torch.arange(block.start, block.stop, device=q.device) + storage.sink_tokens

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flasheva_compile.errors import ConfigError
+
 if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import KvStorage
 
@@ -78,6 +80,12 @@ def ring_size(storage: KvStorage) -> int:
     return storage.exact_tokens + storage.block_tokens + ROLLBACK
 
 
+def last_places(length: Tensor, ring: int) -> Tensor:
+    """Return the last place that each slot of a ring holds, ``[B, ring]``; negative = none."""
+    last = length[:, None] - 1
+    return last - (last - torch.arange(ring, device=length.device)) % ring
+
+
 def coded_until(tokens: Tensor, storage: KvStorage) -> Tensor:
     """Return the place from which keys are read exactly by a query that sees ``tokens`` keys."""
     beyond = (tokens - storage.sink_tokens - storage.exact_tokens).clamp_min(0)
@@ -113,7 +121,7 @@ def append(
     kv: tuple[Tensor, Tensor],
     valid: Tensor,
 ) -> None:
-    """Store new tokens, in place.
+    """Store new tokens, in place; nothing waits for the device.
 
     Args:
         state: With room for them.
@@ -121,26 +129,82 @@ def append(
         storage: What is exact.
         kv: New keys ``[B, Hkv, L, D]`` and values ``[B, Hkv, L, Dv]``.
         valid: ``[B, L]`` bool: which of them are no padding.
+
+    Raises:
+        ConfigError: There is no room, and the state is on the host. Elsewhere nobody knows in time:
+            ``append_and_attend`` returns NaN.
     """
     k, v = kv
-    sinks, ring = storage.sink_tokens, state.tail_k.shape[2]
-    row, column = valid.nonzero(as_tuple=True)
-    place = (state.length[:, None] + valid.cumsum(1) - 1)[row, column]
-    state.length.add_(valid.sum(1))
+    if not k.shape[2]:
+        return
+    arrived, before = valid.sum(1), state.length.clone()
+    if k.device.type == "cpu":
+        _expect_room(int((before + arrived).amax()), state, storage)
+    state.length.add_(arrived)
     torch.maximum(state.written, state.length, out=state.written)
-
-    first = place < sinks
-    last = place >= state.length[row] - ring  # of two tokens for one slot, the later
+    new = _NewTokens(
+        column=valid.byte().argsort(dim=1, descending=True, stable=True),
+        arrived=arrived,
+        before=before,
+    )
+    first = torch.arange(storage.sink_tokens, device=k.device).expand(k.shape[0], -1)
+    last = last_places(state.length, state.tail_k.shape[2])
     for x, sink, tail in ((k, state.sink_k, state.tail_k), (v, state.sink_v, state.tail_v)):
-        sink[row[first], :, place[first]] = x[row[first], :, column[first]]
-        tail[row[last], :, place[last] % ring] = x[row[last], :, column[last]]
-    row, column, slot = row[~first], column[~first], place[~first] - sinks
-    for x, codes, encode in (
-        (k, state.key_codes, codec.encode_keys),
-        (v, state.value_codes, codec.encode_values),
+        new.keep(sink, x, first)
+        new.keep(tail, x, last)
+    for codes, encoded in (
+        (state.key_codes, codec.encode_keys(k)),
+        (state.value_codes, codec.encode_values(v)),
     ):
-        tokens = x[row, :, column].transpose(0, 1)[None]  # [1, Hkv, tokens, D]
-        codes[row, :, slot] = encode(tokens)[0].transpose(0, 1)
+        new.store(codes, encoded, storage.sink_tokens)
+
+
+class _NewTokens(NamedTuple):
+    """Where the new tokens of each row belong: the ``j``-th valid one at ``before + j``.
+
+    Attributes:
+        column: Of the valid tokens in their order, then of the others, ``[B, L]``.
+        arrived: Valid tokens, ``[B]``.
+        before: Tokens that the row had, ``[B]``.
+    """
+
+    column: Tensor
+    arrived: Tensor
+    before: Tensor
+
+    def keep(self, kept: Tensor, x: Tensor, place: Tensor) -> None:
+        """Write those of ``x [B, Hkv, L, D]`` whose places ``kept [B, Hkv, T, D]`` is to hold.
+
+        Args:
+            kept: Written in place.
+            x: New tokens.
+            place: What each slot of ``kept`` is to hold, ``[B, T]``.
+        """
+        index = place - self.before[:, None]
+        fresh = (index >= 0) & (index < self.arrived[:, None])
+        column = self.column.gather(1, index.clamp(0, x.shape[2] - 1))
+        column = column[:, None, :, None].expand(-1, *kept.shape[1:])
+        kept.copy_(x.gather(2, column).where(fresh[:, None, :, None], kept))
+
+    def store(self, codes: Tensor, encoded: Tensor, sinks: int) -> None:
+        """Write ``encoded [B, Hkv, L, bytes]`` where their places are in ``codes``."""
+        room, row = codes.shape[2], torch.arange(codes.shape[0], device=codes.device)[:, None]
+        ordinal = torch.arange(encoded.shape[2], device=codes.device)
+        # What is no code (sinks, padding) rewrites a slot of its own with what is there: slots of
+        # as many tokens as there is room for differ.
+        for part in ordinal.split(room) if room else ():
+            slot = self.before[:, None] + part - sinks
+            stored = (slot >= 0) & (slot < room) & (part < self.arrived[:, None])
+            slot = slot.remainder(room)
+            new = encoded[row, :, self.column[:, part]]  # [B, part, Hkv, bytes]
+            codes[row, :, slot] = new.where(stored[..., None, None], codes[row, :, slot])
+
+
+def _expect_room(needed: int, state: QuantizedState, storage: KvStorage) -> None:
+    room = storage.sink_tokens + state.key_codes.shape[2]
+    if needed > room:
+        message, hint = f"{needed} tokens in a cache of {room}", "give a larger max_cache_len"
+        raise ConfigError(message, subject="vecinfer_decode", hint=hint)
 
 
 def crop(state: QuantizedState, storage: KvStorage, tokens: Tensor) -> bool:

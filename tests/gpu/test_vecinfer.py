@@ -7,9 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import flasheva_compile as fe
 from flasheva_compile import vecinfer_ops
-from flasheva_compile.quantization.formats import FORMATS
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.formats import FORMATS, KvStorage
+from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import QuantizedState
 from tests.kernels.vecinfer_cases import (
     COPIED,
@@ -19,6 +23,7 @@ from tests.kernels.vecinfer_cases import (
     run_pytorch,
     steps_of,
 )
+from tests.models.test_generate import SMALL, generate, tokens
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 pytestmark = [
@@ -162,3 +167,125 @@ def test_another_stream_and_a_view_of_a_larger_tensor():
         got = run_kernels(case, own_schedule=True)[:2]
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- a layer of the cache -------------------------------------------------------------------------
+
+
+def layer_of(case: VecInferCase, kind: str) -> VecInferLayer:
+    """Return a preallocated layer that holds the prefix; fp8 runs PyTorch code."""
+    codec = Fp8Codec(case.head_dim, case.value_dim) if kind == "fp8" else case.codec
+    layer = VecInferLayer("layer", codec, case.storage, case.tokens, case.dtype)
+    _, k, v = (x[:, :, : case.prefix].to(case.dtype) for x in case.qkv)
+    layer.append(k, v, None)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["vq", "fp8"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_captured_step_of_a_layer_is_the_step(kind, masked):
+    """No step waits for the device; one graph, over every phase of a block, equals the steps."""
+    case = case_of(steps=150, prefix=300, dtype=torch.bfloat16)
+    columns = torch.ones(case.batch, case.tokens, dtype=torch.bool, device="cuda")
+    if masked:
+        columns[1, 310::7] = False
+    mask = columns if masked else None
+    steps = [[x.clone() for x in qkv] for qkv, _ in steps_of(case, case.dtype)]
+    layer = layer_of(case, kind)
+    want = [x.clone() for x in layer.attend(steps[0], mask, case.scale, 0.0)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for qkv in steps[1:]:
+            want += layer.attend(qkv, mask, case.scale, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    captured = layer_of(case, kind)
+    static = [x.clone() for x in steps[0]]
+    found = list(captured.attend(static, mask, case.scale, 0.0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = captured.attend(static, mask, case.scale, 0.0)
+    for qkv in steps[1:]:
+        for x, fresh in zip(static, qkv, strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        found += [out.clone(), lse.clone()]
+    for got, wanted in zip([*found, *captured.state], [*want, *layer.state], strict=True):
+        assert torch.equal(got, wanted)
+    assert int(captured.get_seq_length()) == case.tokens
+    graph.replay()  # beyond the room of the first row, which has no padding
+    assert out[0].isnan().all()
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def hybrid() -> torch.nn.Module:
+    """Return a small model whose first layer stays full, with heads that the kernels take."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval().cuda()
+    return fe.prepare(model, {"default": SMALL, 0: "full"})
+
+
+def cache_of_every_vector(model, text, length, places=None):
+    """Return a cache whose codewords are all vectors of a text: codes change nothing.
+
+    4096 codewords of 8 channels, 2 heads of 4 codes: enough for 512 tokens.
+    """
+    places = torch.arange(text["input_ids"].shape[1])[None] if places is None else places
+    given = {**text, "position_ids": places.cuda().expand_as(text["input_ids"])}
+    books = fe.calibrate_kv(model, [given], "vq-1.5bit")
+    storage = KvStorage(format="vq-1.5bit", sink_tokens=2, exact_tokens=3, block_tokens=4)
+    return fe.FlashEvaCache.for_model(
+        model, max_cache_len=length, full_layers=storage, codebooks=books
+    )
+
+
+def no_pytorch_code():
+    return mock.patch.object(
+        vecinfer_ops, "append_and_attend", side_effect=AssertionError("PyTorch code")
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [None, 64])
+def test_a_model_generates_from_codes_what_exact_layers_do(padded, length):
+    model, ids = hybrid(), tokens(2, 21).cuda()
+    mask = torch.ones(2, 21, dtype=torch.long, device="cuda")
+    mask[1, : 5 * padded] = 0
+    exact = generate(model, ids, attention_mask=mask).sequences
+    valid = torch.nn.functional.pad(mask, (0, 30), value=1)
+    text = {"input_ids": exact, "attention_mask": valid}
+    places = (valid.cumsum(1) - 1).clamp_min(0)
+    cache = cache_of_every_vector(model, text, length, places)
+    assert cache.is_compileable == (length is not None)
+    with no_pytorch_code():  # a preallocated cache lets generate compile CUDA graphs by itself
+        found = generate(model, ids, attention_mask=mask, past_key_values=cache).sequences
+    assert torch.equal(found, exact)
+
+
+def test_cuda_graph_of_a_step_of_a_model():
+    model, ids = hybrid(), tokens(1, 120).cuda()
+    cache = cache_of_every_vector(model, {"input_ids": ids}, 128)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad(), no_pytorch_code():
+        want = model(ids, use_cache=False).logits[:, 40:]
+        model(ids[:, :40], past_key_values=cache)
+        found = [
+            step(part.clone(), past_key_values=cache, use_cache=True).logits.clone()
+            for part in ids[:, 40:].split(1, 1)
+        ]
+    torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-3, atol=1e-3)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

@@ -30,9 +30,14 @@ def test_generation_stores_layers_as_their_configuration_says(tmp_path):
     model.save_pretrained(tmp_path)
     books.save(tmp_path / "kv_codebooks.safetensors")
     loaded = fe.from_pretrained(tmp_path)
-    layer = generate(loaded, tokens(1, 30)).past_key_values.layers[0]
+    growing = generate(loaded, tokens(1, 30))
+    layer = growing.past_key_values.layers[0]
     assert isinstance(layer, VecInferLayer)
     assert layer.storage == KvStorage(format="vq-2bit")
+    static = generate(loaded, tokens(1, 30), cache_implementation="static")
+    assert torch.equal(static.sequences, growing.sequences)
+    assert isinstance(static.past_key_values.layers[0], VecInferLayer)
+    assert static.past_key_values.is_compileable
     exact = fe.FlashEvaCache.for_model(loaded, full_layers="exact").layers[0]
     assert not isinstance(exact, VecInferLayer)
     fp8 = fe.FlashEvaCache.for_model(loaded, full_layers="fp8").layers[0]

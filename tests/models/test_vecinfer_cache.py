@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flasheva_compile as fe
+from flasheva_compile import vecinfer_ops
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.formats import KvStorage
@@ -211,7 +216,6 @@ def test_tables_give_the_tokens_that_decoding_does(coarse):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_compiled_model_generates_the_same(coarse, length):
-    """Attention through codes runs uncompiled between the graphs of the rest."""
     model, books = coarse
     expected = generate(
         model, tokens(1, 30), past_key_values=cache_of(model, COARSE, books, length)
@@ -221,6 +225,135 @@ def test_a_compiled_model_generates_the_same(coarse, length):
     cache = cache_of(compiled, COARSE, books, length)
     result = generate(compiled, tokens(1, 30), past_key_values=cache)
     close(torch.stack(result.logits), torch.stack(expected.logits))
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+# What makes the host wait for a device, or a shape depend on numbers.
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops that run, and refuses those that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(SYNCHRONISING), f"{func} waits for the device"
+        self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def addresses(cache):
+    layer = cache.layers[0]
+    return [x.data_ptr() for x in (*layer.state, layer.recent, layer.columns, *layer.books)]
+
+
+@pytest.mark.parametrize("storage", [COARSE, FLOAT8])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_is_one_op_and_does_not_wait(coarse, storage, masked, count):
+    model, books = coarse
+    cache = cache_of(model, storage, None if storage is FLOAT8 else books, 128)
+    assert cache.is_compileable
+    # Every column that there is room for, as generate has it; else transformers asks for lengths.
+    inputs = {"past_key_values": cache}
+    if masked:
+        inputs["attention_mask"] = torch.ones(1, 128, dtype=torch.long)
+        inputs["attention_mask"][:, :3] = 0
+    with torch.no_grad():
+        model(tokens(1, 30), position_ids=torch.arange(30)[None], **inputs)
+        before = addresses(cache)
+        for start in range(30, 60, count):
+            place = torch.arange(start, start + count)[None]
+            with Calls() as calls:
+                model(tokens(1, count, seed=start), position_ids=place, **inputs)
+            assert calls.names["vecinfer_decode"] == 1
+    assert addresses(cache) == before
+    assert cache.get_seq_length() == 60
+
+
+def test_prompt_and_steps_compile_to_one_graph_each(coarse):
+    model, books = coarse
+    cache, alike = (cache_of(model, COARSE, books, 128) for _ in range(2))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for part in (tokens(1, 30), *tokens(1, 20, seed=4).split(1, 1)):
+            got = step(part, past_key_values=cache).logits
+            close(got, model(part, past_key_values=alike).logits)
+    assert len(graphs) == 2
+
+
+def test_codecs_are_made_once_and_go_with_their_books(coarse):
+    model, books = coarse
+    made = mock.Mock(side_effect=vecinfer_ops.VqCodec)
+    gc.collect()
+    before = len(vecinfer_ops._codecs)
+    own = copy.deepcopy(books)
+    cache = cache_of(model, COARSE, own)
+    with mock.patch.object(vecinfer_ops, "VqCodec", made), torch.no_grad():
+        for part in (tokens(1, 30), *tokens(1, 5).split(1, 1)):
+            model(part, past_key_values=cache)
+    assert made.call_count == 1
+    assert len(vecinfer_ops._codecs) == before + 1
+    del cache, own
+    gc.collect()
+    assert len(vecinfer_ops._codecs) == before
+
+
+def test_books_that_share_a_scale_are_told_apart(coarse):
+    _, books = coarse
+    layer = books.layers[0]
+    sizes, options = (layer.scale.shape[1],) * 2, {"lookup": False}
+    options |= {"rotate_keys": layer.rotate_keys, "rotate_values": layer.rotate_values}
+    form = fe.quantization.formats.kv_format("vq-1bit")
+    first = [layer.scale, layer.keys, layer.values, layer.order, layer.offset]
+    second = [layer.scale, layer.keys + 1, *first[2:]]
+    codecs = [vecinfer_ops._codec(own, sizes, form, options) for own in (first, second, first)]
+    assert codecs[0] is codecs[2]
+    assert torch.equal(codecs[1].codebooks.keys, layer.keys + 1)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_what_was_rolled_back_never_was(coarse, length):
+    """With padding among the last columns, twice in a row, across the end of the ring."""
+    model, books = coarse
+    generator = torch.Generator().manual_seed(7)
+    ids, mask = tokens(2, 110), torch.rand(2, 110, generator=generator) < 0.7
+    mask[:, [0, -1]] = True
+
+    def run(cache, part):
+        columns = mask if length is None else torch.nn.functional.pad(mask, (0, length - 110))
+        columns = columns[:, : part.stop] if length is None else columns
+        places = (mask.cumsum(1) - 1).clamp_min(0)[:, part]
+        given = {"attention_mask": columns.long(), "position_ids": places}
+        with torch.no_grad():
+            return model(ids[:, part], past_key_values=cache, **given).logits
+
+    cache, plain = (cache_of(model, COARSE, books, length) for _ in range(2))
+    cache.activate_past_recording()
+    for c in (cache, plain):
+        run(c, slice(0, 50))
+    layer = cache.layers[0]
+    for start, drafted, kept in ((50, 20, 3), (53, 25, 14), (67, 30, 20), (87, 6, 5)):
+        run(cache, slice(start, start + drafted))
+        cache.crop(-(drafted - kept))
+        assert layer.get_seq_length() == start + kept
+        for column in range(start, start + kept):
+            run(plain, slice(column, column + 1))
+    assert torch.equal(layer.state.length, plain.layers[0].state.length)
+    seen = mask[:, 92:].any(1)  # a row without a token attends to nothing new
+    close(run(cache, slice(92, 110))[seen], run(plain, slice(92, 110))[seen])
 
 
 # --- wrong use ------------------------------------------------------------------------------------
@@ -235,6 +368,14 @@ def test_wrong_use_is_refused(tmp_path):
         cache.layers[0].update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
     with pytest.raises(ConfigError, match="17 tokens in a cache of 16"):
         model(tokens(1, 17), past_key_values=cache)
+    with torch.no_grad():
+        cache = cache_of(model, "fp8", length=20)
+        model(tokens(1, 18), past_key_values=cache)
+        with pytest.raises(ConfigError, match="21 tokens in a cache of 20"):
+            model(tokens(1, 3), past_key_values=cache)
+        k, narrow = torch.zeros(1, 2, 1, 8), torch.ones(1, 19, dtype=torch.bool)
+        with pytest.raises(ConfigError, match="a mask of 19 columns for a cache of 20"):
+            cache.layers[0].append(k, k, narrow)
     with pytest.raises(ConfigError, match="cannot be written to a file yet"):
         cache_of(model, "fp8").save(model, tmp_path / "cache")
 

@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 import flasheva_compile as fe
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.quantization.learn import LearningOptions
 
 if TYPE_CHECKING:
     import argparse
@@ -72,6 +74,8 @@ class Arm:
         attention: The attention of a model that is not.
         config: What differs from the command line's configuration.
         store: Where a retrieving layer's exact keys are.
+        full_every: Every so many layers one stays full; 0 = none.
+        kv: How the full ones are stored.
     """
 
     about: str
@@ -80,6 +84,8 @@ class Arm:
     attention: str = "sdpa"
     config: dict[str, Any] = field(default_factory=dict)
     store: Literal["device", "offloaded"] = "device"
+    full_every: int = 0
+    kv: str = "exact"
 
 
 TOP_8 = {"chunk_size": 32, "retrieve_chunks": 8}
@@ -99,6 +105,19 @@ ARMS = {
         eva=True,
         config=TOP_8,
         store="offloaded",
+    ),
+    "flasheva_hybrid": Arm(
+        about="FlashEvaCache, preallocated; every fourth layer full",
+        static=True,
+        eva=True,
+        full_every=4,
+    ),
+    "flasheva_hybrid_2bit": Arm(
+        about="the same with the full layers in codes of 2 bits",
+        static=True,
+        eva=True,
+        full_every=4,
+        kv="vq-2bit",
     ),
     "flasheva_dynamic": Arm(about="FlashEvaCache, growing", static=False, eva=True),
     "full_unmasked": Arm(
@@ -198,6 +217,11 @@ class Shape:
             return self.bytes_of(sinks + w + c)
         if not ARMS[name].eva:
             return self.bytes_of(context + 1)
+        if every := ARMS[name].full_every:
+            bits = 16 if ARMS[name].kv == "exact" else 2
+            full = self.layers // every / self.layers
+            eva = self.visible_bytes("flasheva_static", a, context)
+            return round(full * self.bytes_of(context + 1) * bits / 16 + (1 - full) * eva)
         first = max(0, context - w + 1) // c * c  # of the window
         chunks = max(0, first - sinks) // c
         exact = context + 1 - first + min(sinks, first)
@@ -222,7 +246,22 @@ def build_model(a: argparse.Namespace, name: str, arm: Arm) -> Any:  # noqa: ANN
         dtype = getattr(torch, a.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.eval()
-    return fe.prepare(model, eva_config(a, arm)) if arm.eva else model
+    if not arm.eva:
+        return model
+    config: dict[str, Any] = {"default": eva_config(a, arm)}
+    layers, every = model.config.num_hidden_layers, arm.full_every
+    config |= {str(n): {"attention": "full", "kv": arm.kv} for n in every_last(layers, every)}
+    fe.prepare(model, config)
+    if arm.kv != "exact":
+        options = LearningOptions(iterations=1)  # what they say does not matter here
+        ids = torch.arange(4096, device=a.device).view(4, -1) % model.config.vocab_size
+        model.codebooks = fe.calibrate_kv(model, ids.split(1), arm.kv, options=options)
+    return model
+
+
+def every_last(layers: int, every: int) -> range:
+    """Return the last of every so many layers."""
+    return range(every - 1, layers, every) if every else range(0)
 
 
 def eva_config(a: argparse.Namespace, arm: Arm) -> fe.EvaConfig:
@@ -274,11 +313,27 @@ def filled_cache(model: Any, name: str, rows: int, context: int, a: argparse.Nam
         cache = StaticCache(config=model.config, max_cache_len=static_columns(context))
     layers: list[Any] = cache.layers
     for layer in layers:
-        layer.lazy_initialization(like, like)
+        fill_full(layer, like, context)
+    return cache
+
+
+def fill_full(layer: Any, like: Tensor, context: int) -> None:  # noqa: ANN401 - a cache layer
+    """Fill a preallocated layer that keeps every key, exactly or as codes."""
+    layer.lazy_initialization(like, like)
+    if not isinstance(layer, VecInferLayer):
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
-    return cache
+        return
+    assert layer.state is not None
+    assert layer.columns is not None
+    for x in (layer.state.key_codes, layer.state.value_codes):
+        x.random_(0, 256)
+    for x in layer.state[:4]:  # sinks and ring
+        x.normal_()
+    for x in (layer.state.length, layer.state.written, layer.columns):
+        x.fill_(context)
+    layer.seen, layer.is_empty = context, False
 
 
 def static_columns(context: int) -> int:
@@ -295,9 +350,14 @@ def _filled_eva(
 ) -> fe.FlashEvaCache:
     shape, columns = Shape.of(model), static_columns(context)
     sizes = {"max_batch_size": rows, "max_cache_len": columns} if arm.static else {}
-    cache = fe.FlashEvaCache.for_model(model, **sizes, store=arm.store)
+    books = {"codebooks": model.codebooks} if arm.kv != "exact" else {}
+    cache = fe.FlashEvaCache.for_model(model, **sizes, store=arm.store, **books)
     layers: list[Any] = cache.layers
-    for layer in layers:
+    full = every_last(len(layers), arm.full_every)
+    for index in full:
+        like = torch.empty(rows, shape.kv_heads, 0, shape.head_dim, device=model.device)
+        fill_full(layers[index], like.to(model.dtype), context)
+    for layer in (x for n, x in enumerate(layers) if n not in full):
         if not arm.static:  # as after a prefill of the whole context
             size = (rows, shape.kv_heads, context, shape.head_dim)
             keys = torch.empty(1, dtype=model.dtype, device=model.device).expand(size)

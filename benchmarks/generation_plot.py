@@ -22,6 +22,8 @@ STYLES = {  # FlashEVA solid, its rivals not; a color for each arm
     "flasheva_static": ("FlashEVA, preallocated", "C0", "-"),
     "flasheva_retrieval": ("top-8 retrieval", "C5", "-"),
     "flasheva_offloaded": ("top-8 retrieval, exact keys on the host", "C6", "-"),
+    "flasheva_hybrid": ("FlashEVA, a quarter of the layers full", "C8", "-"),
+    "flasheva_hybrid_2bit": ("FlashEVA, a quarter full in 2 bits", "C9", "-"),
     "flasheva_dynamic": ("FlashEVA, growing", "C1", "-"),
     "full_dynamic": ("full, growing", "C3", "--"),
     "full_static": ("full, preallocated", "C2", "--"),

@@ -92,6 +92,7 @@ def main() -> None:
         "text": "Debian packages, see adaptation_text.py; documents held out",
         **{n: getattr(a, n) for n in ("lengths", "sequences", "passkeys", "passkey_lengths")},
         "calibration": f"{a.calibration} x {a.calibration_length} tokens",
+        "per_head": a.per_head,
     }
     bench = Bench(a, load_model(gguf).to(device, dtype).eval(), device)
     table, arms = "formats", format_arms
@@ -209,7 +210,9 @@ class Bench:
             model = copy.deepcopy(self.model)
             fe.prepare(model, {"default": CONFIG} | {str(index): "full" for index in layers})
             fe.calibrate(model, self.calibration.split(1))
-        make = {None: exact, "fp8": fp8}.get(form) or partial(vecinfer, form, OURS, "combined")
+        make = {None: exact, "fp8": fp8}.get(form) or partial(
+            vecinfer, form, replace(OURS, per_head=self.a.per_head), "combined"
+        )
         learning = Learning(
             model=model, rows=self.calibration, iterations=self.a.iterations, layers=layers
         )
@@ -303,14 +306,15 @@ def format_arms(a: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Make] = {"bf16": exact}
     formats = [name for name in a.formats.split(",") if name]
     ablated = [name for name in a.ablate.split(",") if name]
-    ours = "balanced, grouped, centred, weighed"
+    ours, about_ours = replace(OURS, per_head=a.per_head), "balanced, grouped, centred, weighed"
+    about_ours += ", per head" * a.per_head
     slow = [name for name in formats if kv_format(name).key.entries > MANY]
     quick = [name for name in formats if name not in slow]
     for name in sorted(quick, key=lambda name: name != "vq-2bit"):
-        made[name] = partial(vecinfer, name, OURS, ours)
+        made[name] = partial(vecinfer, name, ours, about_ours)
     made |= {"fp8": fp8, "KIVI-style 2 bit": kivi_style}
     for name in slow:
-        made[name] = partial(vecinfer, name, OURS, ours)
+        made[name] = partial(vecinfer, name, ours, about_ours)
     for name in ablated:
         for about, options in ABLATIONS.items():
             made[f"{name}, {about}"] = partial(vecinfer, name, options, about)
@@ -370,8 +374,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-tokens", type=int, default=16384, help="tokens at a time")
     add("--passkeys", type=int, default=24, help="prompts per length; 0 = none")
     add("--passkey-lengths", type=int, nargs="+", default=[2000, 7600])
-    add("--calibration", type=int, default=16, help="rows that codebooks are learned from")
-    add("--calibration-length", type=int, default=2048, help="of those rows [tokens]")
+    add("--calibration", type=int, default=8, help="rows that codebooks are learned from")
+    add("--calibration-length", type=int, default=8192, help="of those rows [tokens]")
+    add("--per-head", action="store_true", help="a codebook for every key head")
     add("--iterations", type=int, default=30, help="of k-means")
     add("--formats", default=",".join(FORMATS))
     add("--ablate", default="vq-2bit", help="formats")

@@ -45,17 +45,18 @@ WHAT = "one causal attention, bf16: SDPA, FlashEVA, FlashEVA with retrieval and 
 RESULT = Path(__file__).parent / "results" / "retrieval_attention.json"
 FULL = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 PHASES: dict[str, tuple[str, ...]] = {
-    "fwd": ("select", "attend", "retrieve"),
+    "fwd": ("bounds", "select", "attend", "retrieve"),
     "bwd": (
         *("lists", "selection_bits", "dq", "retrieved_dq", "retrieved_dkv"),
         *("dchunk", "dsink", "dkv"),
     ),
 }
+KINDS = {"bounds": "chunk_bounds", "attend": "forward"}  # of phases with a name of their own
 WHOLE = (*FULL, "flasheva", "retrieval", "pool")
 CONTESTANTS = (*WHOLE, *itertools.chain.from_iterable(PHASES.values()))
 SHAPE = ("length", "head_dim", "heads", "kv_heads")
 EVA = ("window_size", "chunk_size", "sink_tokens")
-RETRIEVAL = ("retrieve_chunks", "retrieve_block")
+RETRIEVAL = ("retrieve_chunks", "retrieve_block", "retrieve_by")
 EXIT_LOST = 3
 
 
@@ -72,6 +73,7 @@ class Case:
     sink_tokens: int
     retrieve_chunks: int
     retrieve_block: int
+    retrieve_by: str
 
     @property
     def eva(self) -> dict[str, Any]:
@@ -90,6 +92,8 @@ class Case:
         unknown = (*EVA, *RETRIEVAL) if contestant in FULL else ()
         if contestant in ("flasheva", "pool"):
             unknown = RETRIEVAL
+        if self.retrieve_by == "token":  # rows from before there was a choice do not say it
+            unknown = (*unknown, "retrieve_by")
         return row | dict.fromkeys(unknown)
 
 
@@ -108,8 +112,8 @@ class Run:
 
 def cases(a: argparse.Namespace) -> Iterator[Case]:
     """List what is to be measured, long rows first."""
-    axes = (sorted(a.lengths, reverse=True), a.head_dims, a.chunk_sizes, a.chunks, a.blocks)
-    for length, head_dim, chunk, count, block in itertools.product(*axes):
+    sizes = (sorted(a.lengths, reverse=True), a.head_dims, a.chunk_sizes, a.chunks, a.blocks)
+    for length, head_dim, chunk, count, block, by in itertools.product(*sizes, a.retrieve_by):
         yield Case(
             length=length,
             head_dim=head_dim,
@@ -120,6 +124,7 @@ def cases(a: argparse.Namespace) -> Iterator[Case]:
             sink_tokens=-(-a.sink_tokens // chunk) * chunk,
             retrieve_chunks=count,
             retrieve_block=block,
+            retrieve_by=by,
         )
 
 
@@ -185,11 +190,17 @@ def whole_function(case: Case, x: Inputs, contestant: str, step: str) -> Callabl
     )
 
 
+def phases(case: Case, step: str) -> tuple[str, ...]:
+    """Return the names of the phases of a case's pass."""
+    unused = () if case.retrieve_by == "bounds" else ("bounds",)
+    return tuple(name for name in PHASES[step] if name not in unused)
+
+
 def phase_functions(case: Case, x: Inputs, step: str) -> dict[str, Callable[[], None]]:
     """Return the launches of the retrieval tier one by one; each has run once."""
     arguments = launched(case, x)
-    launches = launch_retrieval.launches(*arguments)
-    found = dict(zip(PHASES["fwd"], launches, strict=True))
+    steps = launch_retrieval.steps(*arguments)
+    found = {name: steps[KINDS.get(name, name)] for name in phases(case, "fwd")}
     if step == "bwd":
         result = launch_retrieval.retrieval_forward(*arguments)
         found = launch_retrieval_backward.steps(x.dout, result, *arguments)
@@ -203,14 +214,16 @@ def launched(case: Case, x: Inputs) -> tuple[Any, ...]:
     names = ("rfa_k", "rfa_v", "rfa_bias")
     tokens = dict(zip(names, _pool(case, x), strict=True))
     t = Operands(q=x.q, k=x.k, v=x.v, **tokens)
-    retrieval = Retrieval(chunks=case.retrieve_chunks, block=case.retrieve_block)
+    count, block, by = case.retrieve_chunks, case.retrieve_block, case.retrieve_by
+    retrieval = Retrieval(chunks=count, block=block, by=by)
     return t, rows_of(x.k, None, None, chunk_size=case.chunk_size), case.settings(), retrieval
 
 
 def given_schedules(run: Run, case: Case, x: Inputs) -> dict[KernelSpec, Schedule]:
     """Return the schedules that the command line changes."""
     arguments = launched(case, x)
-    named = dict(zip(PHASES["fwd"], launch_retrieval.specs(*arguments), strict=True))
+    specs = launch_retrieval.specs(*arguments)
+    named = {name: specs[KINDS.get(name, name)] for name in phases(case, "fwd")}
     named |= launch_retrieval_backward.specs(*arguments)
     return {
         named[name]: dataclasses.replace(schedule.choose(named[name]), **fields)
@@ -221,7 +234,7 @@ def given_schedules(run: Run, case: Case, x: Inputs) -> dict[KernelSpec, Schedul
 def run_case(run: Run, case: Case) -> None:
     """Measure what is not there yet of one case."""
     for step in run.passes:
-        names = [n for n in run.contestants if n in (*WHOLE, *PHASES[step])]
+        names = [n for n in run.contestants if n in (*WHOLE, *phases(case, step))]
         todo = [case.identity(name, step) for name in names]
         todo = [row for row in todo if not run.results.has(row)]
         if todo and time.monotonic() > run.deadline:
@@ -235,7 +248,7 @@ def run_case(run: Run, case: Case) -> None:
 def measure_rows(run: Run, case: Case, step: str, todo: list[Row]) -> None:
     """Measure one pass of some contestants."""
     x = make_inputs(case, run.device)
-    phases: dict[str, Callable[[], None]] = {}
+    launches: dict[str, Callable[[], None]] = {}
     with schedule.forced(given_schedules(run, case, x)):
         for row in todo:
             name = row["contestant"]
@@ -243,8 +256,8 @@ def measure_rows(run: Run, case: Case, step: str, todo: list[Row]) -> None:
                 if name in WHOLE:
                     function = whole_function(case, x, name, step)
                 else:
-                    phases = phases or phase_functions(case, x, step)
-                    function = phases[name]
+                    launches = launches or phase_functions(case, x, step)
+                    function = launches[name]
                 measured = measure([function], run.device, run.effort).fields()
             except Exception as error:  # noqa: BLE001, RUF100 - the run goes on, the row says why
                 measured = {"error": describe(error)}
@@ -279,6 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chunk-sizes", type=int, nargs="+", default=[16, 32])
     add("--chunks", type=int, nargs="+", default=[8, 16], help="retrieved by each query")
     add("--blocks", type=int, nargs="+", default=[1, 16, 64], help="queries of one selection")
+    add("--retrieve-by", choices=("token", "bounds"), nargs="+", default=["token"])
     add("--passes", choices=list(PHASES), nargs="+", default=list(PHASES))
     add("--contestants", choices=CONTESTANTS, nargs="+", default=list(CONTESTANTS))
     add("--budget-s", type=float, default=math.inf, help="start nothing new after that")

@@ -8,8 +8,8 @@ graphs, over enough copies of the cache that it does not stay in the L2 cache. T
   ``enable_gqa``, ``folded`` makes the query heads of a key head the rows of one query: neither
   repeats keys.
 - ``flasheva``: chunk tokens, sinks and window, nothing retrieved.
-- ``retrieval``: the same, and the keys of the best chunks; with ``--kernels`` also without the
-  launches after each ``kernel``, whose results nothing reads then.
+- ``retrieval``: the same, and the keys of the best chunks, ``by`` bounds or their tokens; with
+  ``--kernels`` also without the launches after each ``kernel``, whose results nothing reads then.
 
 ``bytes`` is what a call must read once; ``of_copy`` is its share of the bandwidth of a copy. Rows
 that ``--out`` has are kept; ``--resume`` measures only what is missing.
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 RESULT = Path(__file__).parent / "results" / "retrieval_decode.json"
-IDENTITY = ("arm", "batch", "context", "chunk_size", "chunks", "kernel", "tiles")
+IDENTITY = ("arm", "batch", "context", "chunk_size", "chunks", "by", "kernel", "tiles")
 KV_HEADS, GROUP, HEAD_DIM, ITEM = 8, 4, 64, 2
 WINDOW, SINKS, SCALE = 256, 32, HEAD_DIM**-0.5
 ROOM = 64  # steps that fit behind the context
@@ -72,6 +72,7 @@ class Cell:
     context: int
     chunk_size: int = 0
     chunks: int = 0
+    by: str | None = None
     kernel: str = ""
     tiles: str = ""
 
@@ -100,7 +101,7 @@ class Cell:
         exact = SINKS + self.context + 1 - max(first, SINKS)
         retrieved = min(self.chunks, seen) * c
         compressed = (seen - min(self.chunks, seen)) * token + seen * 4
-        scored = min(self.chunks, seen) * token // 2  # keys of the selected chunk tokens
+        scored = min(self.chunks, seen) * token // 2 + seen * token * (self.by == "bounds")
         return self.batch * KV_HEADS * ((exact + retrieved) * token + compressed + scored)
 
 
@@ -112,18 +113,18 @@ def cells(a: argparse.Namespace) -> Iterator[Cell]:
             yield Cell(arm=arm, **at)
         for c in a.chunk_sizes:
             yield Cell(arm="flasheva", chunk_size=c, **at)
-        for c, k in itertools.product(a.chunk_sizes, a.chunks):
-            yield Cell(arm="retrieval", chunk_size=c, chunks=k, **at)
-        whole = Cell(arm="retrieval", chunk_size=a.chunk_sizes[0], chunks=a.chunks[0], **at)
+        bys = [x if x == "bounds" else None for x in a.retrieve_by]  # as older rows have them
+        axes = list(itertools.product(a.chunk_sizes, a.chunks, bys))
+        arms = [Cell(arm="retrieval", chunk_size=c, chunks=k, by=x, **at) for c, k, x in axes]
+        yield from arms
         if a.kernels or a.sweep:
-            for kernel in KERNELS:
-                yield dataclasses.replace(whole, kernel=kernel)
+            yield from (dataclasses.replace(arms[0], kernel=kernel) for kernel in KERNELS)
         if a.sweep:
             for kernel, tiles in TILES.items():
                 affected = KERNELS[:2] if kernel == "retrieval_scores" else (kernel,)
                 for tile, measured in itertools.product(tiles, affected):
                     spelled = f"{kernel}:{'x'.join(map(str, tile))}"
-                    yield dataclasses.replace(whole, kernel=measured, tiles=spelled)
+                    yield dataclasses.replace(arms[0], kernel=measured, tiles=spelled)
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -180,8 +181,9 @@ def retrieval_state(cell: Cell, keys: torch.Tensor, values: torch.Tensor) -> Ret
     """Return a state that holds ``context`` tokens."""
     mask = torch.ones(cell.batch, keys.shape[2], dtype=torch.bool, device="cuda")
     none = torch.zeros(cell.batch, KV_HEADS, 0, dtype=torch.int32, device="cuda")
-    own = {"selected": none, "bounds": normal(cell.batch, KV_HEADS, 0, 2 * HEAD_DIM)}
-    return RetrievalState(keys=keys, values=values, mask=mask, **own, **chunk_tokens(cell))
+    x = chunk_tokens(cell)
+    bounds = normal(*x["rfa_k"].shape[:2], x["rfa_k"].shape[2] * bool(cell.by), 2 * HEAD_DIM)
+    return RetrievalState(keys, values, mask, selected=none, bounds=bounds, **x)
 
 
 def plain_state(cell: Cell) -> CacheState:
@@ -310,7 +312,7 @@ def compare(cell: Cell, stores: Stores) -> Row:
         stores.q, position, state, cell.settings, retrieval, selected[:, :, None]
     )
     chunks, grouped = state.rfa_k.shape[2], retrieval_cache._grouped(stores.q, state, cell.settings)
-    scores = retrieval_cache._chunk_scores(grouped, state, chunks, cell.settings).amax(2)
+    scores = retrieval_cache._selector_scores(grouped, state, chunks, cell.settings).amax(2)
     visible = retrieval_cache._visible_chunks(position, chunks, cell.settings)[:, None]
     own = largest_scores(scores, visible, selected.shape[-1])[:, :, 0]
     return {
@@ -362,11 +364,11 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add, size = parser.add_argument, power_of_two_or_k
-    contexts = [size(text) for text in ("64k", "128k", "16k")]
-    add("--contexts", type=size, nargs="+", default=contexts, help="tokens; 64k = 65536")
+    add("--contexts", type=size, nargs="+", default=[65536, 131072, 16384], help="64k = 65536")
     add("--batches", type=int, nargs="+", default=[1, 8, 32])
     add("--chunk-sizes", type=int, nargs="+", default=[16, 32])
     add("--chunks", type=int, nargs="+", default=[16, 8, 32], help="chunks to retrieve")
+    add("--retrieve-by", choices=("token", "bounds"), nargs="+", default=["token"])
     add("--kernels", action="store_true", help="time the first launches without the rest, too")
     add("--sweep", action="store_true", help="and with other tiles")
     add("--budget-s", type=float, default=120.0, help="start nothing new after that")

@@ -313,7 +313,7 @@ def retrieve(
         return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
     by = o["retrieve_by"]
     retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"], by=by)
-    if by == "token" and runs_kernels(k, v, settings.dropout_p):  # no kernel knows bounds yet
+    if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
         if launch_retrieval.covers(t, rows, settings, retrieval):
             return launch_retrieval.retrieval_forward(t, rows, settings, retrieval)

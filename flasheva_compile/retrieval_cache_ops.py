@@ -106,7 +106,6 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, parameters, key_mask, *tensors = args
     state, chunks = RetrievalState(*tensors), options["retrieve_chunks"]
     single = q.shape[2] == 1 and options["retrieve_block"] == 1
-    single = single and options["retrieve_by"] == "token"  # no kernel selects by bounds yet
     if single and runs_kernels(k, v) and launch_retrieval_decode.covers(state, chunks):
         _check(args, options)
         rule, given = kernel_rule(options["rule"], list(parameters)), tuple(parameters)

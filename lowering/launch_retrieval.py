@@ -1,20 +1,21 @@
 """Launches of the retrieval tier's forward pass: select, attend to the rest, then to the selected.
 
-Three launches, no atomics: every run gives the same bits.
+Three launches, with bounds a fourth before them; no atomics: every run gives the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flasheva_compile.kernels.blocked.retrieval_select import group_size
 from flasheva_compile.lowering import launch
+from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.emit.retrieval_forward_attend import group_queries
 from flasheva_compile.lowering.emit.selection_bits import WORD
-from flasheva_compile.lowering.schedule_retrieval import MOST_HEADS
+from flasheva_compile.lowering.schedule import current_target
+from flasheva_compile.lowering.schedule_retrieval import MOST_HEADS, smallest_fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +33,17 @@ _SPARE_WORDS = 4  # the last tile may reach beyond the last chunk
 
 def covers(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval) -> bool:
     """Whether kernels compute this call; the blocked code computes the others."""
-    heads = t.q.shape[1] // t.k.shape[1] <= MOST_HEADS
+    group = t.q.shape[1] // t.k.shape[1]
     plain = rows.documents != "packed" and s.dropout_p == 0
-    return heads and plain and 0 < retrieval.chunks <= _MOST_CHUNKS and 0 not in t.q.shape
+    few = 0 < retrieval.chunks <= _MOST_CHUNKS and group <= MOST_HEADS
+    return few and plain and 0 not in t.q.shape and _fits(t, group, retrieval)
+
+
+def _fits(t: Operands, group: int, retrieval: Retrieval) -> bool:
+    """Whether wide heads leave ``select`` room for queries, and their magnitudes with bounds."""
+    row_bytes = t.q.shape[3] * t.q.element_size() * (2 if retrieval.by == "bounds" else 1)
+    with on_device(t.q.device):
+        return smallest_fits(group, row_bytes, current_target())
 
 
 def retrieval_forward(
@@ -46,7 +55,7 @@ def retrieval_forward(
         t: The tensors of the call.
         rows: Their layout.
         s: Window, chunks, scale and so on.
-        retrieval: How many chunks, and for how many queries at once.
+        retrieval: How many chunks, for how many queries at once, and by what.
 
     Returns:
         ``out [B, Hq, L, Dv]``, fp32 ``lse [B, Hq, L]`` and the int32 slots of the selected chunks,
@@ -56,34 +65,34 @@ def retrieval_forward(
         Ours; the formula is ``kernels/reference/retrieval.py``.
     """
     values = _values(t, rows, s, retrieval)
-    for launched in _launches(t, rows, s, retrieval, values):
-        launched()
+    for step in _steps(values, t, rows, s, retrieval).values():
+        step()
     return values["out_ptr"], values["lse_ptr"], values["selected_ptr"]
 
 
-def launches(
+def steps(
     t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
-) -> tuple[Callable[[], None], ...]:
-    """Return the three launches one by one, to be timed: each needs those before it."""
-    return _launches(t, rows, s, retrieval, _values(t, rows, s, retrieval))
+) -> dict[str, Callable[[], None]]:
+    """Return the launches by kind, to be timed: each needs those before it."""
+    return _steps(_values(t, rows, s, retrieval), t, rows, s, retrieval)
 
 
-def _launches(
-    t: Operands,
-    rows: Rows,
-    s: AttentionSettings,
-    retrieval: Retrieval,
-    values: dict[str, Any],
-) -> tuple[Callable[[], None], ...]:
-    select, forward, retrieve = specs(t, rows, s, retrieval)
+def _steps(
+    values: dict[str, Any], t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
+) -> dict[str, Callable[[], None]]:
+    of = specs(t, rows, s, retrieval)
     (batch, heads, length, _), kv_rows = t.q.shape, t.q.shape[0] * t.k.shape[1]
     groups = values["selected_ptr"].shape[2]
     # ``select`` computes in natural units.
     natural = values | {"softcap": s.softcap}
     natural |= {} if s.softcap else {"score_scale": s.scale}
+    of_keys = values | {"heads": t.k.shape[1]}
 
     def parts(how: Schedule) -> int:
-        return -(-group_queries(retrieve) // how.block_m)
+        return -(-group_queries(of["retrieve"]) // how.block_m)
+
+    def programs_of_bounds(how: Schedule) -> int:
+        return kv_rows * -(-t.rfa_bias.shape[2] // how.block_n)
 
     def programs_of_select(how: Schedule) -> int:
         return kv_rows * -(-groups // how.block_m)
@@ -94,17 +103,19 @@ def _launches(
     def programs_of_retrieve(how: Schedule) -> int:
         return kv_rows * groups * parts(how)
 
-    return (
-        partial(launch.run, select, programs_of_select, natural),
-        partial(launch.run, forward, programs_of_forward, values),
-        partial(launch.run, retrieve, programs_of_retrieve, values),
-    )
+    launched = {
+        "chunk_bounds": (programs_of_bounds, of_keys),
+        "select": (programs_of_select, natural),
+        "forward": (programs_of_forward, values),
+        "retrieve": (programs_of_retrieve, values),
+    }
+    return {kind: lambda kind=kind: launch.run(of[kind], *launched[kind]) for kind in of}
 
 
 def specs(
     t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval
-) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
-    """Return the specs of ``select``, ``forward`` and ``retrieve``."""
+) -> dict[str, KernelSpec]:
+    """Return the specs of the kernels, by their kinds, in the order of their launches."""
     group = group_size(retrieval.block, uniform=rows.documents == "dense")
     forward = launch.attention_spec(t, s, rows, None)
     forward = dataclasses.replace(forward, selection_group=group)
@@ -115,11 +126,16 @@ def specs(
         retrieve_block=retrieval.block,
         value_dim=forward.head_dim,  # it reads no values, nor which keys are valid
         key_mask=False,
+        by_bounds=retrieval.by == "bounds",
     )
     retrieve = dataclasses.replace(
         forward, kind="retrieve", window_size=0, sink_size=0, window="sliding", whole_chunks=False
     )
-    return select, forward, retrieve
+    found = [select, forward, retrieve]
+    if select.by_bounds:
+        own = {"value_dim": forward.head_dim, "selection_group": 0}
+        found.insert(0, dataclasses.replace(forward.of_kind("chunk_bounds"), **own))
+    return {spec.kind: spec for spec in found}
 
 
 def _values(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval) -> dict[str, Any]:
@@ -133,10 +149,12 @@ def _values(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval)
     def integers(*shape: int) -> Tensor:
         return t.q.new_empty(batch, kv_heads, *shape, dtype=torch.int32)
 
+    bounded = slots if retrieval.by == "bounds" else 0
     return {
         **launch.call_values(t, rows, s),
         "out_ptr": t.q.new_empty(batch, heads, length, t.v.shape[3]),
         "lse_ptr": t.q.new_empty((batch, heads, length), dtype=torch.float32),
+        "bounds_ptr": t.k.new_empty(batch, kv_heads, bounded, 2 * t.k.shape[3]),
         "selected_ptr": integers(groups, picks),
         "bits_ptr": integers(words, groups),
         "picks": picks,

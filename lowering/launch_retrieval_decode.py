@@ -32,8 +32,8 @@ MOST_CHUNKS = 64
 
 _STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
-    # Every query selects for itself, by chunk tokens: no open block's selection, no bounds.
-    *("none", "none", "row_start_ptr", "length_ptr"),
+    # Every query selects for itself: no open block's selection.
+    *("none", "bounds_ptr", "row_start_ptr", "length_ptr"),
 )
 """Names of the arguments that the fields of ``RetrievalState`` are, in order."""
 
@@ -50,6 +50,7 @@ class _Shape(NamedTuple):
         columns: Tokens that the cache has room for.
         chunks: Chunk tokens that it has room for.
         retrieved: Chunks to retrieve.
+        by_bounds: Whether their bounds select.
         dtype: Of all tensors but biases.
         device: Where they are.
         rule: Chunk rule of the kernels.
@@ -62,6 +63,7 @@ class _Shape(NamedTuple):
     columns: int
     chunks: int
     retrieved: int
+    by_bounds: bool
     dtype: torch.dtype
     device: torch.device
     rule: str
@@ -87,6 +89,7 @@ class _Plan:
         launches: In order.
         constants: Arguments that are the same in every step.
         scores: Chunk scores, one per query head and chunk [numbers].
+        selectors: Chunk scores by bounds, one per key head and chunk [numbers]; 0 = no bounds.
         runs: Best scores of runs of chunks [numbers].
         partial: What the parts leave for ``decode_combine`` [numbers].
     """
@@ -94,6 +97,7 @@ class _Plan:
     launches: tuple[_Launch, ...]
     constants: dict[str, Any]
     scores: int
+    selectors: int
     runs: int
     partial: int
 
@@ -125,7 +129,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         v: New values, ``[B, Hkv, 1, Dv]``.
         key_mask: ``[B, 1]`` bool; None = all valid.
         parameters: Of the chunk rule.
-        state: Contiguous tensors, written in place.
+        state: Contiguous tensors, written in place; its bounds select, if it has any.
         settings: The layer's.
         rule: Chunk rule of the kernel (see ``launch.kernel_rule``), any but ``eva``.
         chunks: Chunks to attend exactly; see :func:`covers`.
@@ -137,20 +141,20 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     columns, room, device = state.mask.shape[1], state.rfa_k.shape[2], q.device
-    count = min(chunks, room)
-    made_of = (count, q.dtype, device, rule, len(parameters), key_mask is not None)
+    count, by_bounds = min(chunks, room), state.bounds.shape[2] > 0
+    made_of = (count, by_bounds, q.dtype, device, rule, len(parameters), key_mask is not None)
     with on_device(device):
         plan = _plan(_Shape(q.shape, v.shape, columns, room, *made_of), settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        batch, heads = q.shape[:2]
-        out = q.new_empty((batch, heads, 1, v.shape[3]))
-        lse = q.new_empty((batch, heads, 1), dtype=torch.float32)
-        selected = q.new_empty((batch, k.shape[1], count), dtype=torch.int32)
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        selected = q.new_empty((*k.shape[:2], count), dtype=torch.int32)
         values = plan.constants | {
             **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
             **_token_values(q, k, v),
             "scores_ptr": q.new_empty(plan.scores, dtype=torch.float32),
+            "selector_ptr": q.new_empty(plan.selectors, dtype=torch.float32),
             "peaks_ptr": q.new_empty(plan.runs, dtype=torch.int32),
             "selected_ptr": selected,
             "partial_ptr": q.new_empty(plan.partial, dtype=torch.float32),
@@ -207,6 +211,7 @@ def _plan(shape: _Shape, s: AttentionSettings) -> _Plan:
             "softcap": s.softcap * _LOG2E,
         },
         scores=heads * shape.chunks,
+        selectors=rows * shape.chunks if shape.by_bounds else 0,
         runs=rows * runs,
         partial=heads * splits * (shape.v[3] + 2),
     )
@@ -236,4 +241,5 @@ def scores_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         chunk_rule=shape.rule,
         parameters=shape.parameters,
         retrieve_chunks=shape.retrieved,
+        by_bounds=shape.by_bounds,
     )

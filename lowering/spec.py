@@ -29,11 +29,12 @@ ExtendKind = Literal["extend_pool", "extend", "extend_append", "extend_combine"]
 the cache and of themselves; ``extend_append`` writes them; ``extend_combine`` adds the parts up.
 """
 
-RetrievalKind = Literal["select", "retrieve"]
+RetrievalKind = Literal["chunk_bounds", "select", "retrieve"]
 """Kernels of the retrieval tier, around ``forward``.
 
-``select`` finds the chunks that each group of queries attends exactly; ``retrieve`` attends to
-their keys and goes on with the softmax of ``forward``.
+``chunk_bounds`` makes what scores chunks where their tokens do not; ``select`` finds the chunks
+that each group of queries attends exactly; ``retrieve`` attends to their keys and goes on with the
+softmax of ``forward``.
 """
 
 RetrievalBackwardKind = Literal["selection_bits", "retrieved_dq", "retrieved_dkv"]
@@ -76,12 +77,16 @@ _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
-    *("key_mask", "chunk_size", "retrieve_chunks"),
+    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
-_SELECTED_BY = ("group", "retrieve_chunks", "window", "window_size", "chunk_size", "sink_size")
+_SELECTED_BY = (
+    *("group", "retrieve_chunks", "by_bounds"),
+    *("window", "window_size", "chunk_size", "sink_size"),
+)
 _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     **dict.fromkeys(("chunk_tokens", "dpool"), _QUERY_FIELDS + _SCORE_FIELDS),
+    "chunk_bounds": _QUERY_FIELDS + _SCORE_FIELDS + _POOLING_FIELDS,
     "dkv": (),
     **dict.fromkeys(("decode", "retrieval_scores"), _DECODE_FIELDS),
     **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
@@ -89,7 +94,7 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
     "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
-    "retrieval_decode": ("key_mask", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "retrieval_decode": ("key_mask", "by_bounds", *_POOLING_FIELDS, *_DECODE_FIELDS),
 }
 _NEUTRAL = {
     "documents": "dense",
@@ -110,6 +115,7 @@ _NEUTRAL = {
     "parameters": 0,
     "accumulate": False,
     "retrieve_chunks": 0,
+    "by_bounds": False,
 }
 
 
@@ -146,6 +152,7 @@ class KernelSpec:
             is retrieved.
         retrieve_chunks: Chunks that a query attends exactly, at most.
         retrieve_block: Positions for which the first one selects; ``select`` alone asks.
+        by_bounds: The bounds of a chunk's keys score it, not its chunk token.
     """
 
     kind: AnyKind
@@ -172,6 +179,7 @@ class KernelSpec:
     selection_group: int = 0
     retrieve_chunks: int = 0
     retrieve_block: int = 1
+    by_bounds: bool = False
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""

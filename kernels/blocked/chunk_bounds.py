@@ -53,9 +53,12 @@ def _bounds(keys: Tensor, valid: Tensor | None) -> Tensor:
     return torch.cat([mean / 2 + (low + high) / 4, (high - low) / 4], -1)
 
 
-def with_magnitudes(q: Tensor) -> Tensor:
-    """Return ``[q | |q|]``, whose products with :func:`chunk_bounds` are the selector's."""
-    return torch.cat([q, q.abs()], -1)
+def with_magnitudes(q: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``[q | |q|]``, whose products with :func:`chunk_bounds` are the selector's.
+
+    Queries that are multiplied by ``scale`` already have magnitudes of its sign.
+    """
+    return torch.cat([q, q.abs() if scale >= 0 else -q.abs()], -1)
 
 
 def bounds_of_each(keys: Tensor, valid: Tensor, chunk_size: int) -> Tensor:

@@ -273,7 +273,7 @@ def _chunk_scores(q: Tensor, state: RetrievalState, chunks: int, s: AttentionSet
 def _selector_scores(q: Tensor, state: RetrievalState, chunks: int, s: AttentionSettings) -> Tensor:
     if not state.bounds.shape[2]:
         return _chunk_scores(q, state, chunks, s)
-    scores = _products(with_magnitudes(q), state.bounds[:, :, :chunks], s)
+    scores = _products(with_magnitudes(q, s.scale), state.bounds[:, :, :chunks], s)
     return scores + empty_chunks(state.rfa_bias)[:, :, None, None, :chunks]
 
 

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.retrieval_bounds import (
+    bounds_members,
+    bounds_results,
+    bounds_start,
+)
 from flasheva_compile.lowering.emit.scores import LOG2E
 
 if TYPE_CHECKING:
@@ -64,11 +69,12 @@ def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
     """Pool the chunk that the token completes, if it does."""
     c = spec.chunk_size
     with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
-        out.lines(*pool_start(spec, d, e))
+        out.lines(*pool_start(spec, d, e), *(bounds_start(d, "1") if spec.by_bounds else []))
         out.line(f"first_slot = slot - {c - 1}")
         with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
-            out.lines(*_members(spec, d, e))
-        out.lines(*pool_results(spec, d, e))
+            out.lines(*_members(spec, d, e), *(bounds_members(d) if spec.by_bounds else []))
+        out.line("count = l_n")
+        out.lines(*pool_results(spec, d, e), *(bounds_results(d) if spec.by_bounds else []))
 
 
 def _is_valid(spec: KernelSpec) -> str:

@@ -154,7 +154,9 @@ def _left_chunks(spec: KernelSpec) -> list[tuple[list[str], Loop]]:
 
 def _sinks(spec: KernelSpec) -> tuple[list[str], Loop]:
     if spec.causal:
-        end, mask = f"tl.minimum(lo_last, {spec.sink_size})", (Compare("offs_n", "<", "sink_stop"),)
+        # A query may stand behind all keys, of which there may be fewer than sinks.
+        end = f"tl.minimum(tl.minimum(lo_last, hi_last), {spec.sink_size})"
+        mask = (Compare("offs_n", "<", "sink_stop"),)
     else:
         outside = Either(Compare("offs_n", "<", "lo"), Compare("offs_n", ">=", "hi"))
         end, mask = "sink_stop", (KeyFlag("offs_n < sink_stop"), outside)

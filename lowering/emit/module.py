@@ -19,6 +19,7 @@ from flasheva_compile.lowering.emit.queries import emit_query_kernel
 from flasheva_compile.lowering.emit.retrieval_backward_bits import emit_selection_bits
 from flasheva_compile.lowering.emit.retrieval_backward_keys import emit_retrieved_dkv
 from flasheva_compile.lowering.emit.retrieval_backward_queries import emit_retrieved_dq
+from flasheva_compile.lowering.emit.retrieval_chunk_bounds import emit_chunk_bounds
 from flasheva_compile.lowering.emit.retrieval_decode import emit_retrieval_decode
 from flasheva_compile.lowering.emit.retrieval_decode_select import (
     emit_decode_scores,
@@ -45,6 +46,7 @@ _PURPOSE = {
     "dsink": "gradient of sinks from queries whose window is behind them",
     "dkv": "gradient of keys and values",
     "dpool": "gradient of pooling",
+    "chunk_bounds": "centre and spread of the keys of chunks",
     "select": "find the chunks that each group of queries attends exactly",
     "retrieve": "attend to the keys of selected chunks, join with what is there",
     "selection_bits": "mark the chunk tokens that were selected",
@@ -81,6 +83,7 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
 _BODIES: dict[str, Callable[[Any], str]] = {  # a kind has its own class of spec
     "chunk_tokens": emit_chunk_tokens,
     "dpool": emit_pool_gradient,
+    "chunk_bounds": emit_chunk_bounds,
     "select": emit_select,
     "selection_bits": emit_selection_bits,
     "decode": emit_decode,

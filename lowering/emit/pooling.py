@@ -14,7 +14,7 @@ from flasheva_compile.lowering.emit.source import Dim, Source
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import KernelSpec
 
-_UNROLLED = 32
+UNROLLED = 32
 """Largest chunk whose loop is unrolled, so that all its loads are in flight at once."""
 
 
@@ -57,16 +57,16 @@ def emit_chunk_tokens(spec: KernelSpec) -> str:
     """Return the body of ``chunk_tokens``: a block of chunks, a walk over their members."""
     out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
     program(out, spec)
-    out.lines(*d.offsets(), *e.offsets(), *_chunks(spec), *_parameters(spec, d))
+    out.lines(*d.offsets(), *e.offsets(), *chunk_columns(spec), *_parameters(spec, d))
     out.lines(*_initial(spec, d, e))
-    walk = "tl.static_range" if spec.chunk_size <= _UNROLLED else "range"
+    walk = "tl.static_range" if spec.chunk_size <= UNROLLED else "range"
     with out.block(f"for member in {walk}({spec.chunk_size}):"):
         out.lines(*_member(spec, d, e))
     out.lines(*_results(spec, d, e))
     return out.text()
 
 
-def _chunks(spec: KernelSpec) -> list[str]:
+def chunk_columns(spec: KernelSpec) -> list[str]:
     """Define ``columns_in``, first column of each chunk relative to ``origin``."""
     c = spec.chunk_size
     lines = positions.row_origin(spec)[:1]
@@ -133,14 +133,19 @@ def _initial(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return lines + e.zeros("sv", "BLOCK_N")
 
 
-def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+def member_keys(spec: KernelSpec, d: Dim) -> list[str]:
+    """Load key ``member`` of each chunk in fp32, ``k0``, ...; ``seen`` are those that exist."""
     lines = [
         "at = relative + member",
         "seen = in_chunk & (origin + at < columns)",
     ]
     if spec.key_mask:
         lines.append("seen &= tl.load(valid_ptr + at, mask=seen, other=0) != 0")
-    lines += d.load("k", "k_ptr", "at", "stride_kn", "seen", cast=".to(tl.float32)")
+    return lines + d.load("k", "k_ptr", "at", "stride_kn", "seen", cast=".to(tl.float32)")
+
+
+def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    lines = member_keys(spec, d)
     lines += e.load("v", "v_ptr", "at", "stride_vn", "seen", cast=".to(tl.float32)")
     lines.append("count += seen.to(tl.float32)")
     if spec.chunk_rule == "mean":

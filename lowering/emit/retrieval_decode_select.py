@@ -16,6 +16,12 @@ from typing import TYPE_CHECKING
 from flasheva_compile.lowering.emit import scores
 from flasheva_compile.lowering.emit.decode import group_bound, place, program, tile_loads
 from flasheva_compile.lowering.emit.decode_append import append_column
+from flasheva_compile.lowering.emit.retrieval_bounds import (
+    bounds_product,
+    load_bounds,
+    magnitudes,
+    without_bias,
+)
 from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, queries
 from flasheva_compile.lowering.emit.source import Dim, Source
 
@@ -47,7 +53,9 @@ def emit_decode_scores(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*program(), *place(spec), *chunk_range(spec), *_rows(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
     out.lines(*queries(spec, d), *_scores(spec, d), "")
-    out.lines(*_peaks(spec, schedule.block_n // RUN), "")
+    if spec.by_bounds:
+        out.lines("# What selects is not what weighs.", *_scores_by_bounds(spec, d), "")
+    out.lines(*_selector(spec), *_peaks(schedule.block_n // RUN), "")
     append_column(out, spec, d, e)
     return out.text()
 
@@ -67,6 +75,8 @@ def _rows(spec: KernelSpec) -> list[str]:
         f"rfa_v_ptr += chunk_row * {spec.value_dim}",
         "rfa_bias_ptr += chunk_row",
         f"scores_ptr += chunk_row * {spec.group}",
+        f"bounds_ptr += chunk_row * {2 * spec.head_dim}",
+        "selector_ptr += chunk_row",
         *token,
     ]
 
@@ -89,12 +99,28 @@ def _scores(spec: KernelSpec, d: Dim) -> list[str]:
     ]
 
 
-def _peaks(spec: KernelSpec, runs: int) -> list[str]:
-    """Store the best score of each run of the tile, as integers that order as scores do."""
+def _scores_by_bounds(spec: KernelSpec, d: Dim) -> list[str]:
+    """Score the same tile by bounds."""
+    return [
+        *magnitudes(d, "q", "abs_q"),
+        *load_bounds(d, "inside"),
+        without_bias(),
+        *bounds_product(d, "s", ("q", "abs_q"), scores.precision(spec)),
+        *scores.scores(spec, "chunk", keys_first=False),
+    ]
+
+
+def _selector(spec: KernelSpec) -> list[str]:
+    """Define ``score``, the largest of the query heads; keep it where no head's is kept."""
     bound = group_bound(spec)
     heads = f'tl.where(({bound})[:, None], s, float("-inf"))' if bound else "s"
+    kept = ["tl.store(selector_ptr + offs_n, score, mask=inside)"] * spec.by_bounds
+    return [f"score = tl.max({heads}, 0)", *kept]
+
+
+def _peaks(runs: int) -> list[str]:
+    """Store the best score of each run of the tile, as integers that order as scores do."""
     return [
-        f"score = tl.max({heads}, 0)",
         *_ordered(),
         f"ordered = tl.reshape(tl.where(inside, ordered, {_NO_PEAK}), [{runs}, {RUN}])",
         f"peaks = peaks_ptr + (bh64 * splits + split) * {runs}",
@@ -123,6 +149,7 @@ def emit_decode_select(spec: KernelSpec, schedule: Schedule) -> str:
         "position = (tl.load(length_ptr) - tl.load(row_start_ptr + b)).to(tl.int32)",
         *chunk_range(spec),
         f"scores_ptr += row * chunks * {spec.group}",
+        "selector_ptr += row * chunks",
         "peaks_ptr += row * runs",
         f"offs_t = tl.arange(0, {tile})",
         f"best = tl.full([{count}], {_INVISIBLE}, tl.int64)",
@@ -145,13 +172,18 @@ def _chunks_of_runs(spec: KernelSpec, count: int) -> list[str]:
     first = spec.sink_size // spec.chunk_size
     seen = "(offs_n < chunk_stop)" + (f" & (offs_n >= {first})" if first else "")
     address = "scores_ptr + head * tl.cast(chunks, tl.int64) + offs_n"
+    best_head = [
+        f'score = tl.full([{count}, {RUN}], float("-inf"), tl.float32)',
+        f"for head in range({spec.group}):",
+        f'    score = tl.maximum(score, tl.load({address}, mask=inside, other=float("-inf")))',
+    ]
+    if spec.by_bounds:
+        best_head = ['score = tl.load(selector_ptr + offs_n, mask=inside, other=float("-inf"))']
     return [
         "run = runs - 1 - (best & 0xFFFFFFFF).to(tl.int32)",
         f"offs_n = run[:, None] * {RUN} + tl.arange(0, {RUN})[None, :]",
         f"inside = (best != {_INVISIBLE})[:, None] & {seen}",
-        f'score = tl.full([{count}, {RUN}], float("-inf"), tl.float32)',
-        f"for head in range({spec.group}):",
-        f'    score = tl.maximum(score, tl.load({address}, mask=inside, other=float("-inf")))',
+        *best_head,
         *_ordered(),
         "number = (ordered.to(tl.int64) << 32) + (chunks - 1 - offs_n)",
         f"number = tl.where(inside, number, {_INVISIBLE})",

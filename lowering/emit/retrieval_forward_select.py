@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
 from flasheva_compile.lowering.emit.queries import row_pointers
+from flasheva_compile.lowering.emit.retrieval_bounds import (
+    bounds_product,
+    load_bounds,
+    magnitudes,
+    without_bias,
+)
 from flasheva_compile.lowering.emit.selection_bits import (
     group_count,
     store_bits,
@@ -73,6 +79,7 @@ def _program(spec: KernelSpec) -> list[str]:
         "block = blocks - 1 - pid % blocks",
         *kv_program(spec),
         *row_pointers(spec, chunks=True),
+        f"bounds_ptr += chunk_row * {2 * spec.head_dim}",
     ]
 
 
@@ -108,6 +115,7 @@ def _load_heads(spec: KernelSpec, d: Dim) -> list[str]:
     for g in range(spec.group):
         pointer = f"q_head + {g} * tl.cast(stride_qh, tl.int64)" if g else "q_head"
         lines += d.load(f"q{g}_", pointer, "leader", "stride_qm", "is_group")
+        lines += magnitudes(d, f"q{g}_", f"abs_q{g}_")
         if spec.alibi:
             slope = f"tl.load(slopes_ptr + hk * {spec.group} + {g}).to(tl.float32)"
             lines.append(f"slope{g} = {slope}")
@@ -130,17 +138,18 @@ def _scores(spec: KernelSpec, d: Dim) -> list[str]:
 
     In natural units, as the formula does: base 2 would round scores apart that are equal.
     """
-    dot, bound = scores.precision(spec), "offs_n < chunk_end"
+    dot = scores.precision(spec)
     lines = [
         "offs_n = offset + offs_t",
-        f"k_tile = rfa_k_ptr + offset * tl.cast({spec.head_dim}, tl.int64)",
-        *d.load("k", "k_tile", "offs_t", str(spec.head_dim), bound),
-        *([] if spec.whole_chunks else [f"bias = {_load('rfa_bias_ptr', '-inf')}"]),
+        *_load_chunks(spec, d),
         *scores.key_position(spec, "chunk", _load("chunk_mean_ptr", "0")),
     ]
     commutes = not (spec.alibi or spec.negative_scale)
     for g in range(spec.group):
-        lines += d.contract("s", f"q{g}_", "k", dot)
+        if spec.by_bounds:
+            lines += bounds_product(d, "s", (f"q{g}_", f"abs_q{g}_"), dot)
+        else:
+            lines += d.contract("s", f"q{g}_", "k", dot)
         if not commutes:
             lines += [f"slope = slope{g}"] if spec.alibi else []
             lines += scores.scores(spec, "chunk", keys_first=False)
@@ -149,6 +158,18 @@ def _scores(spec: KernelSpec, d: Dim) -> list[str]:
     if commutes:
         lines += scores.scores(spec, "chunk", keys_first=False)
     return [*lines, *scores.masked("offs_n[None, :] < chunk_stop[:, None]")]
+
+
+def _load_chunks(spec: KernelSpec, d: Dim) -> list[str]:
+    bound = "offs_n < chunk_end"
+    bias = [] if spec.whole_chunks else [f"bias = {_load('rfa_bias_ptr', '-inf')}"]
+    if spec.by_bounds:
+        return [*load_bounds(d, bound), *bias, without_bias()]
+    return [
+        f"k_tile = rfa_k_ptr + offset * tl.cast({spec.head_dim}, tl.int64)",
+        *d.load("k", "k_tile", "offs_t", str(spec.head_dim), bound),
+        *bias,
+    ]
 
 
 def _load(pointer: str, other: str) -> str:

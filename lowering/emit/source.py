@@ -161,11 +161,13 @@ class Dim:
         """Return the sum over columns of the elementwise product of two tiles."""
         return " + ".join(f"tl.sum({left}{n} * {right}{n}, 1)" for n in self.indices)
 
-    def contract(self, result: str, left: str, right: str, precision: str) -> list[str]:
-        """Compute ``result = left @ right.T`` over this dimension, part by part."""
+    def contract(
+        self, result: str, left: str, right: str, precision: str, *, more: bool = False
+    ) -> list[str]:
+        """Compute ``result = left @ right.T``, or add ``more``, over this dimension by parts."""
         lines = []
         for n in self.indices:
-            seed = f", {result}" if n else ""
+            seed = f", {result}" if n or more else ""
             lines.append(f"{result} = tl.dot({left}{n}, tl.trans({right}{n}){seed}{precision})")
         return lines
 

@@ -63,9 +63,9 @@ def test_forward_and_backward_repeat_bit_for_bit(dtype, block):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_cuda_graph_of_a_step(block):
-    config = {**SMALL, "retrieve_chunks": 2, "retrieve_block": block}
+@pytest.mark.parametrize(("block", "by"), [(1, "token"), (4, "token"), (1, "bounds")])
+def test_cuda_graph_of_a_step(block, by):
+    config = {**SMALL, "retrieve_chunks": 2, "retrieve_block": block, "retrieve_by": by}
     model = fe.prepare(llama().cuda(), config)
     want = generate(model, tokens(1, 21).cuda()).sequences
     cache = fe.FlashEvaCache.for_model(model, max_batch_size=1, max_cache_len=64)
@@ -98,6 +98,9 @@ STEPS = {
     "more chunks than there are": {"chunks": 64},
     "padding": {"padding": True},
     "softcap": {"softcap": 20.0},
+    "bounds": {"by": "bounds"},
+    "bounds d128": {"by": "bounds", "size": 128, "padding": True},
+    "bounds d80, block": {"by": "bounds", "size": 80, "window": "block", "softcap": 20.0},
 }
 
 
@@ -116,6 +119,7 @@ class Steps:
     chunks: int = 8
     padding: bool = False
     softcap: float = 0.0
+    by: str = "token"
     batch: int = 3
     heads: int = 2
     prompt: int = 1200
@@ -134,6 +138,7 @@ class Steps:
             window=self.window,
             chunk_rule=self.rule,
             retrieve_chunks=self.chunks,
+            retrieve_by=self.by,
         )
         return retrieval_options(config, self.size**-0.5, self.softcap)
 
@@ -185,7 +190,7 @@ def blocked_step(case: Steps, at: int, state: RetrievalState, selected: torch.Te
     (q, k, v), parameters, mask = case.step(at)
     torch.ops.flasheva.retrieval_append(q, k, v, parameters, mask, *state, **case.options)
     position = (state.length - 1 - state.start)[:, None]
-    settings, retrieval = cache_settings(case.options), Retrieval(chunks=case.chunks)
+    settings, retrieval = cache_settings(case.options), Retrieval(chunks=case.chunks, by=case.by)
     return retrieval_cache._attend(q, position, state, settings, retrieval, selected[:, :, None])
 
 
@@ -202,7 +207,7 @@ def steps_by_blocked_code(case: Steps, selected: torch.Tensor):
     steps = enumerate(range(case.prompt, case.tokens))
     found = [blocked_step(case, at, state, chosen[n]) for n, at in steps]
     outs, lses = zip(*found, strict=True)
-    return [x.cpu() for x in (torch.cat(outs, 2), torch.cat(lses, 2), state.rfa_k)]
+    return [x.cpu() for x in (torch.cat(outs, 2), torch.cat(lses, 2), state.rfa_k, state.bounds)]
 
 
 @pytest.mark.parametrize("fields", STEPS.values(), ids=STEPS)
@@ -215,13 +220,15 @@ def test_kernels_of_a_step_equal_the_blocked_code(fields, dtype):
     def formula(precision):
         return steps_by_blocked_code(dataclasses.replace(case, dtype=precision), selected)
 
-    actual = [x.cpu() for x in (out, lse, state.rfa_k)]
+    actual = [x.cpu() for x in (out, lse, state.rfa_k, state.bounds)]
     assert_as_accurate_as_pytorch(actual, formula, dtype)
 
 
-def test_kernels_select_what_the_blocked_code_selects():
-    """Scores are whole multiples of 1/8, many of them equal: no rounding, ties go by index."""
-    case = Steps(dtype=torch.float32, rule="mean", chunk=4, chunks=13, prompt=2000, steps=5)
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_kernels_select_what_the_blocked_code_selects(by):
+    """Scores are whole multiples of 1/64, many of them equal: no rounding, ties go by index."""
+    sizes = {"chunk": 4, "chunks": 13, "prompt": 2000, "steps": 5}
+    case = Steps(dtype=torch.float32, rule="mean", by=by, **sizes)
     q, k, v, parameters, mask = case.inputs
     vars(case)["inputs"] = (q.sign(), k.sign() * (k.abs() > 1), v, parameters, mask)
     state = case.filled()
@@ -231,13 +238,14 @@ def test_kernels_select_what_the_blocked_code_selects():
         selected = kernel_step(case, at, state)[2]
         position = (state.length - 1 - state.start)[:, None]
         grouped = retrieval_cache._grouped(q, state, settings)
-        scores = retrieval_cache._chunk_scores(grouped, state, room, settings).amax(2)
+        scores = retrieval_cache._selector_scores(grouped, state, room, settings).amax(2)
         visible = retrieval_cache._visible_chunks(position, room, settings)[:, None]
         assert torch.equal(selected, largest_scores(scores, visible, case.chunks)[:, :, 0])
 
 
-def test_the_op_runs_the_kernels_and_repeats_bit_for_bit():
-    case, results = Steps(steps=8), []
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(by):
+    case, results = Steps(steps=8, by=by), []
     for _ in range(2):
         state = case.filled()
         for at in range(case.prompt, case.tokens):
@@ -252,10 +260,10 @@ def test_the_op_runs_the_kernels_and_repeats_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("prompt", [130, 65536])
-def test_a_captured_step_goes_on_by_itself(prompt):
+@pytest.mark.parametrize(("prompt", "by"), [(130, "token"), (65536, "token"), (4096, "bounds")])
+def test_a_captured_step_goes_on_by_itself(prompt, by):
     """One graph, over every phase of a chunk, equals steps that are launched one by one."""
-    case = Steps(prompt=prompt, steps=70, batch=3, padding=prompt < 1000)
+    case = Steps(prompt=prompt, steps=70, batch=3, padding=prompt < 1000, by=by)
     want = steps_by_kernels(case)
     state = case.filled()
     static = [x.clone() for x in case.step(prompt)[0]]
@@ -291,8 +299,9 @@ def test_a_captured_step_goes_on_by_itself(prompt):
     assert all(torch.equal(a, b) for a, b in zip(state, want[3], strict=True))
 
 
-def test_kernels_of_a_step_at_64k():
-    case = Steps(prompt=65536, steps=6, batch=2)
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_kernels_of_a_step_at_64k(by):
+    case = Steps(prompt=65536, steps=6, batch=2, by=by)
     out, lse, selected, _ = steps_by_kernels(case)
     assert (selected >= 0).all()
 

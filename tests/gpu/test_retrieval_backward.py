@@ -148,14 +148,15 @@ def test_the_op_runs_these_kernels(monkeypatch):
     assert_as_accurate_as_pytorch(grads, formula, torch.bfloat16)
 
 
-def test_a_cuda_graph_holds_both_passes():
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_a_cuda_graph_holds_both_passes(by):
     s = settings()
     t = operands(s, 2048, torch.bfloat16)
     dout = gradient(t)
     stream = torch.cuda.Stream()
 
     def step():
-        (out, *_), leaves = call_op(t, s)
+        (out, *_), leaves = call_op(t, s, retrieve_by=by)
         return torch.autograd.grad(out, leaves, dout)
 
     with torch.cuda.stream(stream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flasheva_compile.kernels.blocked.block import Operands
+from flasheva_compile.kernels.blocked.chunk_bounds import chunk_bounds, selecting_by_bounds
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings, attention_geometry
 from flasheva_compile.kernels.blocked.retrieval import retrieval_forward
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval, select_chunks
@@ -121,6 +122,45 @@ def test_selection_is_that_of_the_blocked_code_ties_included(chunks, block, dtyp
     assert torch.equal(selected, select_chunks(t, geometry, s, retrieval))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize(("group", "block", "chunks"), [(4, 1, 8), (1, 1, 32), (8, 16, 16)])
+def test_selection_by_bounds_is_that_of_the_blocked_code(group, block, chunks, size, dtype):
+    """On small integers again; bounds of 16 of them are exact, too."""
+    s = settings(scale=0.25, size=size)
+    retrieval = Retrieval(chunks=chunks, block=block, by="bounds")
+    t = operands(s, 8192, dtype, size=size, group=group, integers=True)
+    selected = kernels(t, s, retrieval)[2]
+    _, geometry = blocked(t, s, retrieval, selected)
+    by_bounds = selecting_by_bounds(t, chunk_bounds(t.k, None, None, s.chunk_size))
+    assert torch.equal(selected, select_chunks(by_bounds, geometry, s, retrieval))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["left_padding", "holes"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_bounds_of_padded_rows_are_the_blocked_code(size, mask, dtype):
+    s, retrieval = settings(size=size, softcap=20.0), Retrieval(chunks=8, by="bounds")
+    t = operands(s, 3000, dtype, batch=2, size=size)
+    column = torch.arange(3000, device="cuda")
+    padding = torch.tensor([[0], [777]], device="cuda")
+    key_mask = column >= padding if mask == "left_padding" else (column * 7919) % 5 > padding % 2
+    rows = rows_of(t.k, key_mask, None, chunk_size=s.chunk_size)
+    values = launch_retrieval._values(t, rows, s, retrieval)
+    launch_retrieval._steps(values, t, rows, s, retrieval)["chunk_bounds"]()
+    bounds = values["bounds_ptr"]
+    filled = chunk_bounds(torch.ones_like(t.k), key_mask, None, s.chunk_size) != 0
+    filled = filled.any(-1, keepdim=True)  # a slot that no chunk fills is never visible
+
+    def formula(precision):
+        return [chunk_bounds(t.k.to(precision), key_mask, None, s.chunk_size) * filled]
+
+    assert_as_accurate_as_pytorch([bounds * filled], formula, dtype)
+    out, lse, selected = kernels(t, s, retrieval, key_mask)
+    formula, _ = blocked(t, s, retrieval, selected, key_mask)
+    assert_as_accurate_as_pytorch([out, lse], formula, dtype)
+
+
 def test_selection_takes_the_largest_scores():
     """On random numbers, as far as fp32 can tell them apart."""
     s, retrieval = settings(), Retrieval(chunks=8)
@@ -142,16 +182,18 @@ def test_selection_takes_the_largest_scores():
     assert bool((chosen.amin(-1) >= bound[..., 0] - slack)[..., some].all())
 
 
+@pytest.mark.parametrize("by", ["token", "bounds"])
 @pytest.mark.parametrize("block", [1, 16])
-def test_bits_repeat(block):
-    s, retrieval = settings(size=128), Retrieval(chunks=16, block=block)
+def test_bits_repeat(block, by):
+    s, retrieval = settings(size=128), Retrieval(chunks=16, block=block, by=by)
     t = operands(s, 8192, torch.bfloat16, size=128)
     first = kernels(t, s, retrieval)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, kernels(t, s, retrieval), strict=True))
 
 
-def test_the_op_runs_these_kernels(monkeypatch):
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_the_op_runs_these_kernels(by, monkeypatch):
     called = []
     plain = launch_retrieval.retrieval_forward
     monkeypatch.setattr(
@@ -161,7 +203,7 @@ def test_the_op_runs_these_kernels(monkeypatch):
     t = operands(s, 2048, torch.bfloat16)
     options = {"window_size": 256, "chunk_size": 16, "sink_tokens": 16, "window": "sliding"}
     options |= {"causal": True, "q_offset": 0, "scale": 0.125, "softcap": 0.0, "dropout_p": 0.0}
-    options |= {"retrieve_chunks": 8, "retrieve_block": 1, "retrieve_by": "token"}
+    options |= {"retrieve_chunks": 8, "retrieve_block": 1, "retrieve_by": by}
     options |= {"version": OP_VERSION}
     tensors = [t.q, t.k, t.v, t.rfa_k, t.rfa_v, t.rfa_bias]
     leaves = [x.detach().requires_grad_() for x in tensors]

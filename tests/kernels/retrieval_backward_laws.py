@@ -11,6 +11,7 @@ import pytest
 from tests import triton_interpreter  # isort: skip - before anything that imports Triton
 
 import torch
+from flasheva_compile.kernels.blocked.chunk_bounds import chunk_bounds, selecting_by_bounds
 from flasheva_compile.kernels.blocked.geometry import attention_geometry
 from flasheva_compile.kernels.blocked.retrieval import retrieval_forward
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval, select_chunks
@@ -55,6 +56,8 @@ def forward(case: KernelCase, retrieval: Retrieval, favourite: float = 0.0):
     bias = t.rfa_bias.clone()
     bias[..., ::3] += favourite
     biased = dataclasses.replace(t, rfa_bias=bias)
+    if retrieval.by == "bounds":
+        biased = selecting_by_bounds(t, chunk_bounds(t.k, *masks, case.chunk_size))
     selected = select_chunks(biased, geometry, case.settings, retrieval)
     out, lse = retrieval_forward(t, geometry, case.settings, retrieval, selected)
     return t, out, lse, selected
@@ -149,7 +152,7 @@ def test_laws_notice_what_is_damaged(name, kind, monkeypatch):
 def test_rows_alone_have_the_bits_that_they_have_in_a_batch():
     short = {"queries": 33, "keys": 33}
     case = dataclasses.replace(LONG, **short, batch=2, mask="holes", dtype=torch.bfloat16)
-    retrieval = Retrieval(chunks=3)
+    retrieval = Retrieval(chunks=3, by="bounds")
     result = forward(case, retrieval)
     whole = run(case, retrieval, result)
     alone = cases.one_row(case, 1)

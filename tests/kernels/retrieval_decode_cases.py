@@ -29,6 +29,7 @@ class RetrievalDecodeCase(DecodeCase):
     """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal."""
 
     retrieve_chunks: int = 2
+    retrieve_by: str = "token"
     room: int = 0
     ties: bool = False
 
@@ -44,7 +45,7 @@ class RetrievalDecodeCase(DecodeCase):
     def new_state(self, dtype: torch.dtype) -> RetrievalState:
         _, k, v = self.qkv
         options = {**self.options, "retrieve_chunks": self.retrieve_chunks, "retrieve_block": 1}
-        options["retrieve_by"] = "token"
+        options["retrieve_by"] = self.retrieve_by
         return new_retrieval_state(k.to(dtype), v.to(dtype), self.tokens + self.room, options)
 
     def filled_state(self, dtype: torch.dtype) -> RetrievalState:
@@ -98,13 +99,17 @@ def run_kernels(
 def selector_scores(
     case: RetrievalDecodeCase, step: int, state: RetrievalState
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score the chunk tokens of a state in fp64.
+    """Score the chunks of a state in fp64.
 
     Returns:
         Scores and how far fp32 may be from them, ``[B, Hkv, C]``, and ``[B, C]``, who is visible.
     """
-    q = case.qkv[0][:, :, case.prefix + step].unflatten(1, (case.kv_heads, -1)) * case.scale
+    q = case.qkv[0][:, :, case.prefix + step].unflatten(1, (case.kv_heads, -1))
     tokens, bias = state.rfa_k.double(), state.rfa_bias.double()
+    if case.retrieve_by == "bounds":
+        q, tokens = torch.cat([q, q.abs()], -1), state.bounds.double()
+        bias = torch.zeros_like(bias).masked_fill(bias.isinf(), -torch.inf)
+    q = q * case.scale
     scores, sizes = q @ tokens.mT, q.abs() @ tokens.abs().mT
     if case.softcap:
         scores = case.softcap * (scores / case.softcap).tanh()
@@ -114,7 +119,7 @@ def selector_scores(
     slot, c = torch.arange(tokens.shape[2]), case.chunk_size
     visible = slot * c >= case.sink_tokens
     visible = visible & ((slot + 1) * c <= first_exact(position, case.settings))
-    return scores, sizes * case.head_dim * torch.finfo(torch.float32).eps, visible
+    return scores, sizes * q.shape[-1] * torch.finfo(torch.float32).eps, visible
 
 
 @contextmanager
@@ -156,6 +161,7 @@ def retrieval_decode_cases(draw, **fixed):
     drawn = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     drawn |= {
         "retrieve_chunks": draw(st.sampled_from([2, 1, 3, 5, 17, 64])),
+        "retrieve_by": draw(st.sampled_from(["token", "bounds"])),
         "room": draw(st.sampled_from([0, 0, 7])),
     }
     return RetrievalDecodeCase(**{**drawn, **fixed})

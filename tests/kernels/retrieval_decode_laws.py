@@ -17,6 +17,7 @@ from flasheva_compile.kernels.blocked.retrieval_select import largest_scores
 from flasheva_compile.lowering.emit import module
 from flasheva_compile.lowering.load import load
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.kernels.interpreted_laws import examples
 from tests.kernels.retrieval_decode_cases import (
@@ -28,7 +29,7 @@ from tests.kernels.retrieval_decode_cases import (
 )
 from tests.tolerance import assert_as_accurate_as_pytorch
 
-POOLED = ("rfa_k", "rfa_v", "rfa_bias")
+POOLED = ("rfa_k", "rfa_v", "rfa_bias", "bounds")
 COPIED = ("keys", "values", "mask", "start", "length")
 
 
@@ -77,6 +78,12 @@ def test_steps_are_the_blocked_code(case):
     check(case)
 
 
+@given(retrieval_decode_cases(retrieve_by="bounds"))
+@examples(4)
+def test_steps_that_select_by_bounds_are_the_blocked_code(case):
+    check(case)
+
+
 @given(retrieval_decode_cases(batch=1, kv_heads=1, group=2, steps=2, prefix=60))
 @examples(2)
 def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
@@ -87,10 +94,14 @@ def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
 TIES = {"ties": True, "rule": "mean", "parameter_count": 0, "scale": 0.25, "softcap": 0.0}
 
 
-@given(retrieval_decode_cases(**TIES, chunk_size=2, window_size=4, sink_tokens=2, prefix=64))
+@given(
+    retrieval_decode_cases(**TIES, chunk_size=2, window_size=4, sink_tokens=2, prefix=64),
+    st.sampled_from(["token", "bounds"]),
+)
 @examples(4)
-def test_equal_scores_are_resolved_by_index(case):
+def test_equal_scores_are_resolved_by_index(case, by):
     """All scores are exact, so that the blocked code must select the same."""
+    case = dataclasses.replace(case, retrieve_by=by)
     _, _, selected, states = run_kernels(case)
     tied = False
     for step, state in enumerate(states):
@@ -105,10 +116,10 @@ def test_equal_scores_are_resolved_by_index(case):
 
 
 @pytest.mark.parametrize("window", ["sliding", "block"])
-@pytest.mark.parametrize("mask", ["none", "holes"])
-def test_long_sequences_from_an_empty_cache(window, mask):
-    rule = {"rule": "tangent", "parameter_count": 1}
-    check(RetrievalDecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **rule))
+@pytest.mark.parametrize(("mask", "by"), [("none", "token"), ("holes", "bounds")])
+def test_long_sequences_from_an_empty_cache(window, mask, by):
+    shared = {"rule": "tangent", "parameter_count": 1, "retrieve_by": by}
+    check(RetrievalDecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **shared))
 
 
 def test_rows_start_at_different_steps():
@@ -142,7 +153,7 @@ def test_what_no_token_was_written_to_is_never_read(case):
     case = dataclasses.replace(case, steps=2 * case.chunk_size + case.window_size + 2)
     out, lse, selected, _ = run_kernels(case)
     state = case.new_state(case.dtype)
-    for x in (state.keys, state.values, state.rfa_k, state.rfa_v, state.rfa_bias):
+    for x in (state.keys, state.values, *(getattr(state, name) for name in POOLED)):
         x.fill_(torch.nan)
     state.mask.fill_(True)
     poisoned = run_kernels(case, RetrievalState(*state))

@@ -12,10 +12,12 @@ from tests import triton_interpreter  # isort: skip - before anything that impor
 
 import torch
 from flasheva_compile.kernels.blocked.block import Operands
+from flasheva_compile.kernels.blocked.chunk_bounds import selecting_by_bounds
 from flasheva_compile.kernels.blocked.geometry import attention_geometry
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval, group_size, select_chunks
 from flasheva_compile.kernels.reference.attention import joint_scores, masked_attention
 from flasheva_compile.kernels.reference.positions import chunks_of, key_positions
+from flasheva_compile.kernels.reference.retrieval import chunk_bounds as reference_bounds
 from flasheva_compile.kernels.reference.retrieval import retrieved_visibility
 from flasheva_compile.kernels.reference.visibility import visibility
 from flasheva_compile.lowering import launch, launch_retrieval
@@ -35,6 +37,7 @@ MASKS = ("none", "left_padding", "holes")
 DIMS = ((16, 16), (40, 40), (64, 64), (80, 80), (128, 128), (24, 40))
 counts = st.sampled_from([1, 2, 3, 8, 32])
 blocks = st.sampled_from([1, 1, 2, 3, 16, 128])
+selectors = st.sampled_from(["token", "bounds"])
 
 
 def examples(count: int):
@@ -51,8 +54,8 @@ def examples(count: int):
 
 
 @st.composite
-def retrievals(draw, **fixed):
-    """Draw a causal case and what is retrieved."""
+def retrievals(draw, by: str = "", **fixed):
+    """Draw a causal case and what is retrieved, in the end ``by`` something given."""
     fixed = {"causal": True, "dropout_p": 0.0, "masks": MASKS, "max_keys": 70, **fixed}
     case = draw(kernel_cases(**fixed))
     head_dim, value_dim = draw(st.sampled_from(DIMS))
@@ -62,7 +65,7 @@ def retrievals(draw, **fixed):
     block = draw(blocks)
     offset = {"q_offset": 0} if block > 1 else {}
     case = dataclasses.replace(case, head_dim=head_dim, value_dim=value_dim, **shape, **offset)
-    return case, Retrieval(chunks=draw(counts), block=block)
+    return case, Retrieval(chunks=draw(counts), block=block, by=by or draw(selectors))
 
 
 def tokens(case: KernelCase, dtype: torch.dtype):
@@ -86,8 +89,11 @@ def operands(case: KernelCase, chunk_tokens=None):
     )
 
 
-def run(case: KernelCase, retrieval: Retrieval, t: Operands | None = None):
-    """Run the three kernels; the schedule's descriptors are ``forward``'s alone."""
+def run(case: KernelCase, retrieval: Retrieval, t: Operands | None = None, see_bounds=None):
+    """Run the kernels; the schedule's descriptors are ``forward``'s alone.
+
+    ``see_bounds`` gets the bounds of chunks before they select, and may change them.
+    """
     t = operands(case) if t is None else t
     rows = rows_of(t.k, *case.masks.values(), chunk_size=case.chunk_size, alibi=case.alibi)
     assert launch_retrieval.covers(t, rows, case.settings, retrieval) or not t.q.numel()
@@ -98,6 +104,14 @@ def run(case: KernelCase, retrieval: Retrieval, t: Operands | None = None):
             plain = {} if spec.kind == "forward" else {"tma": False, "split_window": False}
             return dataclasses.replace(choose(spec, *rest), **plain)
 
+        plain_run = launch.run
+
+        def showing(spec, programs, values):
+            plain_run(spec, programs, values)
+            if spec.kind == "chunk_bounds" and see_bounds is not None:
+                see_bounds(values["bounds_ptr"])
+
+        patch.setattr(launch, "run", showing)
         patch.setattr(launch, "choose", without_descriptors)
         with triton_interpreter.poisoned_buffers():
             return launch_retrieval.retrieval_forward(t, rows, case.settings, retrieval)
@@ -172,11 +186,62 @@ def test_selection_is_that_of_the_blocked_code_ties_included(drawn, largest):
     bias = bias.masked_fill(empty[:, None], -torch.inf)
     t = operands(case, (rfa_k, integers(44, *shape, case.value_dim), bias))
     t = dataclasses.replace(t, q=case.lay_out(q))
-    selected = run(case, retrieval, t)[2]
+    bounds = integers(45, *shape, 2 * case.head_dim).to(case.dtype)
+    selected = run(case, retrieval, t, lambda made: made.copy_(bounds))[2]
     sizes, masks = (case.queries, case.keys, case.settings), tuple(case.masks.values())
     geometry = attention_geometry(*sizes, *masks, torch.device("cpu"))
+    if retrieval.by == "bounds":
+        t = selecting_by_bounds(t, bounds)
     wanted = select_chunks(t, geometry, case.settings, retrieval)
     assert torch.equal(selected, wanted)
+
+
+@given(retrievals(by="bounds"))
+@examples(16)
+def test_bounds_are_the_reference_and_the_largest_scores_by_them_are_selected(drawn):
+    case, retrieval = drawn
+    retrieval, made = dataclasses.replace(retrieval, block=1), []
+    out, lse, selected = run(case, retrieval, see_bounds=lambda bounds: made.append(bounds.clone()))
+    chosen = by_query(case, selected, retrieval)
+    assert_as_accurate_as_pytorch([out, lse], partial(formula, case, chosen), case.dtype)
+    members = chunks_of(key_positions(case.qkv[1], **case.masks), case.chunk_size).members
+    filled = members.any(-1)[:, None, :, None]
+    for bounds in made:  # none where there are no queries
+
+        def reference(dtype):
+            return [reference_bounds(case.qkv[1].to(dtype), members) * filled]
+
+        assert_as_accurate_as_pytorch([bounds * filled], reference, case.dtype)
+        scores, error, visible = scores_by_bounds(case, bounds.double() * filled)
+        assert torch.equal(chosen.sum(-1), visible.sum(-1).clamp(max=retrieval.chunks))
+        least = (scores + error).masked_fill(~chosen, torch.inf).amin(-1)
+        most = (scores - error).masked_fill(chosen | ~visible, -torch.inf).amax(-1)
+        assert bool((least >= most).all())
+
+
+def scores_by_bounds(case: KernelCase, bounds: torch.Tensor):
+    """Score chunks in fp64: scores, how far off fp32 may be, and who sees: ``[B, Hkv, L, C]``."""
+    q, k = (x.double() for x in case.qkv[:2])
+    keys = key_positions(k, **case.masks)
+    chunks = chunks_of(keys, case.chunk_size)
+    names = ("q_offset", "window_size", "chunk_size", "sink_tokens", "window", "causal")
+    geometry = {name: getattr(case, name) for name in names}
+    exact, chunk = visibility(keys, chunks, length=case.queries, **geometry)
+    slopes = None if case.slopes is None else case.slopes.double()
+
+    def grouped(q, bounds, seen, slopes, scale, softcap):
+        options = {"seen": seen, "scale": scale, "softcap": softcap, "alibi_slopes": slopes}
+        wide, none = torch.cat([k, k], -1), bounds.new_zeros(bounds.shape[:3])
+        called = (torch.cat([q, q.abs()], -1), wide, bounds, none, chunks.members)
+        scores = joint_scores(*called, q_offset=case.q_offset, **options)[..., : case.slots]
+        return scores.unflatten(1, (case.kv_heads, case.group)).amax(2)
+
+    everyone = torch.cat([chunk, exact], -1)[:, None]
+    scores = grouped(q, bounds, everyone, slopes, case.factor, case.softcap)
+    far = 0.0 if slopes is None else slopes.abs().max() * (case.keys + case.queries + 100)
+    sizes = grouped(q.abs(), bounds.abs(), everyone, None, abs(case.factor), 0.0)
+    error = (sizes + case.softcap + far) * 2 * case.head_dim * torch.finfo(torch.float32).eps
+    return scores, error, (chunk[:, None] & chunks.members.any(-1)[:, None, None]).expand_as(scores)
 
 
 @given(retrievals(rules=("mean",), scale=None, with_parameters=False, max_keys=60))
@@ -203,10 +268,16 @@ LONG = KernelCase(
 )
 
 
+@pytest.mark.parametrize("mask", ["none", "left_padding"])
+def test_queries_behind_fewer_keys_than_sinks(mask):
+    case = dataclasses.replace(LONG, queries=5, keys=3, q_offset=36, sink_tokens=8, mask=mask)
+    check(case, Retrieval(chunks=2))
+
+
 @pytest.mark.parametrize("block", [1, 16])
 def test_laws_notice_chunks_that_count_twice(block, monkeypatch):
     """Selected chunks that stay chunk tokens, and chunk tokens that nobody attends."""
-    retrieval = Retrieval(chunks=3, block=block)
+    retrieval = Retrieval(chunks=3, block=block, by="token" if block > 1 else "bounds")
     check(LONG, retrieval)
     plain = launch.run
     for wrong in (0, -1):
@@ -223,7 +294,7 @@ def test_laws_notice_chunks_that_count_twice(block, monkeypatch):
 
 def test_rows_alone_have_the_bits_that_they_have_in_a_batch():
     case = dataclasses.replace(LONG, batch=3, mask="holes", dtype=torch.bfloat16)
-    retrieval = Retrieval(chunks=3)
+    retrieval = Retrieval(chunks=3, by="bounds")
     whole = run(case, retrieval)
     for b in range(3):
         alone = run(cases.one_row(case, b), retrieval)

@@ -37,6 +37,10 @@ def specs():
             found |= {f"{kind}-{name}": whole.of_kind(kind) for kind in KINDS}
     for chunks in (1, 3, 33, 64):
         found |= {f"{kind}-k{chunks}": spec_of(kind, chunks=chunks) for kind in KINDS}
+    for rule in ({}, _EVABYTE):
+        count = rule.get("parameters", 1)
+        by_bounds = {kind: spec_of(kind, by_bounds=True, **rule) for kind in KINDS[:2]}
+        found |= {f"{kind}-bounds-{count}": spec for kind, spec in by_bounds.items()}
     return found
 
 
@@ -63,7 +67,7 @@ def test_ruff_finds_nothing(kernels, tmp_path):
 
 def test_a_switched_off_feature_leaves_no_trace(kernels):
     plain = kernels["retrieval_scores-mean0-sliding-sinks0-maskFalse"].source
-    for word in ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k"):
+    for word in ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k", "bounds", "abs_q"):
         assert word not in plain, word
     assert not any("atomic" in kernel.source for kernel in kernels.values())
     attending = kernels["retrieval_decode-mean0-sliding-sinks0-maskFalse"]
@@ -73,14 +77,13 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
 def test_one_kernel_selects_for_all_layers_that_see_the_same_chunks():
     one = spec_of("retrieval_select")
     assert spec_of("retrieval_select", "fp16", 128, 96, key_mask=True) == one
-    for other in ({"chunks": 8}, {"chunk_size": 8}, {"window": "block"}):
+    for other in ({"chunks": 8}, {"chunk_size": 8}, {"window": "block"}, {"by_bounds": True}):
         assert spec_of("retrieval_select", **other) != one
 
 
 def test_one_kernel_attends_under_all_rules():
-    assert spec_of("retrieval_decode", **{**_EVABYTE, "softcap": False}) == spec_of(
-        "retrieval_decode"
-    )
+    for other in ({**_EVABYTE, "softcap": False}, {"by_bounds": True}):
+        assert spec_of("retrieval_decode", **other) == spec_of("retrieval_decode")
 
 
 def test_combine_knows_nothing_of_retrieval():
@@ -145,6 +148,10 @@ COMPILED = {
     for kind in KINDS
     if kind != "retrieval_select" or name in ("bf16-d64", "bf16-d128")
 }
+BY_BOUNDS = ["bf16-d64", "bf16-d128", "fp16-d80", "bf16-d256", "fp32-d128", "bf16-d64-g40"]
+for _size in BY_BOUNDS:
+    COMPILED[f"bounds-{_size}"] = spec_of("retrieval_scores", **SIZES[_size], by_bounds=True)
+COMPILED["bounds-select"] = spec_of("retrieval_select", by_bounds=True)
 EVERYWHERE = [name for name in COMPILED if name.endswith(("bf16-d64", "bf16-d128"))]
 EVERYWHERE = [name for name in EVERYWHERE if "block" not in name]
 MATRIX = {

@@ -81,9 +81,12 @@ def specs():
     }
     found = {}
     for name, ((t, s), (chunks, block)) in calls.items():
-        retrieval = Retrieval(chunks=chunks, block=block)
-        of_call = launch_retrieval.specs(t, Rows(documents="dense"), s, retrieval)
-        found |= {f"{name}-{spec.kind}": spec for spec in of_call}
+        for by in ("token", "bounds"):
+            retrieval = Retrieval(chunks=chunks, block=block, by=by)
+            of_call = launch_retrieval.specs(t, Rows(documents="dense"), s, retrieval)
+            added = {f"{name}-{kind}": spec for kind, spec in of_call.items()}
+            own = {f"{x}-{by}": spec for x, spec in added.items() if spec not in found.values()}
+            found |= own if by == "bounds" else added
     return found
 
 
@@ -101,7 +104,7 @@ def test_compiles_within_the_limits_of_the_target(target, name, tmp_path, monkey
     used = resources(emit(spec, choose(spec, known_target(target))), target)
     assert used.problems() == (), used
     assert used.shared <= TARGETS[target].shared_limit
-    assert used.matrix or spec.dtype == "fp32"
+    assert used.matrix or spec.dtype == "fp32" or spec.kind == "chunk_bounds"
 
 
 def test_text_is_complete():
@@ -131,3 +134,8 @@ def test_other_calls_run_the_blocked_code():
     assert not launch_retrieval.covers(t, dense, call(dropout_p=0.1)[1], retrieval)
     assert not launch_retrieval.covers(t, dense, s, Retrieval(chunks=33))
     assert not launch_retrieval.covers(call(group=9)[0], dense, s, retrieval)
+    by_bounds = Retrieval(chunks=8, by="bounds")
+    assert launch_retrieval.covers(call(size=256, group=8)[0], dense, s, by_bounds)
+    widest = call(torch.float32, size=256, group=8)[0]  # more than any GPU's shared memory
+    assert launch_retrieval.covers(widest, dense, s, retrieval)
+    assert not launch_retrieval.covers(widest, dense, s, by_bounds)

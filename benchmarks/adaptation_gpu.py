@@ -114,7 +114,7 @@ def work(a: argparse.Namespace) -> None:
     pristine = {name: x.clone() for name, x in model.state_dict().items()}
     longest = 0.0
     for arm in wanted(a):
-        place = a.rows / arm.name.replace("/", "_").replace(" ", "_").replace(",", "")
+        place = a.rows / slug(arm)
         if time.monotonic() + longest > end or not claim(place):
             continue
         start = time.monotonic()
@@ -130,6 +130,11 @@ def work(a: argparse.Namespace) -> None:
         reset(model, pristine)
         line = {name: row.get(name) for name in ("name", "perplexity", "arm_seconds", "error")}
         print(json.dumps(line), flush=True)
+
+
+def slug(arm: Arm) -> str:
+    """Return the name of an arm as one of a file."""
+    return arm.name.replace("/", "_").replace(" ", "_").replace(",", "")
 
 
 def claim(place: Path) -> bool:
@@ -170,6 +175,8 @@ def run_arm(
     with switched:
         if arm.training != "none":
             row |= train_arm(a, arm, model, train)
+            if a.save:
+                model.save_pretrained(a.save / slug(arm))
         row |= evaluate(a, model, text, tokenizer)
     if arm.chunk_tokens and arm.config["window_size"] < a.length:
         with without_chunk_tokens(model):
@@ -328,6 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--table", choices=("adaptation", "retrieval"), default="adaptation")
     add("--arms", nargs="+", help="names; all unless given")
+    add("--save", type=Path, help="folder for the models that were trained, one each")
     add("--steps", type=int, default=250, help="optimizer steps of every arm")
     add("--batch", type=int, default=4, help="sequences per step")
     add("--length", type=int, default=8192, help="of training sequences [tokens]")

@@ -1,8 +1,7 @@
 """GPU time of one decoding step of attention with retrieval, against full attention, as JSON.
 
-Run ``PYTHONPATH=. python benchmarks/retrieval_decode.py --budget-s 120``. One call appends a token
-and attends from it, for one layer of the shape of Llama-3.2-1B; all calls are replayed from CUDA
-graphs, over enough copies of the cache that it does not stay in the L2 cache. The arms:
+Run ``PYTHONPATH=. python benchmarks/retrieval_decode.py --budget-s 120``. A call appends a token
+and attends from it in a layer of Llama-3.2-1B's shape; CUDA graphs, more caches than L2 holds.
 
 - ``sdpa_*``: SDPA over a static cache, without the append, through one backend; ``gqa`` passes
   ``enable_gqa``, ``folded`` makes the query heads of a key head the rows of one query: neither
@@ -183,7 +182,8 @@ def retrieval_state(cell: Cell, keys: torch.Tensor, values: torch.Tensor) -> Ret
     none = torch.zeros(cell.batch, KV_HEADS, 0, dtype=torch.int32, device="cuda")
     x = chunk_tokens(cell)
     bounds = normal(*x["rfa_k"].shape[:2], x["rfa_k"].shape[2] * bool(cell.by), 2 * HEAD_DIM)
-    return RetrievalState(keys, values, mask, selected=none, bounds=bounds, **x)
+    near = {name: normal(cell.batch, KV_HEADS, 0, HEAD_DIM) for name in ("near_k", "near_v")}
+    return RetrievalState(keys, values, mask, selected=none, bounds=bounds, **near, **x)
 
 
 def plain_state(cell: Cell) -> CacheState:

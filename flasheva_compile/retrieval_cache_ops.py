@@ -15,6 +15,7 @@ import torch
 from flasheva_compile.cache_ops import cache_options, cache_settings, pool_chunks
 from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.kernels.blocked import retrieval_cache as blocked
+from flasheva_compile.kernels.blocked.cache_state import ring_size
 from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
 from flasheva_compile.lowering import launch_retrieval_decode
@@ -44,7 +45,9 @@ def retrieval_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> 
     return retrieve | cache_options(config, scale, softcap)
 
 
-def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) -> RetrievalState:
+def new_retrieval_state(
+    k: Tensor, v: Tensor, tokens: int, o: dict[str, Any], *, near_store: bool = False
+) -> RetrievalState:
     """Allocate an empty state.
 
     Args:
@@ -52,12 +55,15 @@ def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) ->
         v: Any values, ``[B, Hkv, *, Dv]``.
         tokens: Tokens to make room for; a chunk at least.
         o: The ops' keyword arguments.
+        near_store: Whether sinks and the latest tokens have copies of their own.
     """
     batch, heads = k.shape[:2]
     tokens = max(tokens, o["chunk_size"])
     chunks = -(-tokens // o["chunk_size"])
     kept = o["retrieve_chunks"] if o["retrieve_block"] > 1 else 0
     bounded = chunks if o["retrieve_by"] == "bounds" else 0
+    settings = cache_settings({**o, "scale": 1.0, "softcap": 0.0})
+    near = settings.sink_tokens + ring_size(settings) if near_store else 0
     accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
     return RetrievalState(
         keys=k.new_zeros(batch, heads, tokens, k.shape[3]),
@@ -68,6 +74,8 @@ def new_retrieval_state(k: Tensor, v: Tensor, tokens: int, o: dict[str, Any]) ->
         rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
         selected=k.new_zeros(batch, heads, kept, dtype=torch.int32),
         bounds=k.new_zeros(batch, heads, bounded, 2 * k.shape[3]),
+        near_k=k.new_zeros(batch, heads, near, k.shape[3]),
+        near_v=v.new_zeros(batch, heads, near, v.shape[3]),
         start=k.new_zeros(batch, dtype=torch.int64),
         length=k.new_zeros(1, dtype=torch.int64),
     )

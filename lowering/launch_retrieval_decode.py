@@ -33,7 +33,7 @@ MOST_CHUNKS = 64
 _STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
     # Every query selects for itself: no open block's selection.
-    *("none", "bounds_ptr", "row_start_ptr", "length_ptr"),
+    *("none", "bounds_ptr", "near_k_ptr", "near_v_ptr", "row_start_ptr", "length_ptr"),
 )
 """Names of the arguments that the fields of ``RetrievalState`` are, in order."""
 
@@ -51,6 +51,7 @@ class _Shape(NamedTuple):
         chunks: Chunk tokens that it has room for.
         retrieved: Chunks to retrieve.
         by_bounds: Whether their bounds select.
+        near_store: Whether sinks and window have copies.
         dtype: Of all tensors but biases.
         device: Where they are.
         rule: Chunk rule of the kernels.
@@ -64,6 +65,7 @@ class _Shape(NamedTuple):
     chunks: int
     retrieved: int
     by_bounds: bool
+    near_store: bool
     dtype: torch.dtype
     device: torch.device
     rule: str
@@ -135,14 +137,14 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         chunks: Chunks to attend exactly; see :func:`covers`.
 
     Returns:
-        ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]``, as
-        ``kernels/blocked/retrieval_cache.py`` defines them, and the selection
-        ``[B, Hkv, min(chunks, C)]`` int32 in ascending order, then -1.
+        ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]`` (see ``kernels/blocked``), and the
+        selection ``[B, Hkv, min(chunks, C)]`` int32 in ascending order, then -1.
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     columns, room, device = state.mask.shape[1], state.rfa_k.shape[2], q.device
     count, by_bounds = min(chunks, room), state.bounds.shape[2] > 0
-    made_of = (count, by_bounds, q.dtype, device, rule, len(parameters), key_mask is not None)
+    stored = (count, by_bounds, state.near_k.shape[2] > 0)
+    made_of = (*stored, q.dtype, device, rule, len(parameters), key_mask is not None)
     with on_device(device):
         plan = _plan(_Shape(q.shape, v.shape, columns, room, *made_of), settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -242,4 +244,5 @@ def scores_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         parameters=shape.parameters,
         retrieve_chunks=shape.retrieved,
         by_bounds=shape.by_bounds,
+        near_store=shape.near_store,
     )

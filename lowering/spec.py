@@ -77,7 +77,7 @@ _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
-    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds"),
+    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "near_store"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
 _SELECTED_BY = (
@@ -116,6 +116,7 @@ _NEUTRAL = {
     "accumulate": False,
     "retrieve_chunks": 0,
     "by_bounds": False,
+    "near_store": False,
 }
 
 
@@ -153,6 +154,7 @@ class KernelSpec:
         retrieve_chunks: Chunks that a query attends exactly, at most.
         retrieve_block: Positions for which the first one selects; ``select`` alone asks.
         by_bounds: The bounds of a chunk's keys score it, not its chunk token.
+        near_store: Sinks and the latest tokens are read from copies of their own.
     """
 
     kind: AnyKind
@@ -180,6 +182,7 @@ class KernelSpec:
     retrieve_chunks: int = 0
     retrieve_block: int = 1
     by_bounds: bool = False
+    near_store: bool = False
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""

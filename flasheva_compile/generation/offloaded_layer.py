@@ -1,7 +1,7 @@
 """One layer of the cache with retrieval whose exact keys and values lie in host memory.
 
-The device holds chunk tokens and masks. Kernels read the selected chunks, sinks and window from the
-host in place: no step waits for the host, so steps can be captured in a CUDA graph.
+The device holds chunk tokens, masks, and copies of sinks and window. Kernels read the selected
+chunks from the host in place: no step waits for the host, so steps can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _ON_HOST = ("keys", "values")
 
 class OffloadedCacheLayer(RetrievalCacheLayer):
     """A :class:`RetrievalCacheLayer` that computes the same; see there for arguments and errors."""
+
+    near_store = True
+    restored = (*RetrievalCacheLayer.restored, "near_k", "near_v")
 
     def _new_state(self, k: Tensor, v: Tensor) -> RetrievalState:
         shapes = super()._new_state(k.to("meta"), v.to("meta"))

@@ -30,6 +30,7 @@ class RetrievalCacheLayer(EvaCacheLayer):
     """
 
     state_type = RetrievalState
+    near_store = False
     restored = ("selected", "start", "length")  # other tensors hold nothing beyond the length
 
     def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
@@ -43,7 +44,7 @@ class RetrievalCacheLayer(EvaCacheLayer):
         room = self.max_cache_len
         if room is None:
             room = k.shape[2] + FIRST_CHUNKS * self.config.chunk_size
-        return new_retrieval_state(k, v, room, self._options(1.0, 0.0))
+        return new_retrieval_state(k, v, room, self._options(1.0, 0.0), near_store=self.near_store)
 
     def _options(self, scale: float, softcap: float) -> dict[str, Any]:
         return retrieval_options(self.config, scale, softcap)

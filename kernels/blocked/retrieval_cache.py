@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from flasheva_compile.kernels.blocked.cache_state import advance, first_exact
+from flasheva_compile.kernels.blocked.cache_state import advance, first_exact, held_positions
 from flasheva_compile.kernels.blocked.chunk_bounds import (
     bounds_of_each,
     empty_chunks,
@@ -43,6 +43,9 @@ class RetrievalState(NamedTuple):
         selected: ``[B, Hkv, n]`` int32, the selection of the open block of queries, -1 = none;
             ``n = 0`` where every query selects for itself.
         bounds: ``[B, Hkv, C, 2 D]``, see :func:`chunk_bounds`; ``C = 0`` where chunk tokens select.
+        near_k: ``[B, Hkv, T + E, D]``, copies of the sinks' and the latest keys, in the slots of
+            :func:`slot_of`; for kernels, where ``keys`` is far away. ``[B, Hkv, 0, D]`` elsewhere.
+        near_v: ``[B, Hkv, T + E, Dv]``, of their values.
         start: ``[B]`` int64, column of the row's first valid token; ``length`` while it has none.
         length: ``[1]`` int64, columns seen by every row, padding included.
     """
@@ -55,6 +58,8 @@ class RetrievalState(NamedTuple):
     rfa_bias: Tensor
     selected: Tensor
     bounds: Tensor
+    near_k: Tensor
+    near_v: Tensor
     start: Tensor
     length: Tensor
 
@@ -141,9 +146,23 @@ def _write(
     valid = torch.ones_like(state.mask[:, :1]).expand(-1, tokens) if key_mask is None else key_mask
     state.mask.index_copy_(1, column, valid)
     _pool_complete(state, start, (before, after), tokens, pool, s)
+    if state.near_k.shape[2]:
+        _write_near(kv, state, before, s)
     state.start.copy_(start)
     state.length.add_(tokens)
     return before[:, None] + new
+
+
+def _write_near(
+    kv: tuple[Tensor, Tensor], state: RetrievalState, before: Tensor, s: AttentionSettings
+) -> None:
+    """Copy the new tokens that are sinks or among the latest, from position ``before [B]`` on."""
+    tokens = kv[0].shape[2]
+    index = held_positions(before + tokens, s) - before[:, None]
+    fresh = (index >= 0) & (index < tokens) & (index + before[:, None] >= 0)
+    for near, new in zip((state.near_k, state.near_v), kv, strict=True):
+        rows = _rows(new.contiguous(), index.clamp(0, tokens - 1))
+        near.copy_(torch.where(fresh[:, None, :, None], rows, near))
 
 
 def _pool_complete(

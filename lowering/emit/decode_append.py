@@ -25,20 +25,21 @@ MEMBERS = 8
 
 def append(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
     """Write token, row start and, if the token completes its chunk, the chunk token."""
-    sinks = spec.sink_size
     _move_start(out, spec)
-    slot = f"{sinks} + (position - {sinks}) % {ring}" if sinks else f"position % {ring}"
     with out.block("if (split == 0) & (position >= 0):"):
         out.lines(
-            f"slot = tl.where(position < {sinks}, position, {slot})" if sinks else f"slot = {slot}",
+            f"slot = {near_slot(spec, 'position', ring)}",
             *_store_token(spec, d, e),
             f"chunk = position // {spec.chunk_size}",
         )
         _pool_complete(out, spec, d, e)
 
 
-def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
-    """Do the same where every token keeps its column, padding included; ``columns`` fit in."""
+def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
+    """Do the same where every token keeps its column, padding included; ``columns`` fit in.
+
+    With copies of what is near, the token goes there, too, unless its row has not begun.
+    """
     _move_start(out, spec)
     with out.block("if (split == 0) & (length < columns):"):
         out.lines(
@@ -48,7 +49,22 @@ def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
             *_store_token(spec, d, e),
             f"chunk = tl.where(position < 0, chunks, position // {spec.chunk_size})",
         )
+        if spec.near_store:
+            with out.block("if position >= 0:"):
+                out.lines(
+                    f"near_slot = {near_slot(spec, 'position', ring)}",
+                    *d.store_row("new_k", f"near_k_ptr + near_slot * {d.size}"),
+                    *e.store_row("new_v", f"near_v_ptr + near_slot * {e.size}"),
+                )
         _pool_complete(out, spec, d, e)
+
+
+def near_slot(spec: KernelSpec, position: str, ring: int) -> str:
+    """Return where a sink or one of the latest positions is kept."""
+    sinks = spec.sink_size
+    if not sinks:
+        return f"{position} % {ring}"
+    return f"tl.where({position} < {sinks}, {position}, {sinks} + ({position} - {sinks}) % {ring})"
 
 
 def _move_start(out: Source, spec: KernelSpec) -> None:

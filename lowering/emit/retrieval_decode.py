@@ -15,9 +15,11 @@ from flasheva_compile.lowering.emit.decode import (
     LOWEST,
     group_bound,
     program,
+    ring_slots,
     softmax_step,
     store_part,
 )
+from flasheva_compile.lowering.emit.decode_append import near_slot
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -94,6 +96,16 @@ def _rows(spec: KernelSpec) -> list[str]:
         f"rfa_v_ptr += bh64 * chunks * {spec.value_dim}",
         f"scores_ptr += bh64 * chunks * {spec.group}",
         f"selected_ptr += bh64 * {spec.retrieve_chunks}",
+        *(near_rows(spec) if spec.near_store else []),
+    ]
+
+
+def near_rows(spec: KernelSpec) -> list[str]:
+    """Move pointers of what is near to row ``b`` and head ``hk``."""
+    slots = spec.sink_size + ring_slots(spec)
+    return [
+        f"near_k_ptr += bh64 * {slots * spec.head_dim}",
+        f"near_v_ptr += bh64 * {slots * spec.value_dim}",
     ]
 
 
@@ -144,12 +156,30 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         f"held = tl.where(is_retrieved, slot * {c} + offs_n % {c}, {near})",
         "column = start + held",
         "inside &= column < columns",
-        *d.load("k", "exact_k_ptr", "column", str(d.size), "inside"),
+        *([f"near_slot = {near_slot(spec, 'held', ring_slots(spec))}"] * spec.near_store),
+        *_load_exact(spec, d, "k"),
         "is_key = tl.load(exact_mask_ptr + column, mask=inside, other=0) != 0",
         *d.contract("s", "q", "k", scores.precision(spec)),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(is_key[None, :], s, float("-inf"))',
         *softmax_step(e, "exact_v_ptr"),
-        *e.load("v", "exact_v_ptr", "column", str(e.size), "inside"),
+        *_load_exact(spec, e, "v"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
+    ]
+
+
+def _load_exact(spec: KernelSpec, dim: Dim, name: str) -> list[str]:
+    """Load a tile of exact keys or values: selected ones from the store, others where they are."""
+    pointer, stride = f"exact_{name}_ptr", str(dim.size)
+    if not spec.near_store:
+        return dim.load(name, pointer, "column", stride, "inside")
+    return [
+        *dim.load(name, pointer, "column", stride, "inside & is_retrieved"),
+        *dim.load(
+            f"near_{name}", f"near_{name}_ptr", "near_slot", stride, "inside & ~is_retrieved"
+        ),
+        *(
+            f"{name}{n} = tl.where(is_retrieved[:, None], {name}{n}, near_{name}{n})"
+            for n in dim.indices
+        ),
     ]

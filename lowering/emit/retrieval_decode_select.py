@@ -14,7 +14,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores
-from flasheva_compile.lowering.emit.decode import group_bound, place, program, tile_loads
+from flasheva_compile.lowering.emit.decode import (
+    group_bound,
+    place,
+    program,
+    ring_slots,
+    tile_loads,
+)
 from flasheva_compile.lowering.emit.decode_append import append_column
 from flasheva_compile.lowering.emit.retrieval_bounds import (
     bounds_product,
@@ -22,7 +28,7 @@ from flasheva_compile.lowering.emit.retrieval_bounds import (
     magnitudes,
     without_bias,
 )
-from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, queries
+from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, near_rows, queries
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ def emit_decode_scores(spec: KernelSpec, schedule: Schedule) -> str:
     if spec.by_bounds:
         out.lines("# What selects is not what weighs.", *_scores_by_bounds(spec, d), "")
     out.lines(*_selector(spec), *_peaks(schedule.block_n // RUN), "")
-    append_column(out, spec, d, e)
+    append_column(out, spec, d, e, ring=ring_slots(spec))
     return out.text()
 
 
@@ -77,6 +83,7 @@ def _rows(spec: KernelSpec) -> list[str]:
         f"scores_ptr += chunk_row * {spec.group}",
         f"bounds_ptr += chunk_row * {2 * spec.head_dim}",
         "selector_ptr += chunk_row",
+        *(near_rows(spec) if spec.near_store else []),
         *token,
     ]
 

@@ -26,12 +26,16 @@ from tests.kernels.decode_cases import DecodeCase, decode_cases, steps_of
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalDecodeCase(DecodeCase):
-    """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal."""
+    """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal.
+
+    ``near_store``: sinks and the latest tokens have copies of their own.
+    """
 
     retrieve_chunks: int = 2
     retrieve_by: str = "token"
     room: int = 0
     ties: bool = False
+    near_store: bool = False
 
     @cached_property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +50,9 @@ class RetrievalDecodeCase(DecodeCase):
         _, k, v = self.qkv
         options = {**self.options, "retrieve_chunks": self.retrieve_chunks, "retrieve_block": 1}
         options["retrieve_by"] = self.retrieve_by
-        return new_retrieval_state(k.to(dtype), v.to(dtype), self.tokens + self.room, options)
+        room = self.tokens + self.room
+        near = {"near_store": self.near_store}
+        return new_retrieval_state(k.to(dtype), v.to(dtype), room, options, **near)
 
     def filled_state(self, dtype: torch.dtype) -> RetrievalState:
         state = self.new_state(dtype)
@@ -163,5 +169,6 @@ def retrieval_decode_cases(draw, **fixed):
         "retrieve_chunks": draw(st.sampled_from([2, 1, 3, 5, 17, 64])),
         "retrieve_by": draw(st.sampled_from(["token", "bounds"])),
         "room": draw(st.sampled_from([0, 0, 7])),
+        "near_store": draw(st.booleans()),
     }
     return RetrievalDecodeCase(**{**drawn, **fixed})

@@ -30,7 +30,7 @@ from tests.kernels.retrieval_decode_cases import (
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 POOLED = ("rfa_k", "rfa_v", "rfa_bias", "bounds")
-COPIED = ("keys", "values", "mask", "start", "length")
+COPIED = ("keys", "values", "mask", "near_k", "near_v", "start", "length")
 
 
 def check(case: RetrievalDecodeCase) -> None:
@@ -118,7 +118,7 @@ def test_equal_scores_are_resolved_by_index(case, by):
 @pytest.mark.parametrize("window", ["sliding", "block"])
 @pytest.mark.parametrize(("mask", "by"), [("none", "token"), ("holes", "bounds")])
 def test_long_sequences_from_an_empty_cache(window, mask, by):
-    shared = {"rule": "tangent", "parameter_count": 1, "retrieve_by": by}
+    shared = {"rule": "tangent", "parameter_count": 1, "retrieve_by": by, "near_store": True}
     check(RetrievalDecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **shared))
 
 
@@ -153,8 +153,8 @@ def test_what_no_token_was_written_to_is_never_read(case):
     case = dataclasses.replace(case, steps=2 * case.chunk_size + case.window_size + 2)
     out, lse, selected, _ = run_kernels(case)
     state = case.new_state(case.dtype)
-    for x in (state.keys, state.values, *(getattr(state, name) for name in POOLED)):
-        x.fill_(torch.nan)
+    for name in ("keys", "values", "near_k", "near_v", *POOLED):
+        getattr(state, name).fill_(torch.nan)
     state.mask.fill_(True)
     poisoned = run_kernels(case, RetrievalState(*state))
     assert torch.equal(out, poisoned[0])

@@ -41,6 +41,7 @@ def specs():
         count = rule.get("parameters", 1)
         by_bounds = {kind: spec_of(kind, by_bounds=True, **rule) for kind in KINDS[:2]}
         found |= {f"{kind}-bounds-{count}": spec for kind, spec in by_bounds.items()}
+    found |= {f"{kind}-near": spec_of(kind, near_store=True) for kind in KINDS}
     return found
 
 
@@ -67,7 +68,17 @@ def test_ruff_finds_nothing(kernels, tmp_path):
 
 def test_a_switched_off_feature_leaves_no_trace(kernels):
     plain = kernels["retrieval_scores-mean0-sliding-sinks0-maskFalse"].source
-    for word in ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k", "bounds", "abs_q"):
+    for word in (
+        "key_mask_ptr",
+        "is_valid",
+        "phi",
+        "square",
+        "softcap",
+        "m_k",
+        "bounds",
+        "abs_q",
+        "near",
+    ):
         assert word not in plain, word
     assert not any("atomic" in kernel.source for kernel in kernels.values())
     attending = kernels["retrieval_decode-mean0-sliding-sinks0-maskFalse"]
@@ -151,6 +162,8 @@ COMPILED = {
 BY_BOUNDS = ["bf16-d64", "bf16-d128", "fp16-d80", "bf16-d256", "fp32-d128", "bf16-d64-g40"]
 for _size in BY_BOUNDS:
     COMPILED[f"bounds-{_size}"] = spec_of("retrieval_scores", **SIZES[_size], by_bounds=True)
+for _kind in KINDS[::2]:
+    COMPILED[f"near-{_kind}"] = spec_of(_kind, **SIZES["bf16-d128"], near_store=True)
 COMPILED["bounds-select"] = spec_of("retrieval_select", by_bounds=True)
 EVERYWHERE = [name for name in COMPILED if name.endswith(("bf16-d64", "bf16-d128"))]
 EVERYWHERE = [name for name in EVERYWHERE if "block" not in name]

@@ -13,6 +13,7 @@ from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
 from flasheva_compile.composites import take_apart
 from flasheva_compile.config import HybridConfig
+from flasheva_compile.elementwise import nodes_inside
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
@@ -81,7 +82,7 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         take_apart(graph)
         captured = capture(graph, inputs)
     with _timed(seconds, "match"):
-        sites = match(captured)
+        sites = _outside_transforms(captured, match(captured))
         if settings.hybrid.rules:
             sites = refuse_shared_bodies(sites)
         places = tuple(site.place for site in sites)
@@ -127,6 +128,21 @@ def describe(
         length=max(lengths, default=None),
         seconds=seconds,
         warnings=tuple(warnings),
+    )
+
+
+def _outside_transforms(
+    captured: CapturedGraph, sites: Sequence[AttentionSite | MissedSite]
+) -> tuple[AttentionSite | MissedSite, ...]:
+    """Leave out what runs inside ``torch.func``: it is among what is hidden.
+
+    The shadow of some versions of PyTorch (2.11) shows it, without the axis that is mapped over.
+    """
+    inside = {node.name for region in nodes_inside(captured.dynamo.graph) for node in region}
+    return tuple(
+        site
+        for site in sites
+        if isinstance(site, MissedSite) or site.output.graph or site.output.node not in inside
     )
 
 

@@ -212,13 +212,20 @@ def _refuse_mask(mask: MaskPredicate, site: AttentionSite) -> _Refusal | None:
     """Name the first part of a proved mask that the formula does not cover."""
     if mask.window is not None:
         return _Refusal(f"the model's own sliding window: {mask.describe()}", expected=True)
+    if mask.rescaled:
+        return _Refusal("scores are multiplied by a tensor")
     if mask.unknown:
-        return _Refusal(f"mask not understood: {mask.describe()}")
+        what = "mask" if mask.bias is None else "additive position bias under a mask"
+        return _Refusal(f"{what} not understood: {mask.describe()}")
     sloped = mask.causal and _slope(mask, site.query.heads) is not None
     parts = (
         (mask.always_masked, "everything is masked"),
         (mask.overwritten, "mask is overwritten after it is made"),
-        (_is_input(mask), "mask not understood: an additive one that this graph is given"),
+        (
+            _is_input(mask) and not mask.has_head_bias,
+            "mask not understood: an additive one that this graph is given",
+        ),
+        (_is_input(mask), "additive position bias: one that this graph is given, for each head"),
         (mask.bias is not None and not sloped, "additive position bias"),
         (sloped and site.learned_mask, "additive position bias: ALiBi whose slopes are learned"),
         (bool(mask.kv_length), "keys bounded by a length on the device (static cache)"),

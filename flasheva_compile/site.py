@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flasheva_compile.masks.predicate import MaskPredicate
 
 
-MaskKind: TypeAlias = Literal["bool", "masked_out", "additive"]
+MaskKind: TypeAlias = Literal["bool", "masked_out", "additive", "factor"]
 # How a tensor is turned into another layout: functions of torch with what follows the tensor, such
 # as ("transpose", (-2, -1)).
 Layout: TypeAlias = tuple[tuple[str, tuple], ...]
@@ -105,7 +105,8 @@ class MaskTerm:
     Attributes:
         node: Broadcasts to ``[B, H, L, S]``.
         kind: "bool": True = may attend; "masked_out": True = may not (as in
-            ``masked_fill(scores, node, -inf)``); "additive": added to the scaled scores.
+            ``masked_fill(scores, node, -inf)``); "additive": added to the scaled scores; "factor":
+            they are multiplied by it, and where they are visible it has to be 1.
         axes: What the axes of the scores are that it acts on: "b", "h", "q", "k", or "n" for
             ``b * H + h``. It aligns with their last ones.
     """
@@ -151,7 +152,8 @@ class AttentionSite:
         score_shape: Sizes ``(B, Hq, L, S)``; ints or SymInts.
         lengths_equal: Queries and keys have provably the same length.
         appended: The queries' own keys are the last of a cache.
-        same_source: Queries, keys and values are projected from the same tensor.
+        same_source: Queries and keys are projected from the same tensor, and the tokens of both and
+            of the values stand as they did there.
         learned_mask: What is added to the scores depends on something that is trained.
         dtype: Of the result.
     """

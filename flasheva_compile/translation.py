@@ -197,8 +197,8 @@ class _Check:
             if len(shape) < 2 or shape[-2] != shape[-1]:
                 raise NotRunError("the declared mask is not square")
             keep = keep.tril()
-        if kind == "bool":
-            return keep
+        if kind in {"bool", "factor"}:
+            return keep if kind == "bool" else keep.double()
         if kind == "masked_out":
             return ~keep
         return torch.zeros(shape, dtype=torch.float64).masked_fill(~keep, -torch.inf)

@@ -225,6 +225,10 @@ def additive(dtype, value):
     return torch.full((LENGTH, LENGTH), value, dtype=dtype).triu(1)
 
 
+def hidden_by(dtype, value):
+    return value * (1 - lower(LENGTH).to(dtype))
+
+
 def by_positions(scores):
     n = torch.arange(LENGTH)
     return torch.where(n[:, None] >= n[None], scores, torch.finfo(scores.dtype).min)
@@ -245,6 +249,7 @@ MASKS = {
     "causal added": lambda s: s + additive(s.dtype, -math.inf),
     "causal added first": lambda s: additive(s.dtype, torch.finfo(s.dtype).min) + s,
     "causal arithmetic": lambda s: s + (1.0 - lower(LENGTH).to(s.dtype)) * -1e9,
+    "causal by a factor": lambda s: s * lower(LENGTH).to(s.dtype) + hidden_by(s.dtype, -1e4),
     "causal in place": lambda s: s.clone().masked_fill_(~lower(LENGTH), -math.inf),
     "none": lambda s: s,
     # near misses
@@ -262,6 +267,13 @@ MASKS = {
     ),
     "mask too soft": lambda s: s.masked_fill(~lower(LENGTH), -5.0),
     "mask of booleans added": lambda s: s + lower(LENGTH),
+    "mask and a factor of 0 on the diagonal": lambda s: (
+        s * lower(LENGTH).tril(-1).to(s.dtype) + hidden_by(s.dtype, -1e9)
+    ),
+    "mask and a factor of 2": lambda s: (
+        s * (1 + lower(LENGTH).to(s.dtype)) + hidden_by(s.dtype, -1e9)
+    ),
+    "mask that is a factor alone": lambda s: s * lower(LENGTH).to(s.dtype),
     "mask of one cell": lambda s: s.masked_fill(~(lower(LENGTH) | one_cell()), -math.inf),
     "mask by vmap of others": lambda s: s.masked_fill(~by_vmap(lambda i, j: j >= i), -math.inf),
     "mask by vmap of two tokens": lambda s: s.masked_fill(

@@ -9,6 +9,7 @@ import sympy as sp
 from sympy.core.function import AppliedUndef
 
 from flasheva_compile.masks.slopes import alibi_slope
+from flasheva_compile.masks.symbolic import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,8 @@ class MaskPredicate:
         bias: What is added to visible scores; None for nothing (or for the same number everywhere).
         unknown: Conditions that fit none of these. Not empty means: not proved.
         always_masked: No query may see any key.
+        rescaled: Scores are multiplied by something that was not proved to be 1 where they are
+            visible.
         nodes: The FX node of every opaque function that occurs in a field.
         overwritten: Names of opaque functions whose storage is written after their node:
             reading the node later gives another value.
@@ -62,18 +65,19 @@ class MaskPredicate:
     bias: sp.Expr | None = None
     unknown: tuple[Boolean, ...] = ()
     always_masked: bool = False
+    rescaled: bool = False
     nodes: Mapping[str, fx.Node] = field(default_factory=dict, compare=False)
     overwritten: frozenset[str] = frozenset()
 
     @property
     def proved(self) -> bool:
         """Whether the fields say everything about the mask (a bias included)."""
-        return not self.unknown
+        return not (self.unknown or self.rescaled)
 
     @property
     def kind(self) -> str:
         """A short name such as "causal+key padding"; "unknown" whenever a part is not proved."""
-        if self.unknown:
+        if not self.proved:
             return "unknown"
         if self.always_masked:
             return "always masked"
@@ -87,6 +91,11 @@ class MaskPredicate:
         }
         base = "causal" if self.causal else "bidirectional"
         return "+".join([base, *(name for name, present in parts.items() if present)])
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether what is added differs from head to head, as position biases do."""
+        return self.bias is not None and HEAD in self.bias.free_symbols
 
     def alibi_slope(self, heads: int) -> sp.Expr | None:
         """The slope over ``h``, if the bias is ALiBi; ``heads`` is the number of query heads."""
@@ -102,6 +111,7 @@ class MaskPredicate:
             f"same segment {self.segments}" if self.segments is not None else "",
             f"{self.query_mask}" if self.query_mask is not None else "",
             *(f"not understood: {_shortened(c)}" for c in self.unknown),
+            "multiplied by a tensor" if self.rescaled else "",
             "never" if self.always_masked else "",
         ]
         text = " and ".join(c for c in conditions if c) or "every key"

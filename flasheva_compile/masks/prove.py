@@ -113,8 +113,11 @@ class MaskProver:
         interpreter = self._interpreter(domain)
         keep, bias = sp.true, ZERO
         for term in terms:
-            kept, added = _read(interpreter, term, shape, dtype)
-            keep, bias = sp.And(keep, kept), bias + added
+            if term.kind != "factor":
+                kept, added = _read(interpreter, term, shape, dtype)
+                keep, bias = sp.And(keep, kept), bias + added
+        factors = [term for term in terms if term.kind == "factor"]
+        rescaled = not all(_is_one_where(keep, interpreter, term, shape) for term in factors)
         geometry = Geometry(
             domain,
             frozenset(interpreter.monotone),
@@ -122,7 +125,7 @@ class MaskProver:
         )
         predicate = classify(keep, geometry)
         bias = None if bias.is_number and abs(bias) < -MASK_VALUE else bias
-        return _with_nodes(interpreter, replace(predicate, bias=bias), terms)
+        return _with_nodes(interpreter, replace(predicate, bias=bias, rescaled=rescaled), terms)
 
     def _interpreter(self, domain: dict[sp.Symbol, sp.Expr]) -> Interpreter:
         key = tuple(domain.values())
@@ -154,6 +157,21 @@ def _read(
     except NotInterpretedError:
         truth = as_boolean(interpreter.opaque(term.node).at(index))
     return (sp.Not(truth) if term.kind == "masked_out" else truth), ZERO
+
+
+def _is_one_where(
+    keep: Boolean, interpreter: Interpreter, term: MaskTerm, shape: Shape | None
+) -> bool:
+    """Prove that a factor is 1 where scores are visible, and 0 or 1 elsewhere.
+
+    Any other number could lift a score above what a finite mask takes off.
+    """
+    tensor = interpreter.tensor(term.node)
+    pairs = branches(tensor.at(_score_index(tensor, shape, term.axes)))
+    if any(value not in (ZERO, ONE) for value, _ in pairs):
+        return False
+    hidden = (condition for value, condition in pairs if value == ZERO)
+    return all(simplify(sp.And(keep, c), interpreter.domain) == sp.false for c in hidden)
 
 
 def _with_nodes(

@@ -16,6 +16,7 @@ from flasheva_compile.matching.aten import (
     value_of,
 )
 from flasheva_compile.matching.axes import axis_origin
+from flasheva_compile.matching.candidates import is_attention, score_problem, weight_problem
 from flasheva_compile.matching.layout import spell_products, spell_sdpa
 from flasheva_compile.matching.operands import (
     is_appended,
@@ -30,9 +31,9 @@ from flasheva_compile.matching.operands import (
     with_axes,
     without_repeated_heads,
 )
-from flasheva_compile.matching.scores import comes_from_product, walk_scores
+from flasheva_compile.matching.scores import walk_scores
 from flasheva_compile.matching.softmax import softmax_at
-from flasheva_compile.matching.weights import feeds_product, walk_weights
+from flasheva_compile.matching.weights import walk_weights
 from flasheva_compile.mutation import Mutations
 from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Place
 
@@ -53,8 +54,8 @@ _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head
 def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
     """Recognise attention by dataflow, anchored on SDPA calls and on softmax.
 
-    A softmax that does not stand between two products (router, vocabulary) is not attention and
-    is not reported.
+    A softmax that gives no weights to tokens (router, vocabulary) is not attention and is not
+    reported.
 
     Returns:
         Sites and misses in graph order, then the attentions that the shadow does not show.
@@ -70,7 +71,7 @@ def match(captured: CapturedGraph) -> tuple[AttentionSite | MissedSite, ...]:
             found.append(MissedSite(place=place_of(node), reason=reason + " takes it apart"))
         elif op_name(node) == _SDPA:
             found.append(_match_sdpa(node, captured, written))
-        elif (softmax := softmax_at(node)) is not None and _is_attention(softmax):
+        elif (softmax := softmax_at(node)) is not None and is_attention(softmax):
             found.append(_match_softmax(softmax, captured, written))
     return (*found, *captured.hidden)
 
@@ -88,14 +89,6 @@ def place_of(node: fx.Node) -> Place:
         module_id=int(identity) if identity.isdigit() else None,
         source=place_in_source(node),
     )
-
-
-def _is_attention(softmax: Softmax) -> bool:
-    """Return whether a softmax stands between two products, whatever else is in between."""
-    rank = value_of(softmax.weights).dim()
-    last = softmax.axis == -1
-    between = comes_from_product(softmax.scores) and feeds_product(softmax.weights)
-    return last and rank >= 3 and between
 
 
 def _match_sdpa(
@@ -133,10 +126,10 @@ def _match_softmax(
     node = softmax.weights
     scores = walk_scores(softmax, captured.shadow, written)
     if isinstance(scores, str):
-        return MissedSite(place=place_of(node), reason=scores)
+        return MissedSite(place=place_of(node), reason=score_problem(softmax) or scores)
     weights = walk_weights(node)
     if isinstance(weights, str):
-        return MissedSite(place=place_of(node), reason=weights)
+        return MissedSite(place=place_of(node), reason=weight_problem(softmax) or weights)
     output = weights.product.node
     aside = {op_name(n) for n in softmax.scores.users if n not in softmax.inner} & _STATISTICS
     if aside:
@@ -146,7 +139,7 @@ def _match_softmax(
     between = (*scores.scores, *weights.weights)
     spelling = spell_products(scores.product, weights.product, between, softmax.axis, weights.used)
     if isinstance(spelling, str):
-        return MissedSite(place=place_of(node), reason=spelling)
+        return MissedSite(place=place_of(node), reason=score_problem(softmax) or spelling)
     return _site(
         captured,
         written,
@@ -220,7 +213,7 @@ def _site(
         lengths_equal=same_size(shape_of_heads(query)[2], key_length),
         appended=not key.layout and is_appended(key.node, query.node),
         same_source=bool(projected[0])
-        and projected[0] == projected[1] == projected[2]
+        and projected[0] == projected[1]
         and sources[0].moves == sources[1].moves == sources[2].moves,
         learned_mask=torch.is_grad_enabled()
         and any(term.kind == "additive" and is_learned(captured, term.node) for term in terms),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["tokens", "features"]
 _Step: TypeAlias = "tuple[fx.Node, int]"  # a node and one of its axes
+# What was selected, of which node, along which of its axes
+_Chosen: TypeAlias = "tuple[tuple[object, fx.Node, int | None], ...]"
 
 _PROJECTIONS = frozenset(["linear", "addmm", "mm"])
 _CONVOLUTIONS = frozenset(["convolution", "conv1d", "conv2d", "conv3d"])
@@ -84,7 +86,7 @@ def merged_heads(node: fx.Node, axis: int) -> int | None:
             inner, outer = _group(node, axis)
             if len(inner) > 1 and axis == outer[0] and (heads := _ratio(node, axis, inner[0])):
                 return heads
-        steps = list(_sources(node, axis))
+        steps = list(axis_sources(node, axis))
         if not steps:
             return None
         node, axis = steps[0]
@@ -97,7 +99,7 @@ class _Search:
     def __init__(self) -> None:
         self.left = _SEARCH_LIMIT
 
-    def follow(self, node: fx.Node, axis: int, chosen: tuple[object, ...]) -> AxisOrigin:
+    def follow(self, node: fx.Node, axis: int, chosen: _Chosen) -> AxisOrigin:
         """Follow one axis; ``chosen`` is what was selected on other axes on the way."""
         self.left -= 1
         name = op_name(node)
@@ -115,7 +117,7 @@ class _Search:
             return _joined([self.follow(piece, axis, chosen) for piece in pieces], node, axis)
         move, chosen = _moved(node, axis, chosen)
         found = AxisOrigin()
-        for source, of_source in _sources(node, axis):
+        for source, of_source in axis_sources(node, axis):
             origin = self.follow(source, of_source, chosen)
             if name in _VIEWS and len(_group(node, axis)[0]) > 1:
                 kinds = found.kinds | origin.kinds
@@ -164,16 +166,15 @@ def _multiplies_weight(node: fx.Node) -> bool:
     return hasattr(right, "op") and right.op in {"placeholder", "get_attr"}
 
 
-def _moved(
-    node: fx.Node, axis: int, chosen: tuple[object, ...]
-) -> tuple[tuple[object, ...], tuple[object, ...]]:
+def _moved(node: fx.Node, axis: int, chosen: _Chosen) -> tuple[tuple[object, ...], _Chosen]:
     """What this op selects or reorders along the axis; else what it selects beside it."""
     name = op_name(node)
     if name in _VIEWS:
         inner, outer = _group(node, axis)
         parts = [n for n in outer if not same_size(shape_of(node)[n], 1)]
         if len(inner) == 1 and len(parts) > 1:  # the axis is one part of a larger one
-            return (("part", outer.index(axis), str(shape_of(node)[outer[0] :]), chosen),), ()
+            shape = str(shape_of(node)[outer[0] :])
+            return (("part", outer.index(axis), shape, _among_tokens(chosen)),), ()
         return (), chosen
     if name not in {
         "slice",
@@ -195,9 +196,10 @@ def _moved(
         touched = dim == axis and not inserted
         pieces = len(source.meta["val"])
         entry = (op_name(source), dim, node.args[1], str(source.args[1:]), pieces)
-        return ((entry,), chosen) if touched else ((), (*chosen, entry))
+        return ((entry,), chosen) if touched else ((), (*chosen, (entry, source.args[0], dim)))
     if name == "select":
-        return (), (*chosen, ("select", *node.args[1:]))
+        entry = ("select", *node.args[1:])
+        return (), (*chosen, (entry, source, node.args[1] % len(shape_of(source))))
     if name in {"slice", "narrow"}:
         dim = argument(node, 1, "dim", 0) % rank
         whole = same_size(shape_of(node)[dim], shape_of(source)[dim])
@@ -205,7 +207,7 @@ def _moved(
         entry = (name, dim, *bounds)
         if whole:
             return (), chosen
-        return ((entry,), chosen) if dim == axis else ((), (*chosen, entry))
+        return ((entry,), chosen) if dim == axis else ((), (*chosen, (entry, source, dim)))
     if name in {"flip", "roll"}:
         dims = [
             d % rank for d in argument(node, 1 if name == "flip" else 2, "dims", []) or range(rank)
@@ -215,7 +217,16 @@ def _moved(
     return ((), chosen) if same else (((name, str(node.args[1:])),), chosen)
 
 
-def _sources(node: fx.Node, axis: int) -> Iterator[_Step]:
+def _among_tokens(chosen: _Chosen) -> tuple[object, ...]:
+    """Leave out what was selected among features: queries, keys and values of one projection."""
+    return tuple(
+        entry
+        for entry, node, axis in chosen
+        if axis is None or axis_origin(node, axis).kinds != {"features"}
+    )
+
+
+def axis_sources(node: fx.Node, axis: int) -> Iterator[_Step]:
     """Tensors, with their axes, that an axis of ``node`` comes from."""
     name = op_name(node)
     if name in _VIEWS:
@@ -234,10 +245,10 @@ def _sources(node: fx.Node, axis: int) -> Iterator[_Step]:
         elif op_name(split) == "native_layer_norm":
             yield split.args[0], axis
     elif name in _SAME_AXES or is_cast_like(node):
-        yield from _aligned(node, axis)
+        yield from aligned_sources(node, axis)
 
 
-def _aligned(node: fx.Node, axis: int) -> Iterator[_Step]:
+def aligned_sources(node: fx.Node, axis: int) -> Iterator[_Step]:
     """Operands of an elementwise op that are not broadcast along the axis."""
     operands: Any = node.args[0] if op_name(node) == "cat" else node.args
     from_end = axis - len(shape_of(node))

@@ -134,7 +134,7 @@ def _label_scores(
     query = sides[1] if key is sides[0] else sides[0]
     only_query = [a for a in query[1] if a in product.out_axes and a not in key[1]]
     if len(only_query) != 1:
-        return "the product has not exactly one axis of queries"
+        return f"queries have {len(only_query)} axes that the keys have not, instead of one"
     leads = [a for a in product.out_axes if a in query[1] and a in key[1]]
     renamed = {a: str(n) for n, a in enumerate(leads)}
     renamed |= {only_query[0]: "q", summed_over: "k", product.summed: "c"}

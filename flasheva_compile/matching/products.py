@@ -80,6 +80,20 @@ def read_product(node: fx.Node) -> Product | str:
     return _with_addend(product) if op_name(node) == "baddbmm" else product
 
 
+def axes_of_product(node: fx.Node) -> tuple[str, str, str] | None:
+    """Return a letter for each axis of both factors and of the result, broadcast ones too."""
+    factors = operands_of(node)
+    ranks = [len(shape_of(factor)) for factor in factors]
+    if len(ranks) != 2 or min(ranks) < 2:
+        return None
+    if op_name(node) == "einsum":
+        axes = _einsum_axes(str(node.args[0]), ranks)
+        return None if isinstance(axes, str) else axes
+    leading = string.ascii_uppercase[: max(ranks) - 2]
+    left, right = (leading[len(leading) - (rank - 2) :] for rank in ranks)
+    return f"{left}ic", f"{right}cj", f"{leading}ij"
+
+
 def _matmul_axes(left: int, right: int) -> tuple[str, str, str] | str:
     if left != right or left < 3:
         return f"a product of {left} and {right} axes"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flasheva_compile.mutation import Mutations
     from flasheva_compile.site import MaskKind
 
+MULTIPLIED = "scores are multiplied by a tensor"
 _SEARCH_LIMIT = 400
 _SHAPE_ONLY = frozenset(["expand_as", "type_as", "view_as", "zeros_like", "ones_like", "full_like"])
 # A mask of -1e4 that is scaled by less might leave weight: exp(-1e4 / 8) is 0 in every dtype.
@@ -112,6 +113,8 @@ def walk_scores(softmax: Softmax, owner: fx.GraphModule, written: Mutations) -> 
             walk = replace(walk, node=walk.node.args[0])
             continue
         step = _STEPS.get(name)
+        if step is None and name.endswith("_"):
+            return f"in-place {name} on the scores"
         if step is None:
             return f"{name} between the product and the softmax"
         if name.endswith("_") and _is_read_elsewhere(walk.node.args[0], walk.node):
@@ -178,7 +181,18 @@ def _multiply(walk: _Walk) -> _Walk | str:
     factor = scalar_of(first, walk.owner)
     if factor is not None:
         return replace(walk, node=second, factor=walk.factor * factor)
-    return "scores are multiplied by a tensor"
+    sides = [(first, second), (second, first)]
+    scores = [(a, b) for a, b in sides if reaches_product(a) and not reaches_product(b)]
+    # What differs from key to key may be 1 wherever a mask that comes after it shows something.
+    if len(scores) != 1 or not walk.masks or not _spans_keys(scores[0][1], walk.node):
+        return MULTIPLIED
+    return _masked(walk, *scores[0], "factor")
+
+
+def _spans_keys(factor: fx.Node, scores: fx.Node) -> bool:
+    """Return whether a tensor is as long as the scores along their last two axes."""
+    sizes, wanted = shape_of(factor)[-2:], shape_of(scores)[-2:]
+    return len(sizes) == 2 and all(map(same_size, sizes, wanted))
 
 
 def _divide(walk: _Walk) -> _Walk | str:
@@ -197,7 +211,8 @@ def _add(walk: _Walk) -> _Walk | str:
     sides = [(first, second), (second, first)]
     scores = [(a, b) for a, b in sides if reaches_product(a) and not reaches_product(b)]
     if len(scores) != 1:
-        return "scores are a sum in which the product cannot be told from the mask"
+        both = reaches_product(first)
+        return "scores are a sum of two products" if both else "scores are a sum of unknown parts"
     score, mask = scores[0]
     if not hasattr(mask, "op"):
         if walk.cap:
@@ -205,7 +220,26 @@ def _add(walk: _Walk) -> _Walk | str:
         return replace(walk, node=score)  # softmax(x + c) == softmax(x)
     if walk.factor < _LEAST_FACTOR:
         return "scores are scaled down after the mask"
+    if _is_made_of(mask, score):
+        return "scores are added to what is made of them"
     return _masked(walk, score, mask, "additive")
+
+
+def _is_made_of(mask: fx.Node, scores: fx.Node) -> bool:
+    """Return whether a mask depends on the values of the scores, and not on their shape alone."""
+    stack, seen = [mask], {mask}
+    while stack:
+        current = stack.pop()
+        if current is scores:
+            return True
+        name, sources = op_name(current), current.all_input_nodes
+        if name in _SHAPE_ONLY or name.startswith("new_") or name.endswith("_like"):
+            made = () if name.startswith("new_") or name.endswith("_like") else current.args[:1]
+            sources = [node for node in made if node in sources]
+        new = {n for n in sources if not n < scores and hasattr(n.meta.get("val"), "dtype")} - seen
+        seen |= new
+        stack.extend(new)
+    return False
 
 
 def _subtract(walk: _Walk) -> _Walk | str:
@@ -243,6 +277,8 @@ def _is_masking(fill: object, walk: _Walk) -> bool:
 def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: MaskKind) -> _Walk | str:
     if walk.cap:
         return "mask inside the softcap"
+    if any(term.kind == "factor" for term, _ in walk.masks):
+        return "scores are multiplied by a tensor after they are masked"
     found = (MaskTerm(node=mask, kind=kind), walk.node)
     return replace(walk, node=scores, masks=(*walk.masks, found))
 

@@ -1,9 +1,9 @@
 """Count the attentions that a model runs, without the matcher: weights that meet values.
 
-What is counted: each call of SDPA, and each softmax over what comes from a batched product (a
-linear layer's is none) whose result, through views and element-wise operations of the same size,
-enters a matrix product. Calls from one line of one module count once, as equal rows of a report
-do.
+What is counted: each call of SDPA, and each softmax over what comes from a batched product or from
+distances (a linear layer's is none, one that mixes heads leaves scores what they are) whose result,
+through views and element-wise operations of the same size, enters a matrix product. Calls from one
+line of one module count once, as equal rows of a report do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _SOFTMAX = ("_softmax", "_safe_softmax", "softmax")
-_BATCHED = ("bmm", "baddbmm")
+_BATCHED = ("bmm", "baddbmm", "_cdist_forward")
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "einsum")
 _LAYERS = ("mm", "addmm", "linear", "convolution", "embedding")  # where scores end
 _FUSED = "scaled_dot_product"
@@ -50,8 +50,11 @@ class AttentionCalls(TorchDispatchMode):
             place, label = _place()
             self.places.setdefault(place, label)
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-        scores = any(id(x) in self._scores for x in tensors)
-        if name in _BATCHED or (scores and name not in _LAYERS):
+        # What the weights are multiplied with are values: a result of theirs is no score.
+        weighed = name in _PRODUCTS and any(id(x) in self._weights for x in tensors)
+        scores = [x for x in tensors if id(x) in self._scores]
+        mixes = name in _LAYERS and any(x.numel() == _size(result) for x in scores)
+        if not weighed and (name in _BATCHED or mixes or (scores and name not in _LAYERS)):
             self._scores |= {id(x): x for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
         if name in _SOFTMAX and scores:
             self._weights[id(result)] = (result, _place()[0])
@@ -66,10 +69,14 @@ class AttentionCalls(TorchDispatchMode):
         weights, place = known[0]
         if name in _PRODUCTS:
             self.places.setdefault(place, _place()[1])
-        elif name in _SAME:
+        elif name in (*_SAME, "convolution"):
             first = result[0] if isinstance(result, tuple) else result
             if first.numel() == weights.numel() or name in ("slice", "expand"):
                 self._weights[id(first)] = (first, place)
+
+
+def _size(result: Any) -> int:
+    return result.numel() if isinstance(result, torch.Tensor) else 0
 
 
 def _place() -> tuple[tuple[int, str, int], str]:

@@ -63,7 +63,9 @@ def choices(products):
 
 
 def _possible(choice):
-    """ALiBi is of causal attention; of flex_attention's functions each has one spelling."""
+    """ALiBi is of causal attention; a factor on the scores comes before anything is hidden."""
+    if choice.mask == "causal by a factor":
+        return dataclasses.replace(choice, alibi="none", padded=False)
     return dataclasses.replace(choice, alibi="none") if choice.mask == "none" else choice
 
 

@@ -89,6 +89,20 @@ def enable_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.2)
 
 
+def multiplied_by_ones_and_zeros(q, k, v):
+    """GPT: what is hidden becomes -10000, whatever the score."""
+    keep = causal(24).float()
+    return ((q @ k.mT) * 0.3 * keep + -1e4 * (1 - keep)).softmax(-1) @ v
+
+
+def keys_before_heads(q, k, v):
+    """Scores ``[B, L, S, H]``: the softmax runs over an axis that is not the last."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = torch.einsum("blhd,bshd->blsh", q, k)
+    weights = scores.masked_fill(~causal(24)[..., None], -math.inf).softmax(2)
+    return torch.einsum("blsh,bshd->bhld", weights, v)
+
+
 UNGROUPED = (tiled_heads, unevenly_repeated_heads)
 GROUPED = (repeated_heads, interleaved_heads, enable_gqa, *UNGROUPED)
 SPELLINGS = (
@@ -99,6 +113,8 @@ SPELLINGS = (
     keys_transposed_by_permute,
     softcap,
     repeated_tokens,
+    multiplied_by_ones_and_zeros,
+    keys_before_heads,
     *GROUPED,
 )
 

@@ -242,3 +242,43 @@ IN_PLACE = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_the_same_tokens_of_one_projection_are_one_sequence(name):
     assert_exact(OfOneProjection(IN_PLACE[name]), tokens(2, 24, 16), rewritten=1)
+
+
+class UnitsOfOneProjection(nn.Module):
+    """Hiera: tokens in units, queries, keys and values on an axis between units and heads."""
+
+    def __init__(self, swapped):
+        super().__init__()
+        self.qkv, self.swapped = nn.Linear(16, 48), swapped
+
+    def forward(self, x):
+        packed = self.qkv(x).reshape(len(x), 6, 4, 3, 2, 8)
+        q, k, v = packed.permute(3, 0, 4, 2, 1, 5).unbind(0)
+        if self.swapped:
+            q, k, v = q[:, :, :2], k[:, :, 2:], v[:, :, 2:]
+        return F.scaled_dot_product_attention(q, k, v).flatten(2)
+
+
+def test_parts_of_a_view_beside_which_features_are_selected_are_one_sequence():
+    assert_exact(UnitsOfOneProjection(swapped=False), tokens(2, 24, 16), rewritten=1)
+    model = UnitsOfOneProjection(swapped=True)
+    (row,) = fe.explain(model, tokens(2, 24, 16), options=OPTIONS).layers
+    assert "cross-attention" in row.reason
+
+
+class PositionsInScoresAlone(nn.Module):
+    """DETR: queries and keys are projected from tokens with positions, values without."""
+
+    def __init__(self):
+        super().__init__()
+        self.qk, self.v = nn.Linear(16, 32), nn.Linear(16, 16)
+        self.positions = nn.Parameter(torch.randn(24, 16))
+
+    def forward(self, x):
+        q, k = self.qk(x + self.positions).chunk(2, -1)
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, self.v(x)))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_values_may_be_projected_from_another_tensor():
+    assert_exact(PositionsInScoresAlone(), tokens(2, 24, 16), rewritten=1)

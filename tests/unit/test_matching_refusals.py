@@ -132,7 +132,98 @@ def scores_written_to_a_buffer(q, k, v):
     return scores.softmax(-1) @ v, buffer
 
 
+HEADS_MIXED = torch.eye(4) + 0.1
+
+
+def talking_heads(q, k, v):
+    """CaiT: a linear layer over the heads, on axes that were moved to the end for it."""
+    scores = F.linear((q @ k.mT).permute(0, 2, 3, 1), HEADS_MIXED).permute(0, 3, 1, 2)
+    return scores.softmax(-1) @ v
+
+
+def weights_of_mixed_heads(q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    return F.linear(weights.permute(0, 2, 3, 1), HEADS_MIXED).permute(0, 3, 1, 2) @ v
+
+
+def heads_mixed_by_einsum(q, k, v):
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT, HEADS_MIXED)
+    return scores.masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def heads_mixed_by_a_convolution(q, k, v):
+    scores = q @ k.mT
+    scores = scores + F.conv2d(scores, HEADS_MIXED[..., None, None])
+    return scores.masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def distances(q, k, v):
+    scores = -(torch.cdist(q.flatten(0, 1), k.flatten(0, 1)) ** 2).unflatten(0, (2, 4))
+    return (scores * 0.1).masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def additive_scores(q, k, v):
+    """Bahdanau: a layer over features of every pair."""
+    pairs = torch.tanh(q[:, :, :, None] + k[:, :, None])
+    return F.linear(pairs, torch.ones(1, 8)).squeeze(-1).softmax(-1) @ v
+
+
+def scores_of_a_layer(q, k, v):
+    """Synthesizer: the weights of a token are computed from it alone."""
+    return F.linear(q, torch.ones(24, 8)).softmax(-1) @ v
+
+
+def pooled_by_scores(q, k, v):
+    return F.linear(k, torch.ones(1, 8)).mT.softmax(-1) @ v
+
+
+def mask_made_of_the_scores(q, k, v):
+    scores = q @ k.mT
+    return (scores + scores.detach().relu().sin()).softmax(-1) @ v
+
+
+def zeroed_but_visible(q, k, v):
+    """GPT's way to mask, of a factor that is 0 where the mask hides nothing."""
+    keep = causal(24).float()
+    return ((q @ k.mT) * keep.tril(-1) + -1e4 * (1 - keep)).softmax(-1) @ v
+
+
+def zeroed_and_not_hidden(q, k, v):
+    return ((q @ k.mT) * causal(24).float()).softmax(-1) @ v
+
+
+def zeroed_and_hidden_too_little(q, k, v):
+    keep = causal(24).float()
+    return ((q @ k.mT) * keep + -50.0 * (1 - keep)).softmax(-1) @ v
+
+
+def hidden_scores_enlarged(q, k, v):
+    keep = causal(24).float()
+    return ((q @ k.mT) * (4 - 3 * keep) + -1e4 * (1 - keep)).softmax(-1) @ v
+
+
+def zeroed_after_they_are_hidden(q, k, v):
+    """Minus infinity times 0 is not a number."""
+    keep = causal(24)
+    scores = (q @ k.mT).masked_fill(~keep, -math.inf) * keep.float()
+    return (scores + -1e4 * (1 - keep.float())).softmax(-1) @ v
+
+
 REFUSED = {
+    talking_heads: "the scores mix heads: linear before the softmax",
+    weights_of_mixed_heads: "the softmax weights mix heads: linear",
+    heads_mixed_by_einsum: "the scores mix heads: einsum before the softmax",
+    heads_mixed_by_a_convolution: "scores are added to what is made of them",
+    distances: "the scores are no product of queries and keys: cdist",
+    additive_scores: "the scores are no product of queries and keys: linear",
+    scores_of_a_layer: "the scores are no product of queries and keys: linear",
+    pooled_by_scores: "the scores are no product of queries and keys: linear",
+    mask_made_of_the_scores: "scores are added to what is made of them",
+    zeroed_but_visible: "scores are multiplied by a tensor",
+    zeroed_and_not_hidden: "scores are multiplied by a tensor",
+    zeroed_and_hidden_too_little: "scores are multiplied by a tensor",
+    hidden_scores_enlarged: "scores are multiplied by a tensor",
+    zeroed_after_they_are_hidden: "multiplied by a tensor after they are masked",
     scores_written_to_a_buffer: "mul(out=) between the product and the softmax",
     written_through_a_view: "overwritten through a view",
     keys_overwritten_before_the_result: "an operand is overwritten",
@@ -177,8 +268,30 @@ def router(q, k, v):
     return q * (q @ k.mT).mean((-1, -2), keepdim=True).softmax(1)
 
 
+def mixture_of_experts(q, k, v):
+    """Weights of experts, not of tokens, multiply what the experts make of each token."""
+    weights = F.linear(q, torch.ones(3, 8)).softmax(-1)
+    made = torch.stack([v, k.tanh(), v * k], -2)
+    return (weights[..., None, :] @ made).squeeze(-2)
+
+
+def vocabulary(q, k, v):
+    """Expected embeddings: weights of a table's rows."""
+    table = torch.ones(50, 8)
+    return F.linear(q, table).softmax(-1) @ table
+
+
 @pytest.mark.parametrize(
-    "core", [linear_attention, over_queries, router, weights_on_the_right], ids=lambda c: c.__name__
+    "core",
+    [
+        linear_attention,
+        over_queries,
+        router,
+        mixture_of_experts,
+        vocabulary,
+        weights_on_the_right,
+    ],
+    ids=lambda c: c.__name__,
 )
 def test_what_is_no_attention_is_not_reported(core):
     assert report(core).layers == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "compile_aot_eager",
     "compile_inductor",
     "compiled_frame_module",
+    "graph_break",
     "guard_on_attribute",
     "has_cpp_compiler",
     "inductor_option_names",
@@ -287,6 +289,20 @@ def compile_aot_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Cal
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(graph, list(inputs))
+
+
+def graph_break(graph: torch.fx.GraphModule) -> str | None:
+    """Say why Dynamo ended a graph before its function ends, and where; None = it did not."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    text, *more = (line.strip() for line in reason.reason.splitlines())
+    if text.startswith("generic_jump"):
+        text = "a branch depends on what a tensor holds"
+    explained = next((x for x in more if x.startswith("Explanation:")), "")
+    why = " ".join(filter(None, (text, explained.removeprefix("Explanation:").strip())))
+    frame = next(reversed(reason.user_stack), None)
+    return f"{why} ({Path(frame.filename).name}:{frame.lineno})" if frame else why
 
 
 def mark_static_addresses(tensors: Iterable[torch.Tensor]) -> None:

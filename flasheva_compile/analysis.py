@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flasheva_compile import _torch_compat as compat
 from flasheva_compile.buffers import mask_buffers
 from flasheva_compile.capture import capture
 from flasheva_compile.composites import take_apart
@@ -96,7 +97,8 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
         if is_prepared(scope):
             _expect_no_rules(settings)
             decided = keep_all(decided, "prepare left it full")
-    warnings = captured.warnings
+    broken = compat.graph_break(graph)
+    warnings = (*captured.warnings, *([f"graph break: {broken}"] if broken else []))
     if settings.validate:
         with _timed(seconds, "validate"):
             decided, unchecked = validate(captured, decided, buffers)

@@ -146,3 +146,25 @@ class TestSharedRegions:
 
 def gradient(out, x):
     return torch.autograd.grad(out.square().sum(), x)[0]
+
+
+class _Broken(nn.Module):
+    """An attention behind a call that Dynamo cannot follow, and one behind a branch."""
+
+    def forward(self, q, k, v):
+        q = attend(q, k, v)
+        print(end="")  # breaks the graph
+        q = attend(q, k, v)
+        return q * 2 if q.sum() > 0 else q
+
+
+def test_graph_breaks_are_reported_with_their_cause():
+    qkv = torch.randn(3, 1, 2, 8, 4)
+    report = fe.explain(_Broken(), *qkv)
+    assert report.rewritten
+    assert not report.left_full
+    breaks = [warning for warning in report.warnings if warning.startswith("graph break: ")]
+    assert "print" in breaks[0]
+    assert "depends on what a tensor holds" in breaks[1]
+    assert all("test_hidden_places.py:" in warning for warning in breaks)
+    assert not fe.explain(attend, *qkv).warnings

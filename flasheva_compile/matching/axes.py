@@ -57,6 +57,17 @@ _SAME_AXES = CASTS | {
     "flip",
     "roll",
 }
+# What puts elsewhere what stands along one axis -> the place of that axis among its arguments.
+_REORDERINGS = {
+    "index_select": 1,
+    "gather": 1,
+    "take_along_dim": 2,
+    "index_copy": 1,
+    "index_add": 1,
+    "scatter": 1,
+    "sort": 1,
+    "topk": 2,
+}
 _SEARCH_LIMIT = 200
 
 
@@ -176,6 +187,10 @@ def _moved(node: fx.Node, axis: int, chosen: _Chosen) -> tuple[tuple[object, ...
             shape = str(shape_of(node)[outer[0] :])
             return (("part", outer.index(axis), shape, _among_tokens(chosen)),), ()
         return (), chosen
+    if _reorders(node, axis):
+        # What is sorted has an order of its own: the values and indices of that node.
+        given = node.args if name == "getitem" else node.args[1:]
+        return ((name, str(given)),), chosen
     if name not in {
         "slice",
         "narrow",
@@ -215,6 +230,20 @@ def _moved(node: fx.Node, axis: int, chosen: _Chosen) -> tuple[tuple[object, ...
         return (((name, str(node.args[1:])),), chosen) if axis in dims else ((), chosen)
     same = name != "index" and same_size(shape_of(node)[axis], shape_of(source)[axis - rank])
     return ((), chosen) if same else (((name, str(node.args[1:])),), chosen)
+
+
+def _reorders(node: fx.Node, axis: int) -> bool:
+    """Return whether an op gives an axis other tokens, or the same in another order."""
+    source: Any = node.args[0] if op_name(node) == "getitem" else node
+    name, rank = op_name(source), len(shape_of(node))
+    if name in _REORDERINGS:
+        last = -1 if name in {"sort", "topk"} else None
+        dim = argument(source, _REORDERINGS[name], "dim", last)
+        return dim is None or dim % rank == axis
+    if name in {"pad", "constant_pad_nd"}:  # sizes from the last axis on, two for each
+        sizes: Any = node.args[1]
+        return any(not same_size(size, 0) for size in sizes[2 * (rank - 1 - axis) :][:2])
+    return False
 
 
 def _among_tokens(chosen: _Chosen) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from flasheva_compile.matching.aten import same_size, shape_of
+from flasheva_compile.matching.aten import VIEWS, op_name, same_size, shape_of
 from flasheva_compile.matching.axes import axis_origin, merged_heads
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def spell_products(
         return first
     renamed, query, key = first
     out = _renamed(scores.out_axes, renamed)
-    reshaped = len({len(shape_of(node)) for node in between}) > 1
+    reshaped = any(op_name(node) in VIEWS and not _keeps_shape(node) for node in between)
     if reshaped and (not out.endswith("qk") or softmax_axis != -1):
         return "scores are reshaped with queries and keys not last"
     second = _label_weights(weights, used, None if reshaped else out)
@@ -119,6 +119,11 @@ def spell_products(
         heads=heads,
         grouped=grouped,
     )
+
+
+def _keeps_shape(view: fx.Node) -> bool:
+    before, after = shape_of(view.args[0]), shape_of(view)
+    return len(before) == len(after) and all(map(same_size, before, after))
 
 
 def _label_scores(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -191,8 +192,22 @@ def with_axes(
         axes = tuple(names[a] for a in letters)
         if _differs_within(term.node, axes):
             return "a mask that differs within a group of leading axes"
+        if _splits_heads(scores, axes, spelling.heads) and _differs_on(term.node, axes, "bh"):
+            return "a mask on scores whose leading axes are not those of queries"
         found.append(replace(term, axes=axes))
     return tuple(found)
+
+
+def _splits_heads(scores: fx.Node, axes: tuple[str, ...], heads: int) -> bool:
+    """Return whether what stands for the heads in these scores has another size than the heads."""
+    sizes = [size for axis, size in zip(axes, shape_of(scores), strict=True) if axis == "h"]
+    return bool(sizes) and not same_size(math.prod(sizes), heads)
+
+
+def _differs_on(mask: fx.Node, axes: tuple[str, ...], wanted: str) -> bool:
+    """Return whether a mask has more than one element along one of these axes."""
+    pairs = zip(reversed(axes), reversed(shape_of(mask)), strict=False)
+    return any(axis in wanted and not same_size(size, 1) for axis, size in pairs)
 
 
 def _differs_within(mask: fx.Node, axes: tuple[str, ...]) -> bool:
@@ -307,7 +322,19 @@ def _activation(node: fx.Node) -> fx.Node:
         source = source[0]
     while op_name(source) in CASTS | VIEWS:
         source = source.args[0]
-    return source
+    return _first_of_equals(source)
+
+
+def _first_of_equals(node: fx.Node) -> fx.Node:
+    """Return the first of the transpositions that give what this one gives, else the node.
+
+    ``nn.MultiheadAttention`` transposes its inputs one by one.
+    """
+    if op_name(node) not in {"transpose", "permute"}:
+        return node
+    source: Any = node.args[0]
+    same = (n for n in source.users if (n.target, n.args) == (node.target, node.args))
+    return next(same)
 
 
 def _tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:

@@ -58,9 +58,13 @@ class ScorePath:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Walk:
-    """State of the walk: ``factor`` multiplies everything not yet visited."""
+    """State of the walk: ``factor`` multiplies everything not yet visited.
+
+    ``axis`` is that of the softmax, counted from the end.
+    """
 
     node: fx.Node
+    axis: int
     owner: fx.GraphModule
     factor: float = 1.0
     cap: float = 0.0
@@ -101,7 +105,8 @@ def walk_scores(softmax: Softmax, owner: fx.GraphModule, written: Mutations) -> 
     Returns:
         The path, or the reason why it is not one.
     """
-    walk, reader, shapes = _Walk(node=softmax.scores, owner=owner), softmax.weights, []
+    walk = _Walk(node=softmax.scores, axis=softmax.axis, owner=owner)
+    reader, shapes = softmax.weights, []
     while True:
         if written.stale(walk.node, reader):
             return "scores are overwritten through a view"
@@ -247,7 +252,7 @@ def _subtract(walk: _Walk) -> _Walk | str:
     if not hasattr(other, "op") or walk.node.kwargs.get("alpha", 1) != 1:
         return "sub between the product and the softmax"
     maximum = row_maximum(other)
-    if maximum is None or maximum[0] is not scores or maximum[1] != -1 or walk.cap:
+    if maximum != (scores, walk.axis) or walk.cap:
         return "scores less a tensor that is not their maximum"
     return replace(walk, node=scores)  # softmax(x - c) == softmax(x)
 

@@ -103,6 +103,14 @@ def keys_before_heads(q, k, v):
     return torch.einsum("blsh,bshd->bhld", weights, v)
 
 
+def maximum_over_keys_taken_off(q, k, v):
+    """Scores ``[B, H, S, L]`` and a softmax by hand over their keys."""
+    scores = (k @ q.mT).masked_fill(~causal(24).mT, -math.inf)
+    weights = (scores - scores.amax(-2, keepdim=True)).exp()
+    weights = weights / weights.sum(-2, keepdim=True)
+    return torch.einsum("bhsl,bhsd->bhld", weights, v)
+
+
 UNGROUPED = (tiled_heads, unevenly_repeated_heads)
 GROUPED = (repeated_heads, interleaved_heads, enable_gqa, *UNGROUPED)
 SPELLINGS = (
@@ -115,6 +123,7 @@ SPELLINGS = (
     repeated_tokens,
     multiplied_by_ones_and_zeros,
     keys_before_heads,
+    maximum_over_keys_taken_off,
     *GROUPED,
 )
 
@@ -171,6 +180,24 @@ def test_cross_attention_of_equal_length_is_refused():
     assert "cross-attention" in row.reason
     declared = {**OPTIONS, "assume_mask": "bidirectional"}
     assert fe.explain(Cross(), x, y, options=declared).layers[0].decision == "eva"
+
+
+@pytest.mark.parametrize(("own", "decision"), [("queries and keys", "eva"), ("queries", "full")])
+def test_multihead_attention_of_two_tensors(own, decision):
+    """It transposes queries, keys and values one by one, before it projects them."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x, y):
+            keys = x if own == "queries and keys" else y
+            return self.attention(x, keys, y.tanh(), need_weights=False)[0]
+
+    model = Attention()
+    (row,) = fe.explain(model, *torch.randn(2, 2, 24, 16), options=OPTIONS).layers
+    assert (row.decision, "cross-attention" in row.reason) == (decision, decision == "full")
 
 
 def later_copies(q, k, v):

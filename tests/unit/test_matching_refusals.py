@@ -209,7 +209,29 @@ def zeroed_after_they_are_hidden(q, k, v):
     return (scores + -1e4 * (1 - keep.float())).softmax(-1) @ v
 
 
+def maximum_over_queries_taken_off(q, k, v):
+    """Scores ``[B, H, S, L]``: the last axis is not that of the softmax."""
+    scores = k @ q.mT
+    weights = (scores - scores.amax(-1, keepdim=True)).softmax(-2)
+    return torch.einsum("bhsl,bhsd->bhld", weights, v)
+
+
+def leading_axes_split_anew(q, k, v):
+    scores, keep = (q @ k.mT).view(4, 2, 24, 24), q[:, :2, :, 0].reshape(4, 1, 1, 24) > -1
+    return scores.masked_fill(~keep, -math.inf).view(2, 4, 24, 24).softmax(-1) @ v
+
+
+def queries_split_anew(q, k, v):
+    """Masked as twice as many sequences of half as many queries: scores ``[B, L, H, S]``."""
+    scores = torch.einsum("bhld,bhsd->blhs", q, k).reshape(4, 12, 4, 24)
+    scores = scores.masked_fill(~causal(24)[:12, None], -math.inf)
+    return torch.einsum("blhs,bhsd->bhld", scores.view(2, 24, 4, 24).softmax(-1), v)
+
+
 REFUSED = {
+    maximum_over_queries_taken_off: "scores less a tensor that is not their maximum",
+    leading_axes_split_anew: "a mask on scores whose leading axes are not those of queries",
+    queries_split_anew: "scores are reshaped with queries and keys not last",
     talking_heads: "the scores mix heads: linear before the softmax",
     weights_of_mixed_heads: "the softmax weights mix heads: linear",
     heads_mixed_by_einsum: "the scores mix heads: einsum before the softmax",
@@ -254,6 +276,45 @@ def test_what_is_not_understood_stays_full_and_says_why(core):
     (row,) = report(core).layers
     assert row.decision == "full"
     assert REFUSED[core] in row.reason
+
+
+BACKWARDS = tuple(range(23, -1, -1))
+REORDERED = {
+    "index_select": lambda x: x.index_select(2, torch.tensor(BACKWARDS)),
+    "gather": lambda x: x.gather(2, torch.tensor(BACKWARDS)[:, None].expand(x.shape)),
+    "take_along_dim": lambda x: torch.take_along_dim(x, x[..., :1].argsort(2), 2),
+    "index_copy": lambda x: torch.zeros_like(x).index_copy(2, torch.tensor(BACKWARDS), x),
+    "sort": lambda x: x.sort(2).values,
+    "topk": lambda x: x.topk(24, 2)[0],
+    "pad": lambda x: F.pad(x, (0, 0, 7, -7)),
+    "flip": lambda x: x.flip(2),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_keys_in_another_order_than_queries_are_another_sequence(name):
+    def core(q, k, v):
+        return F.scaled_dot_product_attention(q, REORDERED[name](k), REORDERED[name](v))
+
+    (row,) = report(core).layers
+    assert row.decision == "full"
+    assert "cross-attention" in row.reason or "preallocated" in row.reason
+
+
+def reordered_alike(q, k, v):
+    order = torch.tensor(BACKWARDS)
+    return F.scaled_dot_product_attention(*(x.index_select(2, order) for x in (q, k, v)))
+
+
+def features_reordered(q, k, v):
+    order = torch.arange(7, -1, -1)
+    q, k = (x.index_select(-1, order) + F.pad(x, (4, -4)) for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("core", [reordered_alike, features_reordered], ids=lambda c: c.__name__)
+def test_tokens_that_are_reordered_alike_or_not_at_all_are_one_sequence(core):
+    assert [row.decision for row in report(core).layers] == ["eva"]
 
 
 def linear_attention(q, k, v):

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from flasheva_compile.lowering.schedule_cost import Target
     from flasheva_compile.lowering.spec import KernelSpec
     from flasheva_compile.report import CompileReport, LayerReport
 
-_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _WINDOWS = 4  # tokens of the call whose launches are collected, in windows
 _OPTIONS = ("window_size", "chunk_size", "sink_tokens", "window", "softcap", "dropout_p")
 _RETRIEVAL = ("retrieve_chunks", "retrieve_block", "retrieve_by")
@@ -54,13 +55,14 @@ def list_kernels(report: CompileReport, target: str = "sm_90") -> tuple[KernelRe
         raise ConfigError(f"{error}", subject="kernels", hint="install triton") from error
     if target not in TARGETS:
         raise ConfigError(f"{target!r} is none of {', '.join(TARGETS)}", subject="kernels")
+    known = known_target(target)
     found: dict[KernelSpec, list[str]] = {}
     for layer, paths in _distinct(report):
-        for spec in _specs(layer):
+        for spec in _specs(layer, known):
             found.setdefault(spec, []).extend(paths)
     listed = []
     for spec, paths in found.items():
-        generated = emit(spec, choose(spec, known_target(target)))
+        generated = emit(spec, choose(spec, known))
         used = resources(generated, target)
         listed.append(
             KernelReport(
@@ -90,7 +92,7 @@ def _distinct(report: CompileReport) -> Iterator[tuple[LayerReport, list[str]]]:
     yield from groups.items()
 
 
-def _specs(layer: LayerReport) -> list[KernelSpec]:
+def _specs(layer: LayerReport, target: Target) -> list[KernelSpec]:
     """Collect the launches of one attention, in order, each spec once."""
     sizes = (layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim)
     window, chunk = layer.window_size, layer.chunk_size
@@ -107,9 +109,10 @@ def _specs(layer: LayerReport) -> list[KernelSpec]:
     options |= {"causal": bool(layer.causal), "q_offset": 0}
     run = _retrieve if layer.retrieve_chunks else _attend
     parameters = _parameters(layer, k)
-    with recording.recorded() as specs:
+    with recording.recorded(target) as specs:
         run((q, k, v), parameters, _masks(layer, k), options, layer.training)
-    return list(dict.fromkeys([*specs, *_decoding(layer, (q, k, v), parameters, options)]))
+        specs += _decoding(layer, (q, k, v), parameters, options)
+    return list(dict.fromkeys(specs))
 
 
 def _decoding(
@@ -121,7 +124,9 @@ def _decoding(
     """Return what one step of a prepared model's generation launches; not of retrieval."""
     if layer.reason != PREPARED or layer.retrieve_chunks or layer.chunk_rule == "eva":
         return ()
-    q, _, v = (x[:, :, :1] for x in qkv)
+    q, k, v = (x[:, :, :1] for x in qkv)
+    if not implementations.runs_kernels(k, v):
+        return ()
     shape = StepShape(
         q=q.shape,
         v=v.shape,

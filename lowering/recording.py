@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from flasheva_compile.lowering.schedule_cost import Target
     from flasheva_compile.lowering.spec import KernelSpec
 
 specs: list[KernelSpec] | None = None
 """Where launches are collected; None = they are made."""
+target: Target | None = None
+"""For what they are collected: its limits decide which kernels a call runs."""
 
 
 @contextmanager
-def recorded() -> Iterator[list[KernelSpec]]:
+def recorded(device: Target) -> Iterator[list[KernelSpec]]:
     """Collect specs in place of launches; tensors then need no values. Not thread-safe."""
-    global specs
-    specs = found = []
+    global specs, target
+    specs, target = [], device
     try:
-        yield found
+        yield specs
     finally:
-        specs = None
+        specs = target = None

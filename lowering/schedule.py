@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flasheva_compile.lowering import schedule_cost
+from flasheva_compile.lowering import recording, schedule_cost
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
 from flasheva_compile.lowering.schedule_extend import EXTEND_KINDS, extend_schedule
@@ -121,7 +121,12 @@ def known_target(arch: str, device: str = "") -> Target:
 
 
 def current_target() -> Target:
-    """Return the current CUDA or ROCm device; without one, an H100 without a name."""
+    """Return the current CUDA or ROCm device; without one, an H100 without a name.
+
+    While launches are collected, what they are collected for.
+    """
+    if recording.target is not None:
+        return recording.target
     return _device_target(torch.cuda.current_device()) if _has_device() else _NO_DEVICE
 
 

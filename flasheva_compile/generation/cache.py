@@ -119,6 +119,17 @@ class FlashEvaCache(Cache):
             eva: Any = self.layers[index]
             eva.lazy_initialization(k, v)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
+
+        Raises:
+            ConfigError: A layer cannot; see its own ``crop``.
+        """
+        for layer in self.layers:
+            if isinstance(layer, EvaCacheLayer | VecInferLayer):
+                layer.expect_croppable(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def save(self, model: nn.Module, path: str | Path) -> None:
         """Write the cache as safetensors; see :meth:`load`."""
         from flasheva_compile.generation.checkpoint import save_cache

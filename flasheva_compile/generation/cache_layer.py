@@ -52,7 +52,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self.announced = False
         self.record_past = False
         self.exact_prefill = False
-        self.snapshot: Any = None
+        self.snapshot: dict[str, Tensor] = {}  # tensors of the state before what is recorded
         self.recorded: list[tuple[Tensor, ...]] = []
         self.replay: Callable[..., None] | None = None
 
@@ -128,7 +128,7 @@ class EvaCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, in place."""
         self.is_empty, self.seen, self.announced = True, 0, False
-        self.snapshot, self.recorded = None, []
+        self.snapshot, self.recorded = {}, []
         if self.state is not None:
             for x in self.state:
                 x.zero_()
@@ -159,8 +159,9 @@ class EvaCacheLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = rows(self.state)
             self.batch_size = self.state.start.shape[0]
-        if self.snapshot is not None:
-            self.snapshot = rows(self.snapshot)
+        self.snapshot = {
+            name: x if name == "length" else change(x) for name, x in self.snapshot.items()
+        }
         self.recorded = [
             tuple(x if x is None else change(x) for x in call) for call in self.recorded
         ]
@@ -182,6 +183,8 @@ class EvaCacheLayer(CacheLayerMixin):
     def _copied(self, value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
             return type(value)(*(self._clone(x) for x in value))
+        if isinstance(value, dict):  # of a state
+            return {name: self._clone(x) for name, x in value.items()}
         if isinstance(value, list):
             return [tuple(x if x is None else self._clone(x) for x in call) for call in value]
         return value
@@ -201,6 +204,13 @@ class EvaCacheLayer(CacheLayerMixin):
         Raises:
             ConfigError: The tokens came before recording began, or before the last ``crop``.
         """
+        recorded = self.expect_croppable(tokens_to_remove)
+        if tokens_to_remove < 0:
+            self._rewind(recorded + tokens_to_remove)
+        self.snapshot, self.recorded = {}, []
+
+    def expect_croppable(self, tokens_to_remove: int) -> int:
+        """Raise what :meth:`crop` raises; return how many tokens are recorded."""
         if tokens_to_remove > 0:
             message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
             raise ConfigError(message, subject=self.path)
@@ -212,18 +222,15 @@ class EvaCacheLayer(CacheLayerMixin):
                 subject=self.path,
                 hint="call activate_past_recording() before the tokens are appended",
             )
-        if tokens_to_remove < 0:
-            self._rewind(recorded + tokens_to_remove)
-        self.snapshot, self.recorded = None, []
+        return recorded
 
     def _rewind(self, keep: int) -> None:
         """Restore the snapshot and append the first ``keep`` recorded tokens again."""
         assert self.state is not None
-        assert self.snapshot is not None
         assert self.replay is not None
         removed = sum(call[1].shape[2] for call in self.recorded)
-        for name in self.restored:
-            getattr(self.state, name).copy_(getattr(self.snapshot, name))
+        for name, x in self.snapshot.items():
+            getattr(self.state, name).copy_(x)
         growing = self.max_cache_len is None
         self.seen -= removed if growing else 0
         q, k, v = (torch.cat([call[i] for call in self.recorded], 2)[:, :, :keep] for i in range(3))
@@ -237,8 +244,7 @@ class EvaCacheLayer(CacheLayerMixin):
     def _record(self, call: tuple[Tensor | None, ...], replay: Callable[..., None]) -> None:
         if not self.recorded:
             assert self.state is not None
-            small = {name: getattr(self.state, name).clone() for name in self.restored}
-            self.snapshot = self.state._replace(**small)
+            self.snapshot = {name: getattr(self.state, name).clone() for name in self.restored}
         self.recorded.append(call)  # pyright: ignore[reportArgumentType]
         self.replay = replay
 

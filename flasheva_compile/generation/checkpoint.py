@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_VERSION = "1"
+_VERSION = "2"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _NUMBERS = ("cumulative_length", "seen", "is_empty")

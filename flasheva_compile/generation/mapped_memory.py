@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,19 +25,18 @@ class _Pages:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.device, self.registered = device, False
-        self.buffer = mmap.mmap(-1, size)
+        try:
+            self.buffer = mmap.mmap(-1, size)
+        except OSError as error:
+            raise _lack(size, str(error)) from error
         self.host = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        address = self.host.data_ptr()
         with torch.cuda.device(device):
-            status = _runtime().cudaHostRegister(self.host.data_ptr(), size, 0)
-        if int(status):
-            raise ConfigError(
-                f"{size >> 20} MiB of host memory cannot be locked (CUDA error {int(status)})",
-                subject='store="offloaded"',
-                hint="raise the limit of locked memory, free host memory, or keep the store on "
-                "the device",
-            )
-        self.registered = True
+            status = int(_runtime().cudaHostRegister(address, size, 0))
+        if status:
+            raise _lack(size, f"CUDA error {status}")
+        # When the interpreter exits, the driver does it: PyTorch may be gone by then.
+        weakref.finalize(self, _unregister, address, device).atexit = False
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -49,10 +49,18 @@ class _Pages:
             "version": 2,
         }
 
-    def __del__(self) -> None:
-        if self.registered:
-            torch.cuda.synchronize(self.device)  # kernels in flight may still read
-            _runtime().cudaHostUnregister(self.host.data_ptr())
+
+def _unregister(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # kernels in flight may still read
+    _runtime().cudaHostUnregister(address)
+
+
+def _lack(size: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{size >> 20} MiB of host memory cannot be locked ({reason})",
+        subject='store="offloaded"',
+        hint="raise the limit of locked memory, free host memory, or keep the store on the device",
+    )
 
 
 def _runtime() -> Any:  # noqa: ANN401 - a module of bindings without types

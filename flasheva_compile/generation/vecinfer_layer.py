@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import NoGradient
-from flasheva_compile.quantization.state import QuantizedState, crop, new_state, ring_size
+from flasheva_compile.quantization.state import QuantizedState, can_crop, new_state, ring_size
 from flasheva_compile.vecinfer_ops import op_books, vecinfer_options
 
 if TYPE_CHECKING:
@@ -198,28 +198,42 @@ class VecInferLayer(CacheLayerMixin):
         Raises:
             ConfigError: So many that tokens would be read exactly which only codes are left of.
         """
+        tokens = self.expect_croppable(tokens_to_remove)
+        if tokens is None:
+            return
+        assert self.state is not None
+        self.state.length.sub_(tokens)
+        seen = self._columns_so_far()
+        self.seen, self.most_seen = seen + tokens_to_remove, max(seen, self.most_seen)
+        if self.columns is not None:
+            self.columns.fill_(self.seen)
+        self.is_empty = self.seen == 0
+
+    def expect_croppable(self, tokens_to_remove: int) -> Tensor | None:
+        """Raise what :meth:`crop` raises; return what each row forgets, ``[B]``, None = nothing."""
         if tokens_to_remove > 0:
             message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
             raise ConfigError(message, subject=self.path)
         if tokens_to_remove == 0 or self.state is None:
-            return
+            return None
         assert self.recent is not None
         count, ring = -tokens_to_remove, self.recent.shape[1]
-        seen = self.seen if self.columns is None else int(self.columns)
+        seen = self._columns_so_far()
         most = max(seen, self.most_seen)
         # What the ring knows of: nothing before the last `ring` columns that there ever were.
         known = count <= seen - max(0, most - ring)
         slots = torch.arange(seen - count, seen, device=self.recent.device) % ring
-        if not known or not crop(self.state, self.storage, self.recent[:, slots].sum(1)):
+        tokens = self.recent[:, slots].sum(1)
+        if not known or not can_crop(self.state, self.storage, tokens):
             raise ConfigError(
                 f"crop({tokens_to_remove}) of {seen} tokens: what became codes cannot be restored",
                 subject=self.path,
                 hint="prefill a new cache",
             )
-        self.seen, self.most_seen = seen - count, most
-        if self.columns is not None:
-            self.columns.fill_(self.seen)
-        self.is_empty = self.seen == 0
+        return tokens
+
+    def _columns_so_far(self) -> int:
+        return self.seen if self.columns is None else int(self.columns)
 
     # --- attention --------------------------------------------------------------------------------
 

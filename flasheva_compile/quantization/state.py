@@ -207,6 +207,14 @@ def _expect_room(needed: int, state: QuantizedState, storage: KvStorage) -> None
         raise ConfigError(message, subject="vecinfer_decode", hint=hint)
 
 
+def can_crop(state: QuantizedState, storage: KvStorage, tokens: Tensor) -> bool:
+    """Return whether the ring holds every token that is read exactly after :func:`crop`."""
+    length = state.length - tokens
+    held = state.written - state.tail_k.shape[2]
+    # A query sees at least one token more than what stays.
+    return not bool(((length < 0) | (coded_until(length + 1, storage) < held)).any())
+
+
 def crop(state: QuantizedState, storage: KvStorage, tokens: Tensor) -> bool:
     """Forget the last tokens of each row, in place.
 
@@ -216,12 +224,9 @@ def crop(state: QuantizedState, storage: KvStorage, tokens: Tensor) -> bool:
         tokens: How many, ``[B]``.
 
     Returns:
-        Whether the ring still holds every token that is read exactly then.
+        What :func:`can_crop` says.
     """
-    length = state.length - tokens
-    held = state.written - state.tail_k.shape[2]
-    # A query sees at least one token more than what stays.
-    if bool(((length < 0) | (coded_until(length + 1, storage) < held)).any()):
-        return False
-    state.length.copy_(length)
-    return True
+    granted = can_crop(state, storage, tokens)
+    if granted:
+        state.length.sub_(tokens)
+    return granted

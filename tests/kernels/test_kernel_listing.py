@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from flasheva_compile.lowering import launch
+from flasheva_compile.lowering import launch, recording
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.op import EvaOp
 from flasheva_compile.lowering.schedule import choose
@@ -18,7 +19,7 @@ import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.kernel_listing import list_kernels
 from flasheva_compile.ops import flasheva_attention
-from flasheva_compile.report import CompileReport, LayerReport
+from flasheva_compile.report import PREPARED, CompileReport, LayerReport
 from tests.models.test_generate import SMALL, llama, tokens
 from tests.stand_in_device import stand_in_device
 
@@ -105,6 +106,44 @@ def test_explain_lists_kernels_with_source_and_resources():
     assert "forward" in str(report)
     assert "no spills" in str(report)
     assert CompileReport.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize("beyond", [{"itemsize": 8}, {"head_dim": 320, "value_dim": 320}])
+def test_generation_without_kernels_lists_none(beyond):
+    prepared = {"reason": PREPARED, "rule_parameters": 1, "itemsize": 2}
+    op = EvaOp(**BASE)
+    row = LayerReport.rewritten("layers.0.attn", op, **prepared)
+    assert recorded_kinds(row, "sm_90")[-2:] == ["decode", "decode_combine"]
+    assert recorded_kinds(dataclasses.replace(row, **beyond), "sm_90") == []
+
+
+def test_a_model_in_double_precision_runs_no_kernels():
+    assert fe.explain(llama().double(), tokens(1, 20), options=SMALL, kernels=True).kernels == ()
+
+
+def test_the_target_s_memory_decides_what_runs():
+    """Sixteen queries of nine heads of 256 numbers in fp32 do not fit into 100 KiB."""
+    op = EvaOp(**BASE | {"heads": 16, "head_dim": 256, "value_dim": 256, "retrieve_chunks": 2})
+    row = LayerReport.rewritten("layers.0.attn", op, itemsize=4)
+    assert recorded_kinds(row, "sm_89") == ["chunk_tokens"]
+    assert recorded_kinds(row, "sm_90") == ["chunk_tokens", "select", "forward", "retrieve"]
+
+
+def test_a_failure_ends_the_collection_of_launches():
+    row = LayerReport.rewritten("layers.0.attn", EvaOp(**BASE))
+    with (
+        mock.patch("flasheva_compile.implementations.pool_and_attend", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        list_kernels(CompileReport(layers=(row,)))
+    assert (recording.specs, recording.target) == (None, None)
+
+
+def recorded_kinds(row, target):
+    """Return what a report of one attention lists, without compiling it."""
+    with mock.patch("flasheva_compile.lowering.offline.resources") as resources:
+        resources.return_value = mock.Mock(registers=1, shared=0, stack=0, matrix="")
+        return [kernel.kind for kernel in list_kernels(CompileReport(layers=(row,)), target)]
 
 
 def test_explain_lists_nothing_unless_asked_and_refuses_unknown_targets():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation import mapped_memory
 from tests.models.test_generate import GREEDY, SMALL, generate, llama, tokens
 
 RETRIEVING = {**SMALL, "retrieve_chunks": 2}
@@ -136,3 +142,91 @@ def test_a_store_on_the_host_is_not_written_to_a_file(tmp_path):
     _, cache = logits(model, tokens(1, 40), store="offloaded")
     with pytest.raises(ConfigError, match="host memory"):
         cache.save(model, tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("length", [None, 128])
+@pytest.mark.parametrize("store", ["device", "offloaded"])
+def test_rows_follow_where_a_rollback_may_come(store, length):
+    """Rows changed while tokens are recorded: state, copies of what is near, and record follow."""
+    model, ids = fe.prepare(llama(), RETRIEVING), tokens(2, 60)
+    options = {"store": store, "max_cache_len": length}
+    cache, turned = (fe.FlashEvaCache.for_model(model, **options) for _ in range(2))
+    with torch.no_grad():
+        for given, row in ((cache, ids), (turned, ids.flip(0))):
+            given.activate_past_recording()
+            model(row[:, :40], past_key_values=given)
+            given.crop(0)
+            model(row[:, 40:50], past_key_values=given)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        expect_same_state(cache, turned)
+        for given in (cache, turned):
+            given.crop(-7)
+        expect_same_state(cache, turned)
+        ours, theirs = (
+            model(ids.flip(0)[:, 43:], past_key_values=given).logits for given in (cache, turned)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def expect_same_state(cache, other):
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        for name, x in ours.state._asdict().items():
+            assert torch.equal(x, getattr(theirs.state, name)), name
+
+
+# --- host memory, with a runtime that is not CUDA's -----------------------------------------------
+
+
+@contextlib.contextmanager
+def runtime(status=0):
+    """Take the place of CUDA's runtime; yields what records its calls."""
+    calls = mock.Mock()
+    calls.cudaHostRegister.return_value = status
+    with (
+        mock.patch.object(mapped_memory, "_runtime", return_value=calls),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "synchronize", calls.synchronize),
+    ):
+        yield calls
+
+
+def test_pages_are_given_back_once_nothing_reads_them():
+    device = torch.device("cuda", 0)
+    with runtime() as calls:
+        pages = mapped_memory._Pages(5000, device)
+        address = pages.__cuda_array_interface__["data"][0]
+        assert not calls.synchronize.called
+        del pages
+    calls.assert_has_calls(
+        [
+            mock.call.cudaHostRegister(address, 5000, 0),
+            mock.call.synchronize(device),
+            mock.call.cudaHostUnregister(address),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "words"),
+    [(1 << 47, 0, "134217728 MiB of host memory cannot be locked"), (1 << 20, 2, "CUDA error 2")],
+)
+def test_a_lack_of_host_memory_is_said(size, status, words):
+    with runtime(status) as calls, pytest.raises(ConfigError, match=words):
+        mapped_memory.mapped_zeros((size,), torch.uint8, torch.device("cuda", 0))
+    assert not calls.cudaHostUnregister.called
+
+
+LEFT_OVER = """
+import torch
+from tests.models.test_retrieval_stores import mapped_memory, runtime
+context = runtime()
+context.__enter__()
+mapped_memory.left_over = mapped_memory._Pages(5000, torch.device("cuda", 0))
+"""
+
+
+def test_pages_that_live_until_the_interpreter_exits_are_no_trouble():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", LEFT_OVER]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr

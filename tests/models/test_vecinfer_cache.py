@@ -173,6 +173,17 @@ def test_a_rollback_into_codes_is_refused(coarse):
     assert layer.get_seq_length() == 48
 
 
+@pytest.mark.parametrize(("full", "removed"), [(0, -3), (1, -60)])
+def test_a_rollback_that_the_second_layer_refuses_changes_none(full, removed):
+    cache = cache_of(model := hybrid(full), FLOAT8)
+    if full:
+        cache.activate_past_recording()
+    model(tokens(2, 90), past_key_values=cache)
+    with pytest.raises(ConfigError, match="0 tokens recorded" if full == 0 else "became codes"):
+        cache.crop(removed)
+    assert [layer.get_seq_length() for layer in cache.layers] == [90, 90]
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_cache_that_was_reset_is_empty(coarse, length):
     model, books = coarse

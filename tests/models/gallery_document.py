@@ -175,7 +175,10 @@ def _table(found: Found) -> list[str]:
 
 
 def _row(entry: dict[str, Any]) -> str:
-    text = "; ".join(filter(None, (_reasons(entry), *entry["not_seen"])))
+    broken = [warning for warning in entry["not_seen"] if warning.startswith("graph break: ")]
+    others = [warning for warning in entry["not_seen"] if warning not in broken]
+    breaks = f"graph breaks: {len(broken)}" if broken else ""
+    text = "; ".join(filter(None, (_reasons(entry), *others, breaks)))
     text = text.replace("|", "or").replace("\n", " ")
     cells = (entry["name"], entry["found"], entry["rewritten"], text, entry["exact"])
     return f"| {' | '.join(map(str, cells))} |"

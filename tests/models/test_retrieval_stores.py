@@ -131,9 +131,15 @@ def test_a_store_on_the_host_rolls_back_and_is_copied():
         twin = copy.deepcopy(cache)
         assert twin.layers[0].state.keys.data_ptr() != cache.layers[0].state.keys.data_ptr()
         expected = model(ids[:, 50:], past_key_values=twin).logits
+        near = [
+            x.clone() for layer in cache.layers for x in (layer.state.near_k, layer.state.near_v)
+        ]
         cache.activate_past_recording()
         model(ids[:, :10], past_key_values=cache)
         cache.crop(-10)
+        # Only kernels read these copies: a step on a CPU would not notice.
+        found = [x for layer in cache.layers for x in (layer.state.near_k, layer.state.near_v)]
+        assert all(map(torch.equal, found, near))
         assert torch.equal(model(ids[:, 50:], past_key_values=cache).logits, expected)
 
 

@@ -116,8 +116,8 @@ def _cache_append(*args: Any, **options: Any) -> None:
     q, k, v, parameters, key_mask, *state = args
     settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
     if runs_kernels(k, v):
-        pooling = _pooling(q, k, v, parameters, key_mask, kept, options)
-        launch_extend.cache_append((k, v), key_mask, kept, settings, pooling)
+        pooling = _pooling(parameters, options)
+        launch_extend.cache_append(q, (k, v), key_mask, kept, settings, pooling)
         return
     new = (_group_mean(q, k), k, v)
     pool_new = partial(pool_chunks, parameters, options)
@@ -138,11 +138,10 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, parameters, key_mask, *state = args
     settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
     if runs_kernels(k, v):
-        if q.shape[2] == 1 and options["rule"] != "eva":
-            rule = kernel_rule(options["rule"], list(parameters))
-            given = tuple(parameters)
+        pooling = _pooling(parameters, options)
+        if q.shape[2] == 1:
+            rule, given = pooling
             return launch_decode.decode(q, k, v, key_mask, given, kept, settings, rule)
-        pooling = _pooling(q, k, v, parameters, key_mask, kept, options)
         return launch_extend.decode(q, (k, v), key_mask, kept, settings, pooling)
     new = (_group_mean(q, k), k, v)
     pool_new = partial(pool_chunks, parameters, options)
@@ -161,22 +160,9 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 # --- pooling --------------------------------------------------------------------------------------
 
 
-def _pooling(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parameters: Sequence[Tensor],
-    key_mask: Tensor | None,
-    state: CacheState,
-    o: dict[str, Any],
-) -> launch_extend.Pooling | None:
-    """Return how kernels pool; the ``eva`` rule's feature maps run here, before them."""
-    if o["rule"] != "eva":
-        return launch_extend.Pooling(kernel_rule(o["rule"], list(parameters)), tuple(parameters))
-    new = (_group_mean(q, k), k, v)
-    pool_new = partial(pool_chunks, parameters, o)
-    blocked.pool_new_chunks(new, key_mask, state, pool_new, cache_settings(o))
-    return None
+def _pooling(parameters: Sequence[Tensor], o: dict[str, Any]) -> launch_extend.Pooling:
+    """Return how kernels pool."""
+    return launch_extend.Pooling(kernel_rule(o["rule"], list(parameters)), tuple(parameters))
 
 
 def _group_mean(q: Tensor, k: Tensor) -> Tensor:

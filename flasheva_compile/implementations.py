@@ -161,7 +161,7 @@ def pool_backward(
 ) -> list[Tensor]:
     """Differentiate :func:`pool`: gradients of ``k``, ``v`` and the parameters."""
     rule, c, scale = o["rule"], o["chunk_size"], o["scale"]
-    if rule != "eva" and runs_kernels(k, v):
+    if runs_kernels(k, v):
         dk, dv, *vectors = launch_pooling.chunk_tokens_backward(
             tuple(grads),  # pyright: ignore[reportArgumentType]
             k,
@@ -182,7 +182,7 @@ def pool_backward(
 def _parameter_gradients(
     vectors: Sequence[Tensor], parameters: Sequence[Tensor], drfa_bias: Tensor, k: Tensor
 ) -> list[Tensor]:
-    """Cast gradients of head vectors; the bias of ``evabyte`` adds up what arrives at chunks."""
+    """Cast gradients of parameters; the bias of ``evabyte`` adds up what arrives at chunks."""
     if not parameters:
         return []
     grads = list(vectors[: len(parameters)])
@@ -270,7 +270,7 @@ def pool_and_attend_backward(
 ) -> list[Tensor]:
     """Differentiate :func:`pool_and_attend`: ``dq, dk, dv`` and the parameters' gradients."""
     _, k, v = qkv
-    if o["rule"] != "eva" and runs_kernels(k, v, o["dropout_p"]):
+    if runs_kernels(k, v, o["dropout_p"]):
         settings, t = attention_settings(o), _operands(qkv, pooled[:3], masks)
         rows = _rows(k, masks, settings.chunk_size)
         grads = launch.attention_backward(

@@ -12,11 +12,12 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.implementations import Masks
 from flasheva_compile.layer_names import compress_names
 from flasheva_compile.lowering import launch, recording
+from flasheva_compile.lowering.emit.arguments import FEATURES
 from flasheva_compile.lowering.launch_decode import StepShape, decode_spec
 from flasheva_compile.report import PREPARED, KernelReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -109,8 +110,13 @@ def _specs(layer: LayerReport, target: Target) -> list[KernelSpec]:
     options |= {"causal": bool(layer.causal), "q_offset": 0}
     run = _retrieve if layer.retrieve_chunks else _attend
     parameters = _parameters(layer, k)
+    masks = _masks(layer, k)
     with recording.recorded(target) as specs:
-        run((q, k, v), parameters, _masks(layer, k), options, layer.training)
+        means = _means(k, masks, options) if layer.chunk_rule == "eva" else None
+        run((q, k, v), parameters, masks, options, layer.training)
+        if means and layer.training:
+            means_of = {**options, "rule": "mean"}
+            implementations.pool_backward(means, k, k, [], masks, means_of)
         specs += _decoding(layer, (q, k, v), parameters, options)
     return list(dict.fromkeys(specs))
 
@@ -122,7 +128,7 @@ def _decoding(
     o: dict[str, Any],
 ) -> tuple[KernelSpec, ...]:
     """Return what one step of a prepared model's generation launches; not of retrieval."""
-    if layer.reason != PREPARED or layer.retrieve_chunks or layer.chunk_rule == "eva":
+    if layer.reason != PREPARED or layer.retrieve_chunks:
         return ()
     q, k, v = (x[:, :, :1] for x in qkv)
     if not implementations.runs_kernels(k, v):
@@ -134,7 +140,8 @@ def _decoding(
         dtype=q.dtype,
         device=q.device,
         rule=launch.kernel_rule(o["rule"], parameters),
-        parameters=len(parameters),
+        # Those of eva's feature maps, which the cache applies, and not what they give.
+        parameters=len(FEATURES) if o["rule"] == "eva" else len(parameters),
         key_mask=layer.has_key_mask,
     )
     spec = decode_spec(shape, implementations.attention_settings(o))
@@ -158,6 +165,11 @@ def _parameters(layer: LayerReport, k: Tensor) -> list[Tensor]:
     vectors = [k.new_empty(k.shape[1], k.shape[3]) for _ in range(min(2, layer.rule_parameters))]
     bias = [k.new_empty(k.shape[1])] if layer.rule_parameters > 2 else []
     return vectors + bias
+
+
+def _means(k: Tensor, masks: Masks, o: dict[str, Any]) -> Sequence[Tensor]:
+    """Pool what the feature maps of ``eva`` get: mean queries, like values, and mean keys."""
+    return implementations.pool(k, k, [], masks, {**o, "rule": "mean"})[:3]
 
 
 def _attend(

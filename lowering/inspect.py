@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CHOICES = {
     "dtype": ("bf16", "fp16", "fp32"),
-    "window": ("sliding", "block"),
+    "window": ("sliding", "block", "whole"),
     "chunk_rule": ("mean", "tangent", "evabyte", "eva"),
 }
 _STARTING_POINT: dict[str, Any] = {

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flasheva_compile.lowering.emit.arguments import FEATURES
 from flasheva_compile.lowering.spec import parts
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ def row_values(rows: Rows) -> dict[str, Any]:
 
 def rule_values(rule: str, parameters: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Return a rule's parameters by argument name."""
+    contiguous = (x.contiguous() for x in parameters)
+    if rule == "eva" and len(parameters) == len(FEATURES):  # of a cache: its feature maps
+        return dict(zip(FEATURES, contiguous, strict=True))
     if rule == "eva":
         return {"omega_ptr": parameters[1].contiguous()}
-    contiguous = (x.contiguous() for x in parameters)
     return dict(zip(("phi_ptr", "p_ptr", "b_ptr"), contiguous, strict=False))
 
 

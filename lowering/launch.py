@@ -206,8 +206,8 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """Differentiate :func:`attention_forward`, and with ``pooled`` the pooling in front of it.
 
-    Three launches, one more with sinks in front of windows and one more for learned rules of wide
-    heads; no atomics, so every run gives the same bits, and a row alone the same as in a batch.
+    Three launches, one more with sinks in front of windows, for learned rules of wide heads, for
+    ``eva``; no atomics, so every run gives the same bits, and a row alone the same as in a batch.
 
     Args:
         dout: Gradient of ``out``, ``[B, Hq, L, Dv]``.
@@ -220,7 +220,7 @@ def attention_backward(
 
     Returns:
         ``dq, dk, dv``, then fp32 ``drfa_k, drfa_v, drfa_bias``, then with ``pooled`` the gradients
-        of its head vectors (fp32); ``dk`` and ``dv`` then include the way through the chunk tokens.
+        of its parameters (fp32); ``dk`` and ``dv`` then include the way through the chunk tokens.
     """
     spec = attention_spec(t, s, rows, pooled)
     kv_rows = t.q.shape[0] * t.k.shape[1]
@@ -320,8 +320,7 @@ def _key_gradients(
         run_over_keys(spec, values, kv_rows)
         whole = dataclasses.replace(of_kind(whole, "dpool"), accumulate=True)
         values = values | {"heads": t.k.shape[1]}  # pooling knows only heads of keys
-    vectors = run_over_keys(whole, values, kv_rows, pooled)
-    return dk, dv, vector_sums(vectors, t.k.shape[0])
+    return dk, dv, run_over_keys(whole, values, kv_rows, pooled)
 
 
 def _fuses_pooling(spec: KernelSpec) -> bool:
@@ -338,14 +337,29 @@ def run_over_keys(
     kv_rows: int,
     pooled: PooledChunks | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run ``dkv`` or ``dpool``; return the parts of the gradients of head vectors."""
+    """Run ``dkv`` or ``dpool``; return fp32 gradients of the rule's vectors or features."""
     tiles = -(-values["columns"] // _schedule(spec, values).block_n)
-    vectors: tuple[Tensor, ...] = ()
-    if pooled is not None:
-        pool_values, vectors = _pool_values(pooled, kv_rows, tiles, values["rfa_bias_ptr"], spec)
-        values = values | pool_values
+    if pooled is None:
+        run(spec, lambda _: kv_rows * tiles, values)
+        return ()
+    pool_values, vectors = _pool_values(pooled, kv_rows, tiles, values["rfa_bias_ptr"], spec)
+    values = values | pool_values
     run(spec, lambda _: kv_rows * tiles, values)
-    return vectors
+    if pooled.rule == "eva":
+        return _feature_gradients(of_kind(spec, "domega"), values, kv_rows)
+    return _vector_sums(vectors, values["k_ptr"].shape[0])
+
+
+def _feature_gradients(
+    spec: KernelSpec, values: dict[str, Any], kv_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Run ``domega``: gradients of what the ``eva`` rule gets, ``rfa_k`` and ``omega``."""
+    omega, bias = values["omega_ptr"], values["rfa_bias_ptr"]
+    domega = bias.new_empty(omega.shape)
+    values = values | {"heads": omega.shape[1], "domega_ptr": domega}
+    run(spec, lambda schedule: kv_rows * -(-omega.shape[2] // schedule.block_n), values)
+    exists = (bias > -math.inf).unsqueeze(-1)  # elsewhere the forward pass wrote zeros
+    return torch.where(exists, values["drfa_k_ptr"].view(omega.shape), 0), domega
 
 
 # --- pooling --------------------------------------------------------------------------------------
@@ -381,6 +395,6 @@ def with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
     return dataclasses.replace(pooled, parameters=(zeros, zeros))
 
 
-def vector_sums(vectors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+def _vector_sums(vectors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
     """Add the parts of head vectors, ``[B * Hkv, tiles, D]``, to ``[Hkv, D]``."""
     return tuple(x.view(batch, -1, *x.shape[1:]).sum((0, 2)) for x in vectors)

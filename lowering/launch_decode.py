@@ -6,6 +6,7 @@ dtypes and settings alone is a plan, made once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
-    *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is read by no kernel
+    *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is of the rule eva alone
 )
 """Names of the arguments that the fields of ``CacheState`` are, in order."""
 
@@ -37,6 +38,8 @@ _is_contiguous = torch.Tensor.is_contiguous
 _LOG2E = math.log2(math.e)
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _TILES_PER_PART = 2
+_TILES_PER_LONG_PART = 32  # more parts than fill the device must not cost what they leave behind
+_OCCUPIED = 0.9
 _MOST_PARTS = 128
 
 
@@ -109,10 +112,10 @@ def decode(  # noqa: PLR0913 - the arguments of the op
         k: New keys, ``[B, Hkv, 1, D]``.
         v: New values, ``[B, Hkv, 1, Dv]``.
         key_mask: ``[B, 1]`` bool; None = all valid.
-        parameters: Of the chunk rule.
+        parameters: Of the chunk rule; of ``eva``, none or its eight of both feature maps.
         state: Contiguous tensors, written in place.
         settings: The layer's.
-        rule: Chunk rule of the kernel (see ``launch.kernel_rule``), any but ``eva``.
+        rule: Chunk rule of the kernel (see ``launch.kernel_rule``).
 
     Returns:
         ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]``, as ``kernels/blocked/cache.py`` defines.
@@ -158,7 +161,7 @@ def _plan(shape: StepShape, s: AttentionSettings) -> Plan:
     schedule, combine_spec = choose(spec), spec.of_kind("decode_combine")
     kernel, combine = load(spec, schedule), load(combine_spec, choose(combine_spec))
     rows, heads = shape.v[0] * shape.v[1], shape.q[0] * shape.q[1]
-    slots = s.sink_tokens + ring_size(s)
+    slots = exact_slots(s)
     splits = parts_of(schedule, rows, shape.chunks, slots)
     scale = s.scale * _LOG2E
     return Plan(
@@ -172,6 +175,7 @@ def _plan(shape: StepShape, s: AttentionSettings) -> Plan:
         constants={
             "heads": shape.v[1],
             "chunks": shape.chunks,
+            "room": slots,
             "splits": splits,
             # tanh(x / softcap) is computed as a sigmoid of twice its argument.
             "score_scale": 2 * scale / s.softcap if s.softcap else scale,
@@ -184,8 +188,7 @@ def _plan(shape: StepShape, s: AttentionSettings) -> Plan:
 def decode_spec(shape: StepShape, s: AttentionSettings) -> KernelSpec:
     """Return the spec of the ``decode`` kernel of a layer."""
     assert shape.q[2] == 1  # longer calls run the blocked code
-    assert shape.rule != "eva"  # it keeps mean queries, which no kernel reads
-    return KernelSpec(
+    spec = KernelSpec(
         kind="decode",
         dtype=DTYPES[shape.dtype],
         head_dim=shape.q[3],
@@ -200,6 +203,26 @@ def decode_spec(shape: StepShape, s: AttentionSettings) -> KernelSpec:
         chunk_rule=shape.rule,
         parameters=shape.parameters,
     )
+    return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
+
+
+def exact_slots(s: AttentionSettings) -> int:
+    """Return the exact slots of a row and key head."""
+    return s.sink_tokens + ring_size(s)
+
+
+def is_whole(chunks: int, rule: str, s: AttentionSettings) -> bool:
+    """Whether tokens see every token so far: a first block that no room for chunk tokens follows.
+
+    A row that leaves it is lost, whatever its chunks are. ``eva`` keeps its queries all the same.
+    """
+    return chunks == 0 and rule != "eva" and s.window == "block" and s.sink_tokens == 0
+
+
+def whole(spec: KernelSpec) -> KernelSpec:
+    """Return the spec of such a cache, whose slots are no part of the kernel."""
+    nothing = {"window_size": 0, "chunk_size": 1, "chunk_rule": None, "parameters": 0}
+    return dataclasses.replace(spec, window="whole", **nothing)  # pyright: ignore[reportArgumentType]
 
 
 def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:
@@ -215,5 +238,17 @@ def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:
         slots: Its exact slots.
     """
     tiles = -(-chunks // schedule.block_n) + -(-slots // schedule.block_n)
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * current_target().multiprocessors // max(1, rows)
-    return max(1, min(wanted, tiles // _TILES_PER_PART, _MOST_PARTS))
+    most = max(1, min(tiles // _TILES_PER_PART, _MOST_PARTS))
+    capacity = _PROGRAMS_PER_MULTIPROCESSOR * current_target().multiprocessors
+    fewest = max(1, capacity // max(1, rows))
+    if fewest >= most:
+        return most
+
+    def occupied(splits: int) -> float:
+        """Return which share of the device is busy while all programs run."""
+        waves = rows * splits / capacity
+        return waves / math.ceil(waves)
+
+    # Long parts of rows that do not fill the device evenly leave it idle at the end.
+    tried = range(fewest, max(fewest, min(most, tiles // _TILES_PER_LONG_PART)) + 1)
+    return next((n for n in tried if occupied(n) >= _OCCUPIED), max(tried, key=occupied))

@@ -13,10 +13,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flasheva_compile.kernels.blocked.cache_state import ring_size
 from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import DTYPES, rule_values, unit_stride
-from flasheva_compile.lowering.launch_decode import STATE_ARGUMENTS, parts_of
+from flasheva_compile.lowering.launch_decode import (
+    STATE_ARGUMENTS,
+    exact_slots,
+    is_whole,
+    parts_of,
+    whole,
+)
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose
 from flasheva_compile.lowering.schedule_extend import fitted
@@ -37,8 +42,8 @@ class Pooling(NamedTuple):
     """The chunk rule that the kernels apply.
 
     Attributes:
-        rule: See ``launch.kernel_rule``; any but ``eva``.
-        parameters: Of the rule.
+        rule: See ``launch.kernel_rule``.
+        parameters: Of the rule; of ``eva``, none or its eight of both feature maps.
     """
 
     rule: str
@@ -55,7 +60,7 @@ class _Shape(NamedTuple):
         chunks: Chunk tokens that the cache has room for.
         dtype: Of all tensors but biases.
         device: Where they are.
-        rule: Chunk rule that the kernels apply; None = none.
+        rule: Chunk rule that the kernels apply.
         parameters: How many parameters it gets.
         key_mask: Whether the new tokens have a key mask.
     """
@@ -66,7 +71,7 @@ class _Shape(NamedTuple):
     chunks: int
     dtype: torch.dtype
     device: torch.device
-    rule: str | None
+    rule: str
     parameters: int
     key_mask: bool
 
@@ -87,7 +92,7 @@ class Plan:
     """What calls of one shape have in common.
 
     Attributes:
-        pool: ``extend_pool``.
+        pool: ``extend_pool``; None = nothing is pooled, and no row can begin with padding.
         attend: ``extend``.
         append: ``extend_append``.
         combine: ``extend_combine``.
@@ -95,7 +100,7 @@ class Plan:
         constants: Arguments that are the same in every call.
     """
 
-    pool: _Launch
+    pool: _Launch | None
     attend: _Launch
     append: _Launch
     combine: _Launch
@@ -109,7 +114,7 @@ def decode(
     key_mask: Tensor | None,
     state: CacheState,
     settings: AttentionSettings,
-    pooling: Pooling | None,
+    pooling: Pooling,
 ) -> tuple[Tensor, Tensor]:
     """Append ``L`` tokens per row and attend from them; four launches.
 
@@ -119,21 +124,18 @@ def decode(
         key_mask: ``[B, L]`` bool; None = all valid.
         state: Contiguous tensors, written in place.
         settings: The layer's.
-        pooling: How to pool the chunks that the tokens complete; None = that is done, and the rows'
-            starts are those after the call.
+        pooling: How to pool the chunks that the tokens complete.
 
     Returns:
         ``out [B, Hq, L, Dv]`` and fp32 ``lse [B, Hq, L]``, as ``kernels/blocked/cache.py`` defines.
     """
     with on_device(q.device):
-        plan, values = _prepared(q.shape[1], kv, key_mask, state, settings, pooling)
-        q = unit_stride(q)
+        plan, values = _prepared(q, kv, key_mask, state, settings, pooling)
         out = q.new_empty((*q.shape[:3], kv[1].shape[3]))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         partial = q.new_empty(plan.scratch, dtype=torch.float32)
-        values |= {"q_ptr": q, "out_ptr": out, "lse_ptr": lse, "partial_ptr": partial}
-        values["stride_qb"], values["stride_qh"], values["stride_qm"], _ = q.stride()
-        if pooling is not None:
+        values |= {"out_ptr": out, "lse_ptr": lse, "partial_ptr": partial}
+        if plan.pool is not None:
             plan.pool(values)
         plan.attend(values)
         plan.append(values)
@@ -142,35 +144,36 @@ def decode(
 
 
 def cache_append(
+    q: Tensor,
     kv: tuple[Tensor, Tensor],
     key_mask: Tensor | None,
     state: CacheState,
     settings: AttentionSettings,
-    pooling: Pooling | None,
+    pooling: Pooling,
 ) -> None:
     """Append ``L`` tokens per row: two launches and a count; see :func:`decode`."""
-    with on_device(kv[0].device):
-        plan, values = _prepared(kv[0].shape[1], kv, key_mask, state, settings, pooling)
-        if pooling is not None:
+    with on_device(q.device):
+        plan, values = _prepared(q, kv, key_mask, state, settings, pooling)
+        if plan.pool is not None:
             plan.pool(values)
         plan.append(values)
         state.length.add_(kv[0].shape[2])
 
 
 def _prepared(
-    q_heads: int,
+    q: Tensor,
     kv: tuple[Tensor, Tensor],
     key_mask: Tensor | None,
     state: CacheState,
     settings: AttentionSettings,
-    pooling: Pooling | None,
+    pooling: Pooling,
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan of a call and what its kernels read."""
     assert all(x.is_contiguous() for x in state)  # kernels compute the addresses
-    k, v = unit_stride(kv[0]), unit_stride(kv[1])
-    rule, parameters = (None, ()) if pooling is None else pooling
+    q, k, v = unit_stride(q), unit_stride(kv[0]), unit_stride(kv[1])
+    rule, parameters = pooling
     shape = _Shape(
-        q_heads,
+        q.shape[1],
         k.shape,
         v.shape[3],
         state.rfa_k.shape[2],
@@ -184,11 +187,13 @@ def _prepared(
     values = {
         **plan.constants,
         **dict(zip(STATE_ARGUMENTS, state, strict=True)),
-        **(rule_values(rule, parameters) if rule and parameters else {}),
+        **(rule_values(rule, parameters) if parameters else {}),
+        "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "key_mask_ptr": None if key_mask is None else key_mask.contiguous(),
     }
+    values["stride_qb"], values["stride_qh"], values["stride_qm"], _ = q.stride()
     values["stride_kb"], values["stride_kh"], values["stride_kn"], _ = k.stride()
     values["stride_vb"], values["stride_vh"], values["stride_vn"], _ = v.stride()
     return plan, values
@@ -201,25 +206,29 @@ def _prepared(
 def _plan(shape: _Shape, s: AttentionSettings) -> Plan:
     spec = extend_spec(shape, s)
     schedule = fitted(choose(spec), spec, shape.k[2])
-    append_spec = spec.of_kind("extend_append")
+    pooling = spec if spec.window == "whole" else _with_rule(spec, shape)
+    append_spec = pooling.of_kind("extend_append")
     append_schedule = choose(append_spec)
     batch, kv_heads, tokens, _ = shape.k
     rows, outputs = batch * kv_heads, batch * shape.q_heads * tokens
-    slots = s.sink_tokens + ring_size(s)
+    slots, in_order = exact_slots(s), is_whole(shape.chunks, shape.rule, s)
     tiles = -(-tokens // (schedule.block_m // spec.group))
     splits = parts_of(schedule, rows * tiles, shape.chunks, slots + tokens)
     scale = s.scale * _LOG2E
     combine = spec.of_kind("extend_combine")
+    appended = -(-(tokens if in_order else slots) // append_schedule.block_n)
+    pooled = (not in_order) * -(-tokens // s.chunk_size) or int(shape.key_mask)
     return Plan(
-        pool=_launch(_pool_spec(spec, shape), rows * -(-tokens // s.chunk_size)),
+        pool=_launch(pooling.of_kind("extend_pool"), rows * pooled) if pooled else None,
         attend=_launch(spec.of_kind("extend"), rows * tiles * splits, schedule),
-        append=_launch(append_spec, rows * -(-slots // append_schedule.block_n), append_schedule),
+        append=_launch(append_spec, rows * appended, append_schedule),
         combine=_launch(combine, outputs),
         scratch=outputs * splits * (shape.value_dim + 2),
         constants={
             "heads": kv_heads,
             "queries": tokens,
             "chunks": shape.chunks,
+            "room": slots,
             "splits": splits,
             # tanh(x / softcap) is computed as a sigmoid of twice its argument.
             "score_scale": 2 * scale / s.softcap if s.softcap else scale,
@@ -236,7 +245,7 @@ def _launch(spec: KernelSpec, programs: int, schedule: Schedule | None = None) -
 
 def extend_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
     """Return the spec of the ``extend`` kernel of a layer."""
-    return KernelSpec(
+    spec = KernelSpec(
         kind="extend",
         dtype=DTYPES[shape.dtype],
         head_dim=shape.k[3],
@@ -249,8 +258,8 @@ def extend_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         window=s.window,
         softcap=s.softcap > 0,
     )
+    return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
 
 
-def _pool_spec(spec: KernelSpec, shape: _Shape) -> KernelSpec:
-    rule = dataclasses.replace(spec, chunk_rule=shape.rule or "mean", parameters=shape.parameters)
-    return rule.of_kind("extend_pool")
+def _with_rule(spec: KernelSpec, shape: _Shape) -> KernelSpec:
+    return dataclasses.replace(spec, chunk_rule=shape.rule, parameters=shape.parameters)

@@ -19,7 +19,6 @@ from flasheva_compile.lowering.launch import (
     kernel_rule,
     pooling_spec,
     run_over_keys,
-    vector_sums,
     with_vectors,
 )
 from flasheva_compile.lowering.spec import KernelSpec
@@ -99,7 +98,7 @@ def chunk_tokens_backward(  # noqa: PLR0913 - the arguments of the forward pass 
     chunk_size: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Differentiate pooling alone: ``dk``, ``dv`` and fp32 gradients of head vectors."""
+    """Differentiate pooling alone: ``dk``, ``dv`` and fp32 gradients of vectors or features."""
     k, v = unit_stride(k), unit_stride(v)
     tokens, pooled = chunk_tokens_forward(
         k, v, parameters, rows, rule=rule, chunk_size=chunk_size, scale=scale
@@ -123,5 +122,4 @@ def chunk_tokens_backward(  # noqa: PLR0913 - the arguments of the forward pass 
         "chunks": tokens[2].shape[2],
         "scale": scale,
     }
-    vectors = run_over_keys(spec, values, k.shape[0] * k.shape[1], pooled)
-    return dk, dv, *vector_sums(vectors, k.shape[0])
+    return dk, dv, *run_over_keys(spec, values, k.shape[0] * k.shape[1], pooled)

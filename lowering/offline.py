@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import triton
-from flasheva_compile.lowering.emit.arguments import DESCRIPTORS, LENGTHS, POINTERS, STRIDES
+from flasheva_compile.lowering.emit.arguments import (
+    DESCRIPTORS,
+    FEATURES,
+    LENGTHS,
+    POINTERS,
+    STRIDES,
+)
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.spec import parts
 from triton.backends.compiler import GPUTarget
@@ -89,6 +95,7 @@ _FP32 = {
     *("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr", "dk_sink_ptr", "dv_sink_ptr"),
     *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr", "partial_ptr"),
     *("scores_ptr", "selector_ptr", "dk_parts_ptr", "dv_parts_ptr"),
+    *FEATURES,
     *("book_scale_ptr", "key_words_ptr", "value_words_ptr", "key_scale_ptr", "q_scale_ptr"),
     *("key_rotation_ptr", "value_rotation_ptr", "key_offset_ptr", "key_centre_ptr"),
 }
@@ -105,7 +112,7 @@ _OTHER = {
     "drop_below": "i64",
     **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
     **dict.fromkeys(("row_start_ptr", "length_ptr", "written_ptr"), "*i64"),
-    **dict.fromkeys(("key_codes_ptr", "value_codes_ptr"), "*u8"),
+    **dict.fromkeys(("key_codes_ptr", "value_codes_ptr", "exponents_ptr"), "*u8"),
 }
 
 _MATRIX = {  # the newest first: a kernel that has one may hold older ones, too

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _TABLE = Path(__file__).with_name("schedules.json")
 _HEAD_SIZES = (64, 128, 256)
 _FEW_SINKS = 16
+_FEATURE_REGISTERS = 168  # three programs of four warps on a multiprocessor
 _SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
 _forced: dict[KernelSpec, Schedule] = {}
@@ -219,6 +220,10 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         schedule = dataclasses.replace(schedule, block_m=block_m, block_n=16)
     if spec.kind == "chunk_tokens" and spec.chunk_rule in _SOFTMAX_RULES:
         schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
+    if spec.kind == "decode" and spec.chunk_rule == "eva" and schedule.num_warps == 4:
+        # What feature maps keep would spill under a lower limit, and in fp32 under any.
+        most = 0 if spec.dtype == "fp32" else _FEATURE_REGISTERS
+        schedule = dataclasses.replace(schedule, max_registers=most)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):
         schedule = dataclasses.replace(schedule, tma=False)
     return schedule

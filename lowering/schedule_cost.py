@@ -104,6 +104,8 @@ def accumulators(kind: str) -> sympy.Expr:
         words = _N * (_D + _E) + 2 * _M * _N + weights
     elif kind == "chunk_tokens":
         words = 2 * _N * (_D + _E)  # sums, and the keys and values that are added
+    elif kind == "domega":
+        words = 3 * _N * (_D + _E)  # sums, what chunks have, and a key and value of each
     else:
         words = _N * (_D + _E)
     return words / _THREADS
@@ -214,7 +216,7 @@ def _has_wgmma(spec: KernelSpec, target: Target) -> bool:
     return 90 <= target.capability < 120 and spec.dtype != "fp32"
 
 
-_POOLING = ("chunk_tokens", "dpool")
+_POOLING = ("chunk_tokens", "dpool", "domega")
 
 
 def _too_much(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:

@@ -26,7 +26,9 @@ _SLOTS = 64  # of a program of extend_append
 def extend_schedule(spec: KernelSpec, target: Target) -> Schedule:
     """Return the largest tiles that fit; ``extend`` is given fewer rows where tokens are few."""
     if spec.kind == "extend_pool":
-        return Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1)
+        # Too few programs for registers to matter: unless told, the assembler would rather spill.
+        most = 255 if spec.chunk_rule == "eva" and not target.is_amd else 0
+        return Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1, max_registers=most)
     if spec.kind == "extend_append":
         return Schedule(block_m=16, block_n=_SLOTS, num_warps=4, num_stages=1)
     least = group_rows(spec.group)

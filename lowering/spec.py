@@ -7,12 +7,13 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-KernelKind = Literal["chunk_tokens", "forward", "dq", "dchunk", "dsink", "dkv", "dpool"]
+KernelKind = Literal["chunk_tokens", "forward", "dq", "dchunk", "dsink", "dkv", "dpool", "domega"]
 """Kernels of one attention.
 
 ``chunk_tokens`` pools keys and values; ``forward`` and ``dq`` keep a block of queries and walk over
 what it sees; ``dchunk``, ``dsink`` and ``dkv`` keep a block of chunk tokens, sinks or keys and walk
-over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling.
+over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling;
+``domega`` keeps a block of chunks of the ``eva`` rule, for the gradient of what it pools around.
 """
 
 DecodeKind = Literal["decode", "decode_combine"]
@@ -86,7 +87,7 @@ _SELECTED_BY = (
 )
 _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     **dict.fromkeys(("chunk_tokens", "dpool"), _QUERY_FIELDS + _SCORE_FIELDS),
-    "chunk_bounds": _QUERY_FIELDS + _SCORE_FIELDS + _POOLING_FIELDS,
+    **dict.fromkeys(("chunk_bounds", "domega"), _QUERY_FIELDS + _SCORE_FIELDS + _POOLING_FIELDS),
     "dkv": (),
     **dict.fromkeys(("decode", "retrieval_scores"), _DECODE_FIELDS),
     **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
@@ -95,6 +96,10 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
     "retrieval_decode": ("key_mask", "by_bounds", *_POOLING_FIELDS, *_DECODE_FIELDS),
+}
+_READ_BY_EVA = {  # what others ignore: it keeps the mean queries of groups
+    "extend_pool": ("group",),
+    "extend_append": ("group", "chunk_rule"),
 }
 _NEUTRAL = {
     "documents": "dense",
@@ -133,7 +138,7 @@ class KernelSpec:
         window_size: Window ``w`` [tokens].
         chunk_size: Keys per chunk ``c`` [tokens].
         sink_size: Exact first tokens, a multiple of ``chunk_size`` [tokens].
-        window: ``"sliding"`` or ``"block"``.
+        window: ``"sliding"`` or ``"block"``; of kernels over a cache also ``"whole"``, every token.
         causal: Whether a query sees only its past.
         documents: How rows are laid out.
         key_mask: Whether a key mask is read, by ``decode`` that of the new tokens; always for
@@ -143,7 +148,7 @@ class KernelSpec:
         dropout: Joint weights are dropped.
         negative_scale: The score scale is not positive (costs one multiplication a score).
         chunk_rule: Rule of the pooling that this kernel does; None = none.
-        parameters: How many parameters the rule has.
+        parameters: How many parameters the rule has; of ``eva``, over a cache, 8 or none.
         accumulate: ``dpool`` adds to gradients that are there, instead of writing them.
         tf32: Products of fp32 run in TF32.
         whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
@@ -187,7 +192,8 @@ class KernelSpec:
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""
         ignored = _IGNORED.get(kind, _POOLING_FIELDS)
-        neutral = {name: _NEUTRAL[name] for name in ignored}
+        reads = _READ_BY_EVA.get(kind, ()) if self.chunk_rule == "eva" else ()
+        neutral = {name: _NEUTRAL[name] for name in ignored if name not in reads}
         if kind in ("decode_combine", "extend_combine"):
             neutral["head_dim"] = self.value_dim  # it reads values alone
         elif kind == "retrieval_select":

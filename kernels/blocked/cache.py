@@ -14,6 +14,7 @@ from flasheva_compile.kernels.blocked.cache_state import (
     advance,
     first_exact,
     held_positions,
+    ring_size,
     slot_of,
 )
 
@@ -61,8 +62,8 @@ def decode(
     s: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
     """Append ``L`` tokens and attend from their queries ``[B, Hq, L, D]``; ``(out, lse)``."""
-    tokens = new[1].shape[2]
-    step = max(s.chunk_size, min(s.window_size, _SCORES // max(1, _columns(q, state))))
+    tokens, least = new[1].shape[2], s.chunk_size if state.rfa_k.shape[2] else 1
+    step = max(least, min(s.window_size, _SCORES // max(1, _columns(q, state))))
     parts: list[tuple[Tensor, Tensor]] = []
     for lo in range(0, tokens, step):
         block = slice(lo, lo + step)
@@ -77,26 +78,9 @@ def decode(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def pool_new_chunks(
-    new: tuple[Tensor, Tensor, Tensor],
-    key_mask: Tensor | None,
-    state: CacheState,
-    pool: Pool,
-    s: AttentionSettings,
-) -> None:
-    """Do what has to happen before ``L`` tokens attend: place them, pool what they complete.
-
-    Keys, values and the length of ``state`` stay as they are, for kernels to write; see
-    :func:`cache_append`.
-    """
-    start, before, after = advance(state.start, state.length, key_mask, new[1].shape[2])
-    _pool_complete(new, key_mask, state, (before, after), pool, s)
-    _write_open_queries(new[0], state, (before, after), s)
-    state.start.copy_(start)
-
-
 def _columns(q: Tensor, state: CacheState) -> int:
-    return q.shape[0] * q.shape[1] * (state.rfa_k.shape[2] + state.exact_k.shape[2])
+    slots = _slots_in_use(state, state.length - state.start) + q.shape[2]
+    return q.shape[0] * q.shape[1] * (state.rfa_k.shape[2] + slots)
 
 
 # --- the chunks that new tokens complete ----------------------------------------------------------
@@ -113,6 +97,8 @@ def _pool_complete(
     """Write the chunk tokens of chunks that end in ``[before, after)``."""
     before, after = counts
     c, tokens = s.chunk_size, new[1].shape[2]
+    if state.rfa_k.shape[2] == 0:
+        return
     chunks = (tokens + c - 1) // c  # from the open chunk on; one more could not be complete
     if before.device.type == "cpu" and not bool(((after // c) > (before.clamp(min=0) // c)).any()):
         return
@@ -168,6 +154,10 @@ def _write(
     """Write tokens into sinks and ring, and mean queries into the open chunk."""
     before, after = counts
     tokens = new[1].shape[2]
+    _write_open_queries(new[0], state, counts, s)
+    if tokens <= ring_size(s):
+        _write_few(new, key_mask, state, before, s)
+        return
     held = held_positions(after, s)
     index = held - before[:, None]
     take = (index >= 0) & (held >= 0) & (index < tokens)
@@ -176,7 +166,27 @@ def _write(
     _put(state.exact_v, new[2], index, take)
     mask = torch.ones_like(take) if key_mask is None else key_mask.gather(1, index)
     state.exact_mask.copy_(torch.where(take, mask, state.exact_mask))
-    _write_open_queries(new[0], state, counts, s)
+
+
+def _write_few(
+    new: tuple[Tensor, Tensor, Tensor],
+    key_mask: Tensor | None,
+    state: CacheState,
+    before: Tensor,
+    s: AttentionSettings,
+) -> None:
+    """Write no more tokens than the ring holds, each to a slot of its own."""
+    position = before[:, None] + torch.arange(new[1].shape[2], device=before.device)
+    exists = position >= 0
+    ring = s.sink_tokens + (position - s.sink_tokens) % ring_size(s)
+    slot = torch.where(exists & (position < s.sink_tokens), position, ring)
+    # What is before the row's first valid token writes back what is there.
+    for kept, x in ((state.exact_k, new[1]), (state.exact_v, new[2])):
+        at = slot[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
+        kept.scatter_(2, at, torch.where(_wide(exists), x, kept.gather(2, at)))
+    valid = torch.ones_like(exists) if key_mask is None else key_mask
+    flags = torch.where(exists, valid, state.exact_mask.gather(1, slot))
+    state.exact_mask.scatter_(1, slot, flags)
 
 
 def _write_open_queries(
@@ -208,11 +218,11 @@ def _attend(
     batch, kv_heads, tokens = kv[0].shape[:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G L, D]
-    chunks = _chunks_in_reach(state, before, tokens, s)
-    keys = (state.rfa_k[:, :, :chunks], state.exact_k, kv[0])
-    values = (state.rfa_v[:, :, :chunks], state.exact_v, kv[1])
+    chunks, slots = _chunks_in_reach(state, before, tokens, s), _slots_in_use(state, before)
+    keys = (state.rfa_k[:, :, :chunks], state.exact_k[:, :, :slots], kv[0])
+    values = (state.rfa_v[:, :, :chunks], state.exact_v[:, :, :slots], kv[1])
     position = before[:, None] + torch.arange(tokens, device=q.device)
-    visible = _visible(position, key_mask, state, chunks, before, s)
+    visible = _visible(position, key_mask, state, (chunks, slots), before, s)
     scores = torch.cat([grouped @ x.to(dtype).mT for x in keys], -1) * s.scale
     if s.softcap:
         scores = s.softcap * torch.tanh(scores / s.softcap)
@@ -237,22 +247,31 @@ def _chunks_in_reach(state: CacheState, before: Tensor, tokens: int, s: Attentio
     return min(capacity, int(last.amax()) // s.chunk_size)
 
 
+def _slots_in_use(state: CacheState, held: Tensor) -> int:
+    """Return how many exact slots hold something: on the CPU, where asking is free, just those."""
+    slots = state.exact_k.shape[2]
+    return slots if held.device.type != "cpu" else max(0, min(slots, int(held.amax())))
+
+
 def _visible(
     position: Tensor,
     key_mask: Tensor | None,
     state: CacheState,
-    chunks: int,
+    counts: tuple[int, int],
     before: Tensor,
     s: AttentionSettings,
 ) -> Tensor:
-    """Return which of chunk tokens, slots and tokens each query sees, ``[B, L, C + T + E + L]``."""
-    c = s.chunk_size
+    """Return which of chunk tokens, slots and tokens each query sees, ``[B, L, C + E + L]``.
+
+    ``counts`` are the chunk tokens ``C`` and the slots ``E`` in question.
+    """
+    (chunks, slots), c = counts, s.chunk_size
     low = first_exact(position, s)[:, :, None]
-    slots = torch.arange(chunks, device=position.device)
-    compressed = (slots * c >= s.sink_tokens) & ((slots + 1) * c <= low)
-    held = held_positions(before, s)[:, None]
+    chunk = torch.arange(chunks, device=position.device)
+    compressed = (chunk * c >= s.sink_tokens) & ((chunk + 1) * c <= low)
+    held = held_positions(before, s)[:, None, :slots]
     exists = (held >= 0) & (held < before[:, None, None])
-    exact = exists & state.exact_mask[:, None] & ((held >= low) | (held < s.sink_tokens))
+    exact = exists & state.exact_mask[:, None, :slots] & ((held >= low) | (held < s.sink_tokens))
     key, query = position[:, None], position[:, :, None]
     among = (key >= 0) & (key <= query) & ((key >= low) | (key < s.sink_tokens))
     if key_mask is not None:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import re
 
+FEATURES = tuple(
+    f"{side}_{name}_ptr"
+    for side in ("q", "k")
+    for name in ("weight", "bias", "norm_weight", "norm_bias")
+)
+"""Parameters of the ``eva`` rule's two feature maps, in the order of the ops."""
+
 POINTERS = (
     *("q_ptr", "k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
     *("mass_k_ptr", "mass_v_ptr", "phi_ptr", "p_ptr", "b_ptr", "omega_ptr"),
@@ -12,7 +19,8 @@ POINTERS = (
     *("dk_sink_ptr", "dv_sink_ptr", "dphi_ptr", "dp_ptr", "domega_ptr"),
     *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr", "valid_ptr"),
     *("slopes_ptr", "chunk_mean_ptr", "seed_ptr"),
-    *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "key_mask_ptr"),
+    *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "key_mask_ptr", "open_q_ptr"),
+    *FEATURES,
     *("row_start_ptr", "length_ptr", "partial_ptr"),
     *("selected_ptr", "bits_ptr", "turned_ptr", "scores_ptr", "peaks_ptr"),
     *("bounds_ptr", "selector_ptr", "near_k_ptr", "near_v_ptr"),
@@ -27,7 +35,7 @@ POINTERS = (
         "coded_q_ptr",
         "q_scale_ptr",
     ),
-    "written_ptr",
+    *("exponents_ptr", "written_ptr"),
     *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
     *("dk_parts_ptr", "dv_parts_ptr"),
 )

@@ -4,6 +4,8 @@ A program of ``decode`` holds all query heads of one key head, so that the cache
 walks over one of ``splits`` equal parts of the tiles that the token sees: chunk tokens, then exact
 slots. Where things are follows from the token's position, which only the device knows: the grid
 never changes. Nothing asks the host, nothing is atomic.
+
+A ``whole`` window is every token so far: positions are slots, and there are no chunk tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +27,20 @@ def ring_slots(spec: KernelSpec) -> int:
     return spec.window_size + (spec.chunk_size if spec.window == "sliding" else 0)
 
 
+def exact_pointers(spec: KernelSpec) -> list[str]:
+    """Move the pointers of the exact slots to row ``b`` and key head ``hk``."""
+    slots = spec.sink_size + ring_slots(spec)
+    whole = spec.window == "whole"
+    k, v = (
+        f"room * {size}" if whole else str(slots * size) for size in (spec.head_dim, spec.value_dim)
+    )
+    return [
+        f"exact_k_ptr += bh64 * {k}",
+        f"exact_v_ptr += bh64 * {v}",
+        f"exact_mask_ptr += b64 * {'room' if whole else slots}",
+    ]
+
+
 # --- decode ---------------------------------------------------------------------------------------
 
 
@@ -36,14 +52,15 @@ def emit_decode(spec: KernelSpec) -> str:
     out.lines(*program(), *place(spec), *_ranges(spec), *_rows(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
     out.lines(*_own_token(spec, d, e))
-    out.lines("", "# Chunk tokens behind the window", *_chunk_bounds(spec))
-    with out.block("for offset in range(begin, stop, BLOCK_N):"):
-        out.lines(*_chunk_tile(spec, d, e))
+    if spec.window != "whole":
+        out.lines("", "# Chunk tokens behind the window", *_chunk_bounds(spec))
+        with out.block("for offset in range(begin, stop, BLOCK_N):"):
+            out.lines(*_chunk_tile(spec, d, e))
     out.lines("", "# Sinks and window", *_exact_bounds())
     with out.block("for offset in range(begin, stop, BLOCK_N):"):
         out.lines(*_exact_tile(spec, d, e))
-    # A cache that was too small for the chunks of this row must not go unnoticed.
-    out.lines("", *store_part(spec, e, f"low // {spec.chunk_size} > chunks"), "")
+    lost = "position >= room" if spec.window == "whole" else f"low // {spec.chunk_size} > chunks"
+    out.lines("", *store_part(spec, e, lost), "")
     append(out, spec, d, e, ring=ring_slots(spec))
     return out.text()
 
@@ -79,6 +96,14 @@ def place(spec: KernelSpec) -> list[str]:
 
 def _ranges(spec: KernelSpec) -> list[str]:
     """Define what the token sees of the cache, in tiles, and this program's part of them."""
+    part = ["tile_begin = split * tiles // splits", "tile_end = (split + 1) * tiles // splits"]
+    if spec.window == "whole":
+        return [
+            "chunk_tiles = 0",
+            "exact_stop = tl.minimum(tl.maximum(position, 0), room)",
+            "tiles = tl.cdiv(exact_stop, BLOCK_N)",
+            *part,
+        ]
     c, sinks, ring = spec.chunk_size, spec.sink_size, ring_slots(spec)
     slot = f"{sinks} + (last - {sinks}) % {ring}" if sinks else f"last % {ring}"
     minus = f" - {sinks // c}" if sinks else ""
@@ -92,22 +117,20 @@ def _ranges(spec: KernelSpec) -> list[str]:
         f"last_slot = tl.where(last < {max(sinks, 1)}, last, {slot})",
         f"oldest = tl.maximum(low, {sinks})" if sinks else "oldest = low",
         "tiles = chunk_tiles + tl.cdiv(exact_stop, BLOCK_N)",
-        "tile_begin = split * tiles // splits",
-        "tile_end = (split + 1) * tiles // splits",
+        *part,
     ]
 
 
 def _rows(spec: KernelSpec) -> list[str]:
     """Move the pointers of the cache and of the token to row ``b`` and head ``hk``."""
-    slots = spec.sink_size + ring_slots(spec)
     token = (
         f"{name}_ptr += b64 * stride_{name}b + hk * tl.cast(stride_{name}h, tl.int64)"
         for name in "kv"
     )
+    if spec.window == "whole":
+        return [*exact_pointers(spec), *token]
     return [
-        f"exact_k_ptr += bh64 * {slots * spec.head_dim}",
-        f"exact_v_ptr += bh64 * {slots * spec.value_dim}",
-        f"exact_mask_ptr += b64 * {slots}",
+        *exact_pointers(spec),
         "chunk_row = bh64 * chunks",
         f"rfa_k_ptr += chunk_row * {spec.head_dim}",
         f"rfa_v_ptr += chunk_row * {spec.value_dim}",
@@ -185,10 +208,10 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         in_window = f"((offs_n < {spec.sink_size}) | ({in_window}))"
     else:
         in_window = f"({in_window})"
+    places = [f"held = {held}", f"inside = (offs_n < stop) & {in_window}"]
     return [
         "offs_n = offset + offs_t",
-        f"held = {held}",
-        f"inside = (offs_n < stop) & {in_window}",
+        *(["inside = offs_n < stop"] if spec.window == "whole" else places),
         *tile_loads(d, "k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *d.contract("s", "q", "k", scores.precision(spec)),

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.decode_features import (
+    MEMBERS,
+    keeps_queries,
+    pool_by_features,
+    store_query,
+)
 from flasheva_compile.lowering.emit.retrieval_bounds import (
     bounds_members,
     bounds_results,
@@ -19,17 +25,19 @@ if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.source import Dim, Source
     from flasheva_compile.lowering.spec import KernelSpec
 
-MEMBERS = 8
-"""Keys of the chunk per tile: what pooling keeps in registers must not limit attention."""
-
 
 def append(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
     """Write token, row start and, if the token completes its chunk, the chunk token."""
     _move_start(out, spec)
+    if spec.window == "whole":
+        with out.block("if (split == 0) & (position >= 0) & (position < room):"):
+            out.lines("slot = position", *_store_token(spec, d, e))
+        return
     with out.block("if (split == 0) & (position >= 0):"):
         out.lines(
             f"slot = {near_slot(spec, 'position', ring)}",
             *_store_token(spec, d, e),
+            *(store_query(spec, d) if keeps_queries(spec) else []),
             f"chunk = position // {spec.chunk_size}",
         )
         _pool_complete(out, spec, d, e)
@@ -85,6 +93,11 @@ def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
     """Pool the chunk that the token completes, if it does."""
     c = spec.chunk_size
     with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
+        if keeps_queries(spec):
+            out.line(f"first_slot = slot - {c - 1}")
+            loads = {"mq": _open_rows(d), "k": _rows(d, "k"), "v": _rows(e, "v")}
+            pool_by_features(out, spec, d, e, _seen(spec), loads)
+            return
         out.lines(*pool_start(spec, d, e), *(bounds_start(d, "1") if spec.by_bounds else []))
         out.line(f"first_slot = slot - {c - 1}")
         with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
@@ -131,7 +144,12 @@ def pool_start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
 
 
 def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    """Add a tile of the chunk's keys: all but the last are in the cache, the last is the token."""
+    """Add a tile of the chunk's keys."""
+    return [*_seen(spec), *pool_members(spec, d, e, _rows(d, "k"), _rows(e, "v"))]
+
+
+def _seen(spec: KernelSpec) -> list[str]:
+    """Define ``seen`` of a tile of keys: all but the last are in the cache, that is the token."""
     c = spec.chunk_size
     return [
         f"at = member + tl.arange(0, {MEMBERS})",
@@ -139,7 +157,6 @@ def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         f"is_new = at == {c - 1}",
         "seen = tl.load(exact_mask_ptr + first_slot + at, mask=is_old, other=0) != 0",
         "seen |= is_new & is_valid" if spec.key_mask else "seen |= is_new",
-        *pool_members(spec, d, e, _rows(d, "k"), _rows(e, "v")),
     ]
 
 
@@ -172,9 +189,17 @@ def pool_members(
     return [*lines, *load_v, *_add(spec, e, "v", of_values)]
 
 
+def _open_rows(d: Dim) -> list[str]:
+    """Do as :func:`_rows` with mean queries."""
+    return _with_token(d, "mq", "open_q_ptr")
+
+
 def _rows(dim: Dim, name: str) -> list[str]:
     """Load a tile of old rows, put the token's row into its place."""
-    first = f"exact_{name}_ptr + first_slot * {dim.size}"
+    return _with_token(dim, name, f"exact_{name}_ptr + first_slot * {dim.size}")
+
+
+def _with_token(dim: Dim, name: str, first: str) -> list[str]:
     return [
         *dim.load(name, first, "at", str(dim.size), "is_old", cast=".to(tl.float32)"),
         *(

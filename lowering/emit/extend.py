@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
-from flasheva_compile.lowering.emit.decode import LOWEST, ring_slots, softmax_step, tile_loads
+from flasheva_compile.lowering.emit.decode import (
+    LOWEST,
+    exact_pointers,
+    ring_slots,
+    softmax_step,
+    tile_loads,
+)
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -26,9 +32,11 @@ def emit_extend(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*_program(queries), *place(), *_rows(spec, schedule, queries))
     out.lines(*_ranges(spec, queries), *_pointers(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)")
-    out.lines(*_start(d, e), "", "# Chunk tokens behind the windows", *_chunk_bounds(spec))
-    with out.block("for offset in range(begin, stop, BLOCK_N):"):
-        out.lines(*_chunk_tile(spec, d, e))
+    out.lines(*_start(d, e))
+    if spec.window != "whole":
+        out.lines("", "# Chunk tokens behind the windows", *_chunk_bounds(spec))
+        with out.block("for offset in range(begin, stop, BLOCK_N):"):
+            out.lines(*_chunk_tile(spec, d, e))
     out.lines("", "# Sinks and window as the cache holds them", *_exact_bounds())
     with out.block("for offset in range(begin, stop, BLOCK_N):"):
         out.lines(*_exact_tile(spec, d, e))
@@ -81,13 +89,24 @@ def _rows(spec: KernelSpec, schedule: Schedule, queries: int) -> list[str]:
         f"head = hk * {spec.group} + offs_m % {spec.group}",
         f"is_row = {inside}(token < queries)",
         "position = before + token",
-        *positions.window(spec, "position", "low", "high"),
+        *(positions.window(spec, "position", "low", "high") if spec.window != "whole" else []),
         f"end_token = tl.minimum(tile * {queries} + {queries}, queries)",
     ]
 
 
 def _ranges(spec: KernelSpec, queries: int) -> list[str]:
     """Define what any row sees, in tiles, and this program's part of them."""
+    part = ["tile_begin = split * tiles // splits", "tile_end = (split + 1) * tiles // splits"]
+    if spec.window == "whole":
+        return [
+            "chunk_tiles = 0",
+            "exact_stop = tl.minimum(tl.maximum(before, 0), room)",
+            "exact_tiles = tl.cdiv(exact_stop, BLOCK_N)",
+            "new_begin = tl.maximum(-before, 0)",
+            "new_tiles = tl.cdiv(tl.maximum(end_token - new_begin, 0), BLOCK_N)",
+            "tiles = exact_tiles + new_tiles",
+            *part,
+        ]
     c, sinks, ring = spec.chunk_size, spec.sink_size, ring_slots(spec)
     minus = f" - {sinks // c}" if sinks else ""
     slot = f"{sinks} + (last - {sinks}) % {ring}" if sinks else f"last % {ring}"
@@ -110,19 +129,16 @@ def _ranges(spec: KernelSpec, queries: int) -> list[str]:
         else f"new_begin = {new_begin}",
         "new_tiles = tl.cdiv(tl.maximum(end_token - new_begin, 0), BLOCK_N)",
         "tiles = chunk_tiles + exact_tiles + new_tiles",
-        "tile_begin = split * tiles // splits",
-        "tile_end = (split + 1) * tiles // splits",
+        *part,
     ]
 
 
 def _pointers(spec: KernelSpec) -> list[str]:
     """Move the pointers of the cache to row ``b`` and head ``hk``."""
-    slots = spec.sink_size + ring_slots(spec)
+    chunks = chunk_pointers(spec) if spec.window != "whole" else []
     return [
-        f"exact_k_ptr += bh64 * {slots * spec.head_dim}",
-        f"exact_v_ptr += bh64 * {slots * spec.value_dim}",
-        f"exact_mask_ptr += b64 * {slots}",
-        *chunk_pointers(spec),
+        *exact_pointers(spec),
+        *chunks,
         *new_pointers(),
     ]
 
@@ -201,15 +217,17 @@ def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
 
 def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     sinks, ring = spec.sink_size, ring_slots(spec)
-    in_window = _in_window("held", "offs_n", sinks)
+    held = f"held = offs_n + (last - last_slot) - tl.where(offs_n > last_slot, {ring}, 0)"
+    visible = [f"seen = {_in_window('held', 'offs_n', sinks)}", "visible = is_key[None, :] & seen"]
+    if spec.window == "whole":
+        held, visible = "held = offs_n", ["visible = is_key[None, :]"]
     return [
         "offs_n = offset + offs_t",
-        f"held = offs_n + (last - last_slot) - tl.where(offs_n > last_slot, {ring}, 0)",
+        held,
         "inside = offs_n < stop",
         *tile_loads(d, "k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
-        f"seen = {in_window}",
-        "visible = is_key[None, :] & seen",
+        *visible,
         *_attend(spec, "key", d, e),
         *tile_loads(e, "v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
@@ -238,6 +256,7 @@ def _new_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         flags = ["is_key = tl.load(flags_ptr + offs_n, mask=inside, other=0) != 0"]
         is_key = "(is_key & (key_at >= 0))"
     in_window = _in_window("key_at", "key_at", spec.sink_size)
+    whole = spec.window == "whole"
     return [
         "offs_n = offset + offs_t",
         "inside = offs_n < stop",
@@ -245,8 +264,8 @@ def _new_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *d.load("k", "k_ptr", "offs_n", "tl.cast(stride_kn, tl.int64)", "inside"),
         *flags,
         "causal = offs_n[None, :] <= token[:, None]",
-        f"seen = {in_window}",
-        f"visible = {is_key}[None, :] & causal & seen",
+        *([] if whole else [f"seen = {in_window}"]),
+        f"visible = {is_key}[None, :] & causal" + " & seen" * (not whole),
         *_attend(spec, "key", d, e),
         *e.load("v", "v_ptr", "offs_n", "tl.cast(stride_vn, tl.int64)", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
@@ -265,9 +284,10 @@ def _attend(spec: KernelSpec, source: scores.KeySource, d: Dim, e: Dim) -> list[
 
 def _store(spec: KernelSpec, e: Dim) -> list[str]:
     """Store sums, maxima and masses: ``[splits, B, Hq, L, Dv]``, then twice ``[splits, ...]``."""
+    lost = "position >= room" if spec.window == "whole" else f"low // {spec.chunk_size} > chunks"
     return [
-        "# A cache that was too small for the chunks of a token must not go unnoticed.",
-        f"lost = low // {spec.chunk_size} > chunks",
+        "# A cache that was too small for a token must not go unnoticed.",
+        f"lost = {lost}",
         *(f'acc{n} = tl.where(lost[:, None], float("nan"), acc{n})' for n in e.indices),
         f"total = rows.to(tl.int64) * {spec.group} * queries",
         f"row = (b64 * heads * {spec.group} + head) * queries + token",

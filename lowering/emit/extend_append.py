@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flasheva_compile.lowering.emit.decode import ring_slots
-from flasheva_compile.lowering.emit.decode_append import (
+from flasheva_compile.lowering.emit.decode import exact_pointers, ring_slots
+from flasheva_compile.lowering.emit.decode_append import pool_members, pool_results, pool_start
+from flasheva_compile.lowering.emit.decode_features import (
     MEMBERS,
-    pool_members,
-    pool_results,
-    pool_start,
+    keeps_queries,
+    new_queries,
+    open_queries,
+    pool_by_features,
+    query_pointer,
 )
 from flasheva_compile.lowering.emit.extend import chunk_pointers, new_pointers, place, row_of
 from flasheva_compile.lowering.emit.source import Dim, Source
@@ -32,6 +35,10 @@ def emit_extend_pool(spec: KernelSpec) -> str:
     out, c = Source(), spec.chunk_size
     d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
     slots = spec.sink_size + ring_slots(spec)
+    if spec.window == "whole":  # there is nothing to pool
+        out.lines("pid = tl.program_id(0)", "nth = 0", *row_of("pid"), *new_pointers())
+        _find_start(out)
+        return out.text()
     out.lines(
         "pid = tl.program_id(0)",
         f"rows = tl.num_programs(0) // tl.cdiv(queries, {c})",
@@ -42,24 +49,32 @@ def emit_extend_pool(spec: KernelSpec) -> str:
     )
     if spec.key_mask:
         _find_start(out)
+        out.line("before = (length - start).to(tl.int32)")
     else:
         out.lines(*place())
     out.line(f"chunk = tl.maximum(before, 0) // {c} + nth")
     with out.block(f"if ((chunk + 1) * {c} <= before + queries) & (chunk < chunks):"):
-        out.lines(*d.offsets(), *e.offsets(), *pool_start(spec, d, e))
+        out.lines(*d.offsets(), *e.offsets())
         out.lines(
             f"exact_k_ptr += bh64 * {slots * spec.head_dim}",
             f"exact_v_ptr += bh64 * {slots * spec.value_dim}",
             f"exact_mask_ptr += b64 * {slots}",
         )
+        if keeps_queries(spec):
+            out.lines(open_queries(spec), query_pointer())
+            loads = {"mq": _query_loads(spec, d), "k": _loads(d, "k"), "v": _loads(e, "v")}
+            pool_by_features(out, spec, d, e, _seen(spec), loads)
+            return out.text()
+        out.lines(*pool_start(spec, d, e))
         with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
-            out.lines(*_members(spec, d, e))
+            loads = (_loads(d, "k"), _loads(e, "v"))
+            out.lines(*_seen(spec), *pool_members(spec, d, e, *loads))
         out.lines(*pool_results(spec, d, e))
     return out.text()
 
 
 def _find_start(out: Source) -> None:
-    """Find the first valid token of a row that waits for it; define ``before``."""
+    """Find the first valid token of a row that waits for it; define ``start``."""
     out.lines(
         "length = tl.load(length_ptr)",
         "start = tl.load(row_start_ptr + b)",
@@ -77,12 +92,11 @@ def _find_start(out: Source) -> None:
     out.lines(
         "start = tl.where(waits, length + leading, start)",
         "tl.store(row_start_ptr + b, start, mask=waits & (hk == 0) & (nth == 0))",
-        "before = (length - start).to(tl.int32)",
     )
 
 
-def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    """Add a tile of the chunk's keys: old ones from the cache, new ones from the call."""
+def _seen(spec: KernelSpec) -> list[str]:
+    """Define ``seen`` of a tile of the chunk's keys: old ones are in the cache, new ones come."""
     sinks, ring, c = spec.sink_size, ring_slots(spec), spec.chunk_size
     slot = f"{sinks} + (key_at - {sinks}) % {ring}" if sinks else f"key_at % {ring}"
     fresh = "is_new"
@@ -98,7 +112,6 @@ def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "seen = tl.load(exact_mask_ptr + slot, mask=is_old, other=0) != 0",
         f"fresh = {fresh}",
         "seen |= fresh",
-        *pool_members(spec, d, e, _loads(d, "k"), _loads(e, "v")),
     ]
 
 
@@ -109,11 +122,22 @@ def _loads(dim: Dim, name: str) -> list[str]:
     return [*old, *new, *(f"{name}{n} += new_{name}{n}" for n in dim.indices)]
 
 
+def _query_loads(spec: KernelSpec, d: Dim) -> list[str]:
+    """Load mean queries: kept ones stand where their keys stand in the chunk."""
+    return [
+        *d.load("mq", "open_q_ptr", "at", str(d.size), "is_old", cast=".to(tl.float32)"),
+        *new_queries(spec, d, "token", "is_new"),
+        *(f"mq{n} += new_mq{n}.to(tl.float32)" for n in d.indices),
+    ]
+
+
 # --- extend_append --------------------------------------------------------------------------------
 
 
 def emit_extend_append(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the body of ``extend_append``: a program for a tile of slots; each is written once."""
+    if spec.window == "whole":
+        return _append_in_order(spec)
     out = Source()
     d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
     sinks, ring = spec.sink_size, ring_slots(spec)
@@ -150,10 +174,59 @@ def emit_extend_append(spec: KernelSpec, schedule: Schedule) -> str:
         f"is_key = {flag}",
         f"tl.store(exact_mask_ptr + b64 * {slots} + offs_n, is_key, mask=take & (hk == 0))",
     )
+    if keeps_queries(spec):
+        _append_queries(out, spec, d)
     return out.text()
+
+
+def _append_queries(out: Source, spec: KernelSpec, d: Dim) -> None:
+    """Keep the mean queries of the chunk that is open after the call: one program for each head."""
+    c = spec.chunk_size
+    with out.block("if pid < rows:"):
+        out.lines(query_pointer(), open_queries(spec))
+        with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
+            out.lines(
+                f"at = member + tl.arange(0, {MEMBERS})",
+                f"position = last - (last - at + {c}) % {c}",
+                "queried = position - before",
+                f"is_open = (at < {c}) & (position >= 0) & (queried >= 0)",
+                *new_queries(spec, d, "queried", "is_open"),
+                *d.store("new_mq", "open_q_ptr", "at", str(d.size), "is_open"),
+            )
 
 
 def _sinks_of(sinks: int) -> str:
     """Give the slots of sinks their positions; a ring that sinks alone have reached is empty."""
     ring = f"tl.where(held < {sinks}, -1, held)"
     return f"held = tl.where(offs_n < {sinks}, offs_n, {ring})"
+
+
+def _append_in_order(spec: KernelSpec) -> str:
+    """Return the body where positions are slots: a program for a tile of tokens."""
+    out = Source()
+    d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
+    out.lines(
+        "pid = tl.program_id(0)",
+        "rows = tl.num_programs(0) // tl.cdiv(queries, BLOCK_N)",
+        *row_of("pid % rows"),
+        *place(),
+        *exact_pointers(spec),
+        *new_pointers(),
+        "token = pid // rows * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "slot = before + token",
+        "take = (token < queries) & (slot >= 0) & (slot < room)",
+        *d.offsets(),
+        *e.offsets(),
+    )
+    for dim, name in ((d, "k"), (e, "v")):
+        stride = f"tl.cast(stride_{name}n, tl.int64)"
+        out.lines(
+            *dim.load(name, f"{name}_ptr", "token", stride, "take"),
+            *dim.store(name, f"exact_{name}_ptr", "slot", str(dim.size), "take"),
+        )
+    flag = "tl.load(flags_ptr + token, mask=take, other=0) != 0" if spec.key_mask else "take"
+    out.lines(
+        f"is_key = {flag}",
+        "tl.store(exact_mask_ptr + slot, is_key, mask=take & (hk == 0))",
+    )
+    return out.text()

@@ -49,7 +49,7 @@ def _leaves_out(spec: KernelSpec) -> bool:
 
 def program(out: Source, spec: KernelSpec) -> None:
     """Find row, head and block of a program; one program for each ``split``."""
-    chunks = dict.fromkeys(("dchunk", "chunk_tokens", "chunk_bounds"), "chunks")
+    chunks = dict.fromkeys(("dchunk", "chunk_tokens", "chunk_bounds", "domega"), "chunks")
     counts = {**chunks, "dsink": str(spec.sink_size)}
     out.line("pid = tl.program_id(0)")
     tiles = f"tiles_n = tl.cdiv({counts.get(spec.kind, 'columns')}, BLOCK_N)"

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
 from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
+from flasheva_compile.lowering.emit.decode_features import FEATURE_FUNCTION
 from flasheva_compile.lowering.emit.extend import emit_extend
 from flasheva_compile.lowering.emit.extend_append import emit_extend_append, emit_extend_pool
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
 from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
-from flasheva_compile.lowering.emit.pooling import emit_chunk_tokens, emit_pool_gradient
+from flasheva_compile.lowering.emit.pooling import (
+    emit_centre_gradient,
+    emit_chunk_tokens,
+    emit_pool_gradient,
+)
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
 from flasheva_compile.lowering.emit.retrieval_backward_bits import emit_selection_bits
 from flasheva_compile.lowering.emit.retrieval_backward_keys import emit_retrieved_dkv
@@ -46,6 +51,7 @@ _PURPOSE = {
     "dsink": "gradient of sinks from queries whose window is behind them",
     "dkv": "gradient of keys and values",
     "dpool": "gradient of pooling",
+    "domega": "gradient of what the eva rule pools values around",
     "chunk_bounds": "centre and spread of the keys of chunks",
     "select": "find the chunks that each group of queries attends exactly",
     "retrieve": "attend to the keys of selected chunks, join with what is there",
@@ -71,9 +77,12 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     """Generate one kernel; pure: the same spec and schedule give the same bytes."""
     body = without_unread(_body(spec, schedule))
     names = arguments(body)
-    source = _header(spec, schedule) + _constants(body, spec, schedule)
+    constants = _constants(body, spec, schedule)
+    source = _header(spec, schedule) + constants
     if spec.dropout:
         source += "\n\n" + DROPOUT_FUNCTIONS + "\n\n"
+    if "feature_map(" in body:
+        source += ("\n\n" if constants else "\n") + FEATURE_FUNCTION + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)
     return GeneratedKernel(
         spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
@@ -83,6 +92,7 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
 _BODIES: dict[str, Callable[[Any], str]] = {  # a kind has its own class of spec
     "chunk_tokens": emit_chunk_tokens,
     "dpool": emit_pool_gradient,
+    "domega": emit_centre_gradient,
     "chunk_bounds": emit_chunk_bounds,
     "select": emit_select,
     "selection_bits": emit_selection_bits,

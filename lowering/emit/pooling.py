@@ -1,4 +1,4 @@
-"""Kernels around chunk tokens alone: ``chunk_tokens`` pools, ``dpool`` is its gradient."""
+"""Kernels around chunk tokens alone: ``chunk_tokens`` pools, ``dpool`` and ``domega`` go back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flasheva_compile.lowering.emit.source import Dim, Source
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import KernelSpec
 
+_FP32 = ".to(tl.float32)"
 UNROLLED = 32
 """Largest chunk whose loop is unrolled, so that all its loads are in flight at once."""
 
@@ -59,10 +60,47 @@ def emit_chunk_tokens(spec: KernelSpec) -> str:
     program(out, spec)
     out.lines(*d.offsets(), *e.offsets(), *chunk_columns(spec), *_parameters(spec, d))
     out.lines(*_initial(spec, d, e))
-    walk = "tl.static_range" if spec.chunk_size <= UNROLLED else "range"
-    with out.block(f"for member in {walk}({spec.chunk_size}):"):
+    # A centre for each chunk is a tile more: in fp32 it would spill.
+    rolled = spec.chunk_size > UNROLLED or (spec.chunk_rule == "eva" and spec.dtype == "fp32")
+    with out.block(f"for member in {'range' if rolled else 'tl.static_range'}({spec.chunk_size}):"):
         out.lines(*_member(spec, d, e))
     out.lines(*_results(spec, d, e))
+    return out.text()
+
+
+def emit_centre_gradient(spec: KernelSpec) -> str:
+    """Return the body of ``domega``: a block of chunks of the ``eva`` rule, a walk over members.
+
+    ``dpool`` has the same weights, but goes by key: a chunk's sum would cross its tiles.
+    """
+    out, d, e = Source(), Dim("d", spec.head_dim), Dim("e", spec.value_dim)
+    rows_d, rows_e = str(d.size), str(e.size)
+    program(out, spec)
+    out.lines(
+        *d.offsets(),
+        *e.offsets(),
+        *chunk_columns(spec),
+        *_omega(d),
+        "mass = tl.load(mass_v_ptr + chunk_row + offs_t, mask=exists, other=0.0)",
+        *e.load("mv", f"rfa_v_ptr + chunk_row * {rows_e}", "offs_t", rows_e, "exists", cast=_FP32),
+        *e.load("gv", f"drfa_v_ptr + chunk_row * {rows_e}", "offs_t", rows_e, "exists", cast=_FP32),
+        *d.zeros("domega", "BLOCK_N"),
+    )
+    # Not unrolled: with all loads in flight at once, wide heads would spill.
+    with out.block(f"for member in range({spec.chunk_size}):"):
+        inner = (f"tl.sum((v{n} - mv{n}) * gv{n}, 1)" for n in e.indices)
+        out.lines(
+            *member_keys(spec, d),
+            *e.load("v", "v_ptr", "at", "stride_vn", "seen", cast=_FP32),
+            f"square = {d.row_sum('k', 'k')}",
+            f"centre_dot = {d.row_sum('k', 'omega')}",
+            "logits = scale * (centre_dot - 0.5 * square)",
+            f"w = tl.where(seen, tl.exp2((logits - mass) * {LOG2E}), 0.0)",
+            f"inner = {' + '.join(inner)}",
+            "dlogit = scale * w * inner",
+            *(f"domega{n} += dlogit[:, None] * k{n}" for n in d.indices),
+        )
+    out.lines(*d.store("domega", f"domega_ptr + chunk_row * {rows_d}", "offs_t", rows_d, "exists"))
     return out.text()
 
 
@@ -109,10 +147,13 @@ def _parameters(spec: KernelSpec, d: Dim) -> list[str]:
             guard = f", mask=offs_d{n} < {d.size}, other=0.0" if d.bound(n) else ""
             load = f"tl.load({name}_ptr + hk * {d.size} + offs_d{n}{guard})"
             lines.append(f"{name}{n} = {load}.to(tl.float32)[None, :]")
-    if spec.chunk_rule == "eva":
-        omega = f"omega_ptr + chunk_row * {d.size}"
-        lines += d.load("omega", omega, "offs_t", str(d.size), "exists", cast=".to(tl.float32)")
-    return lines
+    return lines + _omega(d) if spec.chunk_rule == "eva" else lines
+
+
+def _omega(d: Dim) -> list[str]:
+    """Load what each chunk's values are pooled around."""
+    rows = f"omega_ptr + chunk_row * {d.size}"
+    return d.load("omega", rows, "offs_t", str(d.size), "exists", cast=_FP32)
 
 
 def _softmaxes(spec: KernelSpec) -> tuple[str, ...]:
@@ -141,19 +182,19 @@ def member_keys(spec: KernelSpec, d: Dim) -> list[str]:
     ]
     if spec.key_mask:
         lines.append("seen &= tl.load(valid_ptr + at, mask=seen, other=0) != 0")
-    return lines + d.load("k", "k_ptr", "at", "stride_kn", "seen", cast=".to(tl.float32)")
+    return lines + d.load("k", "k_ptr", "at", "stride_kn", "seen", cast=_FP32)
 
 
 def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     lines = member_keys(spec, d)
-    lines += e.load("v", "v_ptr", "at", "stride_vn", "seen", cast=".to(tl.float32)")
+    lines += e.load("v", "v_ptr", "at", "stride_vn", "seen", cast=_FP32)
     lines.append("count += seen.to(tl.float32)")
     if spec.chunk_rule == "mean":
         lines += [f"sk{n} += k{n}" for n in d.indices]
         return lines + [f"sv{n} += v{n}" for n in e.indices]
     lines.append(f"square = {d.row_sum('k', 'k')}")
     for name in _softmaxes(spec):
-        lines += _softmax_step(name, _logit(spec, name, d))
+        lines += _logit(spec, name, d) + _softmax_step(name)
     weight = {"tangent": ("w_k", "a_k"), "evabyte": ("w_v", "a_v"), "eva": ("w_v", "a_v")}
     if spec.chunk_rule != "eva":
         lines += [f"sk{n} = sk{n} * a_k[:, None] + w_k[:, None] * k{n}" for n in d.indices]
@@ -161,18 +202,18 @@ def _member(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return lines + [f"sv{n} = sv{n} * {a}[:, None] + {w}[:, None] * v{n}" for n in e.indices]
 
 
-def _logit(spec: KernelSpec, name: str, d: Dim) -> str:
+def _logit(spec: KernelSpec, name: str, d: Dim) -> list[str]:
+    """Define the logit ``x`` of a member."""
     if spec.chunk_rule == "tangent":
-        return f"scale * ({d.row_sum('k', 'phi')})"
+        return [f"x = scale * ({d.row_sum('k', 'phi')})"]
     if name == "k":
-        return d.row_sum("k", "phi")
+        return [f"x = {d.row_sum('k', 'phi')}"]
     centre = "omega" if spec.chunk_rule == "eva" else "p"
-    return f"scale * ({d.row_sum('k', centre)} - 0.5 * square)"
+    return [f"centre_dot = {d.row_sum('k', centre)}", "x = scale * (centre_dot - 0.5 * square)"]
 
 
-def _softmax_step(name: str, logit: str) -> list[str]:
+def _softmax_step(name: str) -> list[str]:
     return [
-        f"x = {logit}",
         'x = tl.where(seen, x, float("-inf"))',
         f"m_new = tl.maximum(m_{name}, x)",
         f"a_{name} = tl.exp2((m_{name} - m_new) * {LOG2E})",

@@ -119,18 +119,20 @@ def gradients(qkv, **options):
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("causal", [True, False])
-def test_bits_repeat(size, causal):
+@pytest.mark.parametrize("rule", ["tangent", "eva"])
+def test_bits_repeat(size, causal, rule):
     qkv = inputs(1, 4, 2, 4096, size)
-    first = gradients(qkv, causal=causal)
+    first = gradients(qkv, causal=causal, chunk_rule=rule)
     for _ in range(100):
-        again = gradients(qkv, causal=causal)
+        again = gradients(qkv, causal=causal, chunk_rule=rule)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_a_row_alone_equals_the_row_in_a_batch():
+@pytest.mark.parametrize("rule", ["tangent", "eva"])
+def test_a_row_alone_equals_the_row_in_a_batch(rule):
     qkv = inputs(3, 4, 2, 3000, 64)
-    together = gradients(qkv)
-    alone = gradients([x.detach()[1:2].requires_grad_() for x in qkv])
+    together = gradients(qkv, chunk_rule=rule)
+    alone = gradients([x.detach()[1:2].requires_grad_() for x in qkv], chunk_rule=rule)
     assert all(torch.equal(a, b[1:2]) for a, b in zip(alone, together, strict=True))
 
 

@@ -129,7 +129,7 @@ def as_scheduled(case: KernelCase):
     """Launch with the case's schedule; check that arguments have the types of offline compiles."""
 
     def choose(spec, *_):
-        plain = {"tma": False} if spec.kind in ("chunk_tokens", "dpool") else {}
+        plain = {"tma": False} if spec.kind in ("chunk_tokens", "dpool", "domega") else {}
         return dataclasses.replace(case.schedule, **plain)
 
     def load(spec, schedule):
@@ -258,6 +258,8 @@ def compared(case: KernelCase) -> list[str]:
     learned = launch.kernel_rule(case.rule, case.parameters) in ("evabyte", "tangent")
     if learned or not case.fused:
         names.append("drfa_bias")  # elsewhere a constant, whose gradient nobody uses
+    if case.rule == "eva" and case.fused:
+        names += ["dp0", "dp1"]
     if learned and case.fused:  # evabyte's third parameter gets drfa_bias, summed
         names += [f"dp{n}" for n in range(min(2, len(case.parameters)))]
     return names

@@ -31,6 +31,8 @@ RULES = (
     ("evabyte", 0),
     ("evabyte", 2),
     ("evabyte", 3),
+    ("eva", 0),
+    ("eva", 8),
 )
 MASKS = ("none", "left_padding", "holes", "padded_prefix")
 LAYOUTS = ("contiguous", "slice", "columns_last")
@@ -96,8 +98,16 @@ class DecodeCase:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        shapes = ((self.kv_heads, self.head_dim),) * 2 + ((self.kv_heads,),)
+        size = self.head_dim
+        shapes = ((self.kv_heads, size),) * 2 + ((self.kv_heads,),)
+        if self.rule == "eva":
+            shapes = 2 * ((size, size), (size,), (size,), (size,))
         return [self._normal(10 + i, *shapes[i]) for i in range(self.parameter_count)]
+
+    def parameters_in(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return a layer's parameters in this dtype; feature maps stay in fp32, as modules do."""
+        dtype = torch.promote_types(dtype, torch.float32) if self.rule == "eva" else dtype
+        return [p.to(dtype) for p in self.parameters]
 
     @cached_property
     def key_mask(self) -> Tensor | None:
@@ -122,17 +132,16 @@ class DecodeCase:
         return cache_ops.new_state(k.to(dtype), v.to(dtype), self.chunks, self.options)
 
     def pool(self, dtype: torch.dtype):
-        return partial(cache_ops.pool_chunks, [p.to(dtype) for p in self.parameters], self.options)
+        return partial(cache_ops.pool_chunks, self.parameters_in(dtype), self.options)
 
     def filled_state(self, dtype: torch.dtype) -> CacheState:
         """Return the state after the prefix."""
         state = self.new_state(dtype)
         if self.prefix:
             part = slice(0, self.prefix)
-            new = [x[:, :, part].to(dtype) for x in self.qkv]
-            blocked.cache_append(
-                (new[1], *new[1:]), self.mask_of(part), state, self.pool(dtype), self.settings
-            )
+            q, k, v = (x[:, :, part].to(dtype) for x in self.qkv)
+            new = (cache_ops._group_mean(q, k), k, v)
+            blocked.cache_append(new, self.mask_of(part), state, self.pool(dtype), self.settings)
         return state
 
     def lay_out(self, x: Tensor) -> Tensor:
@@ -158,7 +167,8 @@ def run_blocked(case: DecodeCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, l
     """Return ``out`` and ``lse`` of all steps and the state after each, in plain PyTorch."""
     state, found, states = case.filled_state(dtype), [], []
     for q, k, v, mask in steps_of(case, dtype):
-        found.append(blocked.decode(q, (k, k, v), mask, state, case.pool(dtype), case.settings))
+        new = (cache_ops._group_mean(q, k), k, v)
+        found.append(blocked.decode(q, new, mask, state, case.pool(dtype), case.settings))
         states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -168,7 +178,7 @@ def run_kernels(
 ) -> tuple[Tensor, Tensor, list[CacheState]]:
     """Do the same on the generated kernels."""
     state = state or case.filled_state(case.dtype)
-    parameters = tuple(p.to(case.dtype) for p in case.parameters)
+    parameters = tuple(case.parameters_in(case.dtype))
     rule, found, states = kernel_rule(case.rule, parameters), [], []
     with as_scheduled(case):
         for q, k, v, mask in steps_of(case, case.dtype):

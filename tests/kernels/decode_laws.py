@@ -42,6 +42,11 @@ POOLED = ("rfa_k", "rfa_v", "rfa_bias")
 COPIED = ("exact_k", "exact_v", "exact_mask", "start", "length")
 
 
+def computed(case: DecodeCase) -> tuple[str, ...]:
+    """Return the fields of the state that are sums."""
+    return (*POOLED, "open_q") if case.rule == "eva" else POOLED
+
+
 def check(case: DecodeCase) -> None:
     """Compare results and the state after each step."""
     with poisoned_buffers():
@@ -53,9 +58,9 @@ def check(case: DecodeCase) -> None:
 
     def formula(dtype):
         out, lse, states = run_blocked(case, dtype)
-        return [out, lse, *(getattr(state, name) for state in states for name in POOLED)]
+        return [out, lse, *(getattr(state, name) for state in states for name in computed(case))]
 
-    pooled = [getattr(state, name) for state in states for name in POOLED]
+    pooled = [getattr(state, name) for state in states for name in computed(case)]
     assert_as_accurate_as_pytorch([out, lse, *pooled], formula, case.dtype)
     assert_as_accurate_as_pytorch([out, lse], lambda d: run_reference(case, d), case.dtype)
 
@@ -73,12 +78,21 @@ def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
         check(dataclasses.replace(case, block_n=block_n, splits=splits))
 
 
-@pytest.mark.parametrize("window", ["sliding", "block"])
-@pytest.mark.parametrize("mask", ["none", "holes"])
-def test_long_sequences_from_an_empty_cache(window, mask):
+@pytest.mark.parametrize(
+    ("window", "mask", "rule", "count"),
+    [
+        *(
+            (window, mask, "tangent", 1)
+            for window in ("sliding", "block")
+            for mask in ("none", "holes")
+        ),
+        *(("sliding", "holes", "eva", 8), ("block", "none", "eva", 8)),
+    ],
+)
+def test_long_sequences_from_an_empty_cache(window, mask, rule, count):
     """The ring goes round more than twice; the first steps see nothing but themselves."""
-    rule = {"rule": "tangent", "parameter_count": 1}
-    check(DecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **rule))
+    given = {"rule": rule, "parameter_count": count}
+    check(DecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **given))
 
 
 def test_rows_start_at_different_steps():
@@ -92,6 +106,43 @@ def test_rows_start_at_different_steps():
     assert (lse[2] == -torch.inf).all()
     assert (states[-1].exact_k[2] == 0).all()
     assert states[-1].start.tolist() == [0, 4, 10]
+
+
+# A first block without room for chunk tokens: every token so far, whatever the block's size.
+WHOLE = {"window": "block", "sink_tokens": 0, "chunk_size": 200, "window_size": 200}
+OVERFULL = {**WHOLE, "chunk_size": 24, "window_size": 24, "prefix": 20, "spare_chunks": -1}
+
+
+@given(decode_cases(**WHOLE, spare_chunks=0))
+@examples(8)
+def test_a_cache_of_everything_is_the_blocked_code_and_the_reference(case):
+    assert case.chunks == 0
+    check(case)
+    with poisoned_buffers():
+        out, lse, _ = run_kernels(case, unwritten_is_nan(case))
+    assert_as_accurate_as_pytorch([out, lse], lambda d: run_reference(case, d), case.dtype)
+
+
+def unwritten_is_nan(case):
+    """Return the state after the prefix, whose other slots hold NaN and valid flags."""
+    state = case.filled_state(case.dtype)
+    held = (state.length - state.start)[:, None] > torch.arange(state.exact_mask.shape[1])
+    for x in (state.exact_k, state.exact_v):
+        x.masked_fill_(~held[:, None, :, None], torch.nan)
+    state.exact_mask.masked_fill_(~held, True)
+    return state
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_more_than_everything_gives_nan_and_is_not_written(splits):
+    case = DecodeCase(**OVERFULL, steps=8, splits=splits, batch=2, mask="padded_prefix")
+    assert case.chunks == 0
+    with poisoned_buffers():
+        out, _, states = run_kernels(case)
+    want, _, _ = run_blocked(case, case.dtype)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert 0 < out.isnan().sum() < out.numel()
+    assert torch.equal(states[-1].exact_k[0], states[3].exact_k[0])
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -112,8 +163,8 @@ def test_what_no_token_was_written_to_is_never_read(case):
     case = dataclasses.replace(case, steps=case.chunk_size + 2)
     out, lse, _ = run_kernels(case)
     state = case.new_state(case.dtype)
-    for x in (state.exact_k, state.exact_v, state.rfa_k, state.rfa_v, state.rfa_bias):
-        x.fill_(torch.nan)
+    for name in (*POOLED, "exact_k", "exact_v", "open_q"):
+        getattr(state, name).fill_(torch.nan)
     state.exact_mask.fill_(True)
     poisoned = run_kernels(case, CacheState(*state))
     assert torch.equal(out, poisoned[0])

@@ -16,7 +16,7 @@ from flasheva_compile.lowering.spec import Schedule, group_rows
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flasheva_compile.cache_ops import _group_mean, pool_chunks
+from flasheva_compile.cache_ops import _group_mean
 from tests.kernels.cases import POINTER_TYPES
 from tests.kernels.decode_cases import DecodeCase, decode_cases
 
@@ -31,38 +31,11 @@ class ExtendCase:
         sequence: Tokens, settings, cache.
         portions: How many tokens each call appends; their sum is ``sequence.steps``.
         block_m: Rows of a tile of queries, at most.
-        eva: The chunk rule is ``eva``, which pools in plain PyTorch.
     """
 
     sequence: DecodeCase
     portions: tuple[int, ...]
     block_m: int = 16
-    eva: bool = False
-
-    @property
-    def options(self) -> dict[str, object]:
-        options = self.sequence.options
-        return {**options, "rule": "eva", "version": "1"} if self.eva else options
-
-    def pool(self, dtype: torch.dtype):
-        if not self.eva:
-            return self.sequence.pool(dtype)
-        return lambda *new: pool_chunks([], self.options, *new)
-
-    def filled_state(self, dtype: torch.dtype) -> CacheState:
-        case = self.sequence
-        if not self.eva:
-            return case.filled_state(dtype)
-        state = case.new_state(dtype)
-        batch, heads, c = case.batch, case.kv_heads, case.chunk_size
-        state = state._replace(open_q=torch.zeros(batch, heads, c, case.head_dim, dtype=dtype))
-        if case.prefix:
-            part = slice(0, case.prefix)
-            q, k, v = (x[:, :, part].to(dtype) for x in case.qkv)
-            new = (_group_mean(q, k), k, v)
-            mask = case.mask_of(part)
-            blocked.cache_append(new, mask, state, self.pool(dtype), case.settings)
-        return state
 
 
 def portions_of(case: ExtendCase, dtype: torch.dtype):
@@ -78,10 +51,11 @@ def portions_of(case: ExtendCase, dtype: torch.dtype):
 
 def run_blocked(case: ExtendCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, States]:
     """Return ``out`` and ``lse`` of all tokens and the state after each call, in PyTorch."""
-    state, found, states = case.filled_state(dtype), [], []
+    sequence = case.sequence
+    state, found, states = sequence.filled_state(dtype), [], []
     for q, k, v, mask in portions_of(case, dtype):
         new = (_group_mean(q, k), k, v)
-        found.append(blocked.decode(q, new, mask, state, case.pool(dtype), case.sequence.settings))
+        found.append(blocked.decode(q, new, mask, state, sequence.pool(dtype), sequence.settings))
         states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -92,19 +66,16 @@ def run_kernels(
     """Do the same on the generated kernels, or append alone."""
     sequence = case.sequence
     dtype, settings = sequence.dtype, sequence.settings
-    state = state or case.filled_state(dtype)
-    parameters = tuple(p.to(dtype) for p in sequence.parameters)
-    pooling = None if case.eva else Pooling(kernel_rule(sequence.rule, parameters), parameters)
+    state = state or sequence.filled_state(dtype)
+    parameters = tuple(sequence.parameters_in(dtype))
+    pooling = Pooling(kernel_rule(sequence.rule, parameters), parameters)
     found, states = [], []
     with as_scheduled(case):
         for q, k, v, mask in portions_of(case, dtype):
-            if case.eva:
-                new = (_group_mean(q, k), k, v)
-                blocked.pool_new_chunks(new, mask, state, case.pool(dtype), settings)
             if attend:
                 found.append(launch_extend.decode(q, (k, v), mask, state, settings, pooling))
             else:
-                launch_extend.cache_append((k, v), mask, state, settings, pooling)
+                launch_extend.cache_append(q, (k, v), mask, state, settings, pooling)
                 found.append((q[..., :1], q[..., 0]))
             states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states

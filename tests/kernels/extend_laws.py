@@ -14,7 +14,14 @@ from hypothesis import given
 
 from tests.kernels import decode_cases
 from tests.kernels.decode_cases import DecodeCase
-from tests.kernels.decode_laws import COPIED, POOLED, poisoned_buffers
+from tests.kernels.decode_laws import (
+    COPIED,
+    OVERFULL,
+    POOLED,
+    WHOLE,
+    computed,
+    poisoned_buffers,
+)
 from tests.kernels.extend_cases import ExtendCase, extend_cases, run_blocked, run_kernels
 from tests.kernels.interpreted_laws import examples
 from tests.tolerance import assert_as_accurate_as_pytorch
@@ -25,19 +32,19 @@ def check(case: ExtendCase) -> None:
     sequence = case.sequence
     with poisoned_buffers():
         out, lse, states = run_kernels(case)
-    copied = (*COPIED, "open_q")
     for call, (got, want) in enumerate(
         zip(states, run_blocked(case, sequence.dtype)[2], strict=True)
     ):
-        for name in copied:
+        for name in COPIED:
             same = torch.equal(getattr(got, name), getattr(want, name))
             assert same, f"{name} after call {call}"
 
     def formula(dtype):
         out, lse, states = run_blocked(case, dtype)
-        return [out, lse, *(getattr(state, name) for state in states for name in POOLED)]
+        return [out, lse, *(getattr(state, name) for state in states for name in names)]
 
-    pooled = [getattr(state, name) for state in states for name in POOLED]
+    names = computed(sequence)
+    pooled = [getattr(state, name) for state in states for name in names]
     assert_as_accurate_as_pytorch([out, lse, *pooled], formula, sequence.dtype)
 
 
@@ -97,6 +104,25 @@ def test_a_cache_that_was_too_small_gives_nan(splits):
     assert 0 < out.isnan().sum() < out.numel()
 
 
+@given(extend_cases(**WHOLE, spare_chunks=0))
+@examples(4)
+def test_calls_on_a_cache_of_everything_are_the_blocked_code(case):
+    assert case.sequence.chunks == 0
+    check(case)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_more_than_everything_gives_nan(splits):
+    sequence = DecodeCase(**OVERFULL, steps=12, splits=splits, batch=2, mask="padded_prefix")
+    case = ExtendCase(sequence=sequence, portions=(8, 4))
+    assert sequence.chunks == 0
+    with poisoned_buffers():
+        out, _, _ = run_kernels(case)
+    want, _, _ = run_blocked(case, sequence.dtype)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert 0 < out.isnan().sum() < out.numel()
+
+
 @given(extend_cases())
 @examples(2)
 def test_appending_alone_leaves_the_same_state(case):
@@ -108,12 +134,14 @@ def test_appending_alone_leaves_the_same_state(case):
 
 
 @pytest.mark.parametrize("mask", ["none", "holes", "left_padding"])
-@pytest.mark.parametrize("portions", [(1, 1, 1), (5, 9)])
-def test_the_eva_rule_is_pooled_in_front_of_the_kernels(mask, portions):
-    sequence = DecodeCase(
-        mask=mask, prefix=14, steps=sum(portions), group=2, batch=2, splits=2, seed=1
-    )
-    check(ExtendCase(sequence=sequence, portions=portions, eva=True))
+@pytest.mark.parametrize(("portions", "parameters"), [((1, 1, 1), 8), ((5, 9), 0), ((2, 40, 3), 8)])
+def test_mean_queries_of_the_eva_rule_go_from_call_to_call(mask, portions, parameters):
+    """Chunks whose queries came in several calls, and in calls of several chunks."""
+    rule = {"rule": "eva", "parameter_count": parameters}
+    sizes = {"chunk_size": 12, "window_size": 12, "sink_tokens": 12, "group": 2, "batch": 2}
+    steps = {"prefix": 14, "steps": sum(portions), "splits": 2, "seed": 1}
+    sequence = DecodeCase(mask=mask, **rule, **sizes, **steps)
+    check(ExtendCase(sequence=sequence, portions=portions))
 
 
 @given(extend_cases(prefix=0, kv_heads=1, batch=1, mask="none"))
@@ -121,8 +149,8 @@ def test_the_eva_rule_is_pooled_in_front_of_the_kernels(mask, portions):
 def test_what_no_token_was_written_to_is_never_read(case):
     out, lse, _ = run_kernels(case)
     state = case.sequence.new_state(case.sequence.dtype)
-    for x in (state.exact_k, state.exact_v, state.rfa_k, state.rfa_v, state.rfa_bias):
-        x.fill_(torch.nan)
+    for name in (*POOLED, "exact_k", "exact_v", "open_q"):
+        getattr(state, name).fill_(torch.nan)
     state.exact_mask.fill_(True)
     poisoned = run_kernels(case, CacheState(*state))
     assert torch.equal(out, poisoned[0])

@@ -28,6 +28,8 @@ def base(dtype: str, head_dim: int, value_dim: int | None = None, **fields) -> K
 
 _TANGENT = {"chunk_rule": "tangent", "parameters": 1}
 _EVABYTE = {"chunk_rule": "evabyte", "parameters": 3}
+_EVA = {"chunk_rule": "eva"}
+_POOLING = ("chunk_tokens", "dpool", "domega")
 _PADDED = {"documents": "padded", "key_mask": True}
 
 FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
@@ -52,10 +54,15 @@ FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
     "causal-bf16-d80": (base("bf16", 80, **_TANGENT), ("dsink",)),
     "fp32-d256": (base("fp32", 256, chunk_rule="mean"), ("dq",)),
     "bf16-d256": (base("bf16", 256, chunk_rule="mean"), ("forward", "dq", "dkv")),
+    "eva-bf16-d64": (base("bf16", 64, **_EVA), ("dkv", *_POOLING)),
+    "eva-padded-fp16-d80": (base("fp16", 80, accumulate=True, **_EVA, **_PADDED), _POOLING),
+    "eva-packed-bf16-d128": (base("bf16", 128, documents="packed", **_EVA), _POOLING),
+    "eva-bf16-d256": (base("bf16", 256, accumulate=True, **_EVA), _POOLING),
+    "eva-fp32-d256": (base("fp32", 256, accumulate=True, **_EVA), _POOLING),
 }
 """Name to spec and kernels; a few of each difficulty, for every run of CI on sm_90."""
 
-EVERYWHERE = ("causal-bf16-d64", "whole-bf16-d64")
+EVERYWHERE = ("causal-bf16-d64", "whole-bf16-d64", "eva-bf16-d64", "eva-packed-bf16-d128")
 """Families that every run of CI compiles for all targets."""
 
 
@@ -81,6 +88,11 @@ def all_specs() -> dict[str, KernelSpec]:
     found = {}
     for (d, e), dtype in itertools.product(sizes, ("bf16", "fp16", "fp32")):
         found[f"{dtype}-d{d}-e{e}"] = base(dtype, d, e, **_TANGENT)
+    pooled = {
+        f"eva-{dtype}-d{d}-e{e}-{kind}": launched(base(dtype, d, e, **_EVA), kind)
+        for (d, e), dtype in itertools.product(sizes, ("bf16", "fp16", "fp32"))
+        for kind in ("chunk_tokens", "dkv", "dpool")
+    }
     layouts = {"dense": {}, "padded": _PADDED, "packed": {"documents": "packed"}}
     layouts["holes"] = {"documents": "packed", "key_mask": True}
     sides = {"causal": {}, "bidirectional": {"causal": False}}
@@ -95,7 +107,7 @@ def all_specs() -> dict[str, KernelSpec]:
         found[score] = base("bf16", 64, chunk_rule="mean", **{score: True})
     for rule, count in (("mean", 0), ("tangent", 1), ("evabyte", 2), ("evabyte", 3), ("eva", 0)):
         found[f"{rule}{count}"] = base("bf16", 128, chunk_rule=rule, parameters=count)
-    return {
+    return pooled | {
         f"{name}-{kind}": launched(spec, kind)
         for name, spec in found.items()
         for kind in KINDS

@@ -93,7 +93,7 @@ def test_pooling_and_its_gradients_are_the_reference(case):
     _, k, v = case.qkv
     sizes = ((case.head_dim,), (case.value_dim,), ())
     douts = [case._normal(30 + i, *k.shape[:2], case.slots, *n) for i, n in enumerate(sizes)]
-    vectors = {"tangent": 1, "evabyte": 2}.get(case.rule, 0) if case.parameters else 0
+    vectors = {"tangent": 1, "evabyte": 2, "eva": 2}.get(case.rule, 0) if case.parameters else 0
 
     def formula(dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (k, v, *case.parameters)]
@@ -138,6 +138,7 @@ def test_a_schedule_never_changes_a_result_beyond_rounding(case):
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(case):
     """Without dropout, whose hash knows the row."""
     per_row = [*cases.TOKENS, "out", "lse", "dq", "dk", "dv", "drfa_k", "drfa_v"]
+    per_row += ["dp0", "dp1"] if case.rule == "eva" and case.fused else []
     batch = run_kernels(case)
     for b in range(case.batch):
         alone = run_kernels(cases.one_row(case, b))

@@ -12,13 +12,15 @@ from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.offline import TARGETS, resources
 from flasheva_compile.lowering.schedule import choose, known_target
 
-from tests.kernels.test_decode_source import spec_of, specs
+from tests.kernels.test_decode_source import EVA, spec_of, specs, whole_spec
 
 FULL = os.environ.get("FLASHEVA_COMPILE") == "full"
 _EVABYTE = {"chunk_rule": "evabyte", "parameters": 3, "key_mask": True, "softcap": True}
 EVERYWHERE = {
     "bf16-d64": spec_of(),
     "bf16-d128": spec_of(head_dim=128, **_EVABYTE),
+    "eva-bf16-d64": spec_of(**EVA),
+    "eva-bf16-d128": spec_of(head_dim=128, **EVA, key_mask=True, softcap=True),
     "combine-bf16-d64": spec_of().of_kind("decode_combine"),
 }
 SPECS = {
@@ -26,6 +28,12 @@ SPECS = {
     "block-mean-bf16-d64": spec_of(
         window="block", sink_size=0, group=1, chunk_rule="mean", parameters=0
     ),
+    "whole-bf16-d64": whole_spec(),
+    "whole-bf16-d128": whole_spec(head_dim=128, key_mask=True, softcap=True),
+    "whole-bf16-d256": whole_spec(head_dim=256),
+    "eva-fp16-d80": spec_of("fp16", 80, group=12, chunk_rule="eva", parameters=0),
+    "eva-bf16-d256": spec_of(head_dim=256, **EVA, key_mask=True, softcap=True),
+    "eva-fp32-d64": spec_of("fp32", **EVA),
     "fp16-d80": spec_of("fp16", 80, group=12),
     "bf16-d192-e128": spec_of(head_dim=192, value_dim=128),
     "bf16-d256": spec_of(head_dim=256, **_EVABYTE),

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
 
 import pytest
-from flasheva_compile.lowering import inspect, schedule
+import torch
+from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+from flasheva_compile.lowering import inspect, launch_decode, schedule
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.schedule_cost import candidates, rejection
 from flasheva_compile.lowering.spec import KernelSpec, digest
 
 from tests.kernels import test_source
 
-RULES = (("mean", 0), ("tangent", 1), ("evabyte", 0), ("evabyte", 2), ("evabyte", 3))
+RULES = (
+    *(("mean", 0), ("tangent", 1), ("evabyte", 0), ("evabyte", 2), ("evabyte", 3)),
+    *(("eva", 0), ("eva", 8)),
+)
+EVA = {"chunk_rule": "eva", "parameters": 8}
 SIZES = ((16, 16), (40, 40), (64, 64), (72, 96), (128, 128), (192, 128), (256, 256))
 DIGEST = """
 from flasheva_compile.lowering.spec import digest
@@ -35,6 +42,11 @@ def spec_of(dtype="bf16", head_dim=64, value_dim=None, **changes) -> KernelSpec:
     )
 
 
+def whole_spec(*sizes, **changes) -> KernelSpec:
+    """Return the spec of a cache of every token."""
+    return launch_decode.whole(spec_of(*sizes, sink_size=0, window="block", **changes))
+
+
 def specs() -> dict[str, KernelSpec]:
     found = {}
     for dtype, (d, e) in itertools.product(("bf16", "fp16", "fp32"), SIZES):
@@ -50,6 +62,10 @@ def specs() -> dict[str, KernelSpec]:
     for chunk_size, group in itertools.product((1, 3, 64), (1, 3, 16, 40)):
         sizes = {"chunk_size": chunk_size, "window_size": 192, "sink_size": 0}
         found[f"c{chunk_size}-g{group}"] = spec_of(group=group, softcap=True, **sizes)
+    for (d, e), dtype in itertools.product(SIZES, ("bf16", "fp32")):
+        found[f"eva-{dtype}-{d}-{e}"] = spec_of(dtype, d, e, **EVA)
+    for (d, e), mask in itertools.product(SIZES, (False, True)):
+        found[f"whole-{d}-{e}-mask{mask}"] = whole_spec("bf16", d, e, key_mask=mask)
     return found
 
 
@@ -95,6 +111,47 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
         assert word not in plain, word
     assert "atomic" not in plain
     assert "softcap" in kernels["c3-g3"].source
+
+
+def step_of(rows=8, tokens=65536, chunks=0, **changes):
+    """Return shape and settings of a step over a cache of every token."""
+    c = {"window_size": tokens, "chunk_size": tokens, "sink_tokens": 0, "window": "block"}
+    settings = AttentionSettings(
+        **{**c, **changes}, causal=True, q_offset=0, scale=0.125, softcap=0.0
+    )
+    q, v = torch.Size((rows // 8, 32, 1, 64)), torch.Size((rows // 8, 8, 1, 64))
+    made_of = (torch.bfloat16, torch.device("cpu"), "mean", 0, False)
+    return launch_decode.StepShape(q, v, chunks, *made_of), settings
+
+
+def test_a_cache_of_every_token_has_one_kernel_without_chunk_tokens():
+    spec = launch_decode.decode_spec(*step_of())
+    assert spec == launch_decode.decode_spec(*step_of(tokens=100, chunk_size=10))
+    source = emit(spec, schedule.choose(spec)).source
+    for word in ("rfa", "chunks", "low ", "low,", "last", "bias", "65536"):
+        assert word not in source, word
+    for changes in ({"chunks": 1}, {"window": "sliding"}, {"sink_tokens": 65536}):
+        other = launch_decode.decode_spec(*step_of(**changes))
+        assert (other.window, other.window_size) != ("whole", 0)
+
+
+@pytest.mark.parametrize("room", [1024, 65536, 131072])
+@pytest.mark.parametrize("rows", [1, 8, 24, 64, 133, 144, 256, 272, 512, 800])
+def test_parts_keep_a_device_busy_to_the_end(rows, room):
+    """Of 132 multiprocessors with two programs each, while parts stay long."""
+    spec = whole_spec()
+    tiles = schedule.choose(spec, schedule.known_target("sm_90"))
+    parts = launch_decode.parts_of(tiles, rows, 0, room)
+    most = room // tiles.block_n // 2
+    assert 1 <= parts <= most
+    waves = rows * parts / (2 * 132)
+    if room >= 65536 and rows >= 8:
+        assert waves / math.ceil(waves) >= 0.9
+        # What parts leave behind is little beside what they read.
+        left, read = parts * 4 * (64 + 2) * 4, room * 64 * 2 * 2
+        assert left < read / 200
+    else:
+        assert parts == min(most, 128, max(1, 2 * 132 // rows))
 
 
 def test_one_kernel_combines_for_all_layers_with_the_same_values():

@@ -15,7 +15,7 @@ from flasheva_compile.lowering.schedule import choose, known_target
 from flasheva_compile.lowering.schedule_extend import fitted
 
 from tests.kernels import test_source
-from tests.kernels.test_decode_source import spec_of, specs
+from tests.kernels.test_decode_source import EVA, spec_of, specs, whole_spec
 
 FULL = os.environ.get("FLASHEVA_COMPILE") == "full"
 KINDS = ("extend_pool", "extend", "extend_append", "extend_combine")
@@ -25,14 +25,24 @@ CHOSEN = {
     "bf16-d64": spec_of(),
     "block-bf16-d128": spec_of(head_dim=128, **BLOCK),
     "masked-bf16-d128": spec_of(head_dim=128, **MASKED),
+    "whole-bf16-d128": whole_spec(head_dim=128, key_mask=True),
+    "eva-bf16-d64": spec_of(**EVA),
+    "eva-masked-bf16-d128": spec_of(head_dim=128, key_mask=True, **EVA),
+    "eva-fp32-d256": spec_of("fp32", 256, key_mask=True, **EVA),
     "fp16-d80-g12": spec_of("fp16", 80, group=12),
     "bf16-d256": spec_of(head_dim=256, **MASKED),
     "fp32-d64": spec_of("fp32"),
     "fp32-d128": spec_of("fp32", 128),
 }
+_POOLING = {name: ("extend_pool", "extend_append") for name in CHOSEN if name.startswith("eva")}
 COMPILED = {
-    "sm_90": {**dict.fromkeys(CHOSEN, ("extend",)), "masked-bf16-d128": KINDS[:3]},
-    **{target: {"bf16-d64": KINDS[:2]} for target in ("sm_80", "sm_100", "gfx942")},
+    "sm_90": {
+        **dict.fromkeys(CHOSEN, ("extend",)),
+        "masked-bf16-d128": KINDS[:3],
+        "whole-bf16-d128": KINDS[:3],
+        **_POOLING,
+    },
+    **{target: {"bf16-d64": KINDS[:2], **_POOLING} for target in ("sm_80", "sm_100", "gfx942")},
 }
 if FULL:
     plain = {name: spec for name, spec in specs().items() if spec.kind == "decode"}

@@ -42,6 +42,7 @@ CASES = {
     "learned": {"parameters": 1},
     "mean, no sinks": {"chunk_rule": "mean", "sink_size": 0},
     "wide, learned": {"chunk_rule": "evabyte", "parameters": 3, "head_dim": 80, "value_dim": 80},
+    "eva": {"chunk_rule": "eva"},
     "padded": {"has_key_mask": True, "softcap": 20.0},
     "packed": {"has_segments": True},
     "blocks, both ways": {"window": "block", "causal": False, "value_dim": 16},

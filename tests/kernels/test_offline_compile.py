@@ -48,7 +48,7 @@ def used_by(name: str, target: str) -> Resources:
 
 def fastest(spec: KernelSpec, target: str) -> str:
     """Return the matrix instruction that a kernel has to use; \"\" = any, or none."""
-    if spec.kind in ("chunk_tokens", "dpool") or spec.dtype == "fp32":
+    if spec.kind in ("chunk_tokens", "dpool", "domega") or spec.dtype == "fp32":
         return ""
     if spec.kind == "dsink" and spec.sink_size <= 16:
         # The newer instructions multiply 64 rows at a time: 48 of them would be no sinks.

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 import flasheva_compile as fe
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.learn import LearningOptions
 
@@ -319,7 +320,15 @@ def filled_cache(model: Any, name: str, rows: int, context: int, a: argparse.Nam
 
 def fill_full(layer: Any, like: Tensor, context: int) -> None:  # noqa: ANN401 - a cache layer
     """Fill a preallocated layer that keeps every key, exactly or as codes."""
-    layer.lazy_initialization(like, like)
+    if not layer.is_initialized:
+        layer.lazy_initialization(like, like)
+    if isinstance(layer, ExactCacheLayer):
+        layer.state.exact_k.normal_()
+        layer.state.exact_v.normal_()
+        layer.state.exact_mask.fill_(True)
+        layer.state.length.fill_(context)
+        layer.seen, layer.is_empty = context, False
+        return
     if not isinstance(layer, VecInferLayer):
         layer.keys.normal_()
         layer.values.normal_()

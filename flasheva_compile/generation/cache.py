@@ -9,10 +9,17 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
-from flasheva_compile.generation.full_layers import quantized_layers, storage_of_layers
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.generation.full_layers import (
+    device_of,
+    exact_layers,
+    quantized_layers,
+    storage_of_layers,
+)
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
-from flasheva_compile.generation.prepared import cached_layers
+from flasheva_compile.generation.prepared import cached_layers, prepared_of
 from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
+from flasheva_compile.generation.state_layer import StateLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.validation import expect_choice
 
@@ -67,7 +74,8 @@ class FlashEvaCache(Cache):
             config: As for :func:`flasheva_compile.prepare`.
             max_batch_size: Rows to preallocate for; None = at the first call.
             max_cache_len: Tokens to preallocate for; None = grow.
-            offloading: Keep full layers on the host while others run; FlashEVA layers stay.
+            offloading: Keep full layers on the host while others run, and attend from a
+                preallocated cache as transformers does; FlashEVA layers stay.
             full_layers: How all layers that stay full are stored: "fp8", "vq-2bit" or another
                 format, a :class:`KvStorage`, or "exact". None = as the configuration says
                 (``kv`` of its ``FullConfig``).
@@ -90,34 +98,36 @@ class FlashEvaCache(Cache):
         if max_cache_len is None and max_batch_size is not None:
             message = f"{max_batch_size} without max_cache_len"
             raise ConfigError(message, subject="max_batch_size", hint="give both, or neither")
-        converted = cached_layers(model)
         layers = _own_layers(model, max_cache_len)
-        retrieving = _retrieving_kind(store, converted)
-        for index, layer in converted.items():
-            kind = retrieving if layer.config.retrieve_chunks else EvaCacheLayer
-            layers[index] = made = kind(layer.path, layer.config, max_cache_len)
-            made.exact_prefill = prefill == "exact"
+        for index, layer in _eva_layers(model, store, max_cache_len).items():
+            layers[index] = layer
+            layer.exact_prefill = prefill == "exact"
         storages = storage_of_layers(model, full_layers, layers)
         if offloading and storages:
             message, hint = "quantised layers stay on their device", 'pass full_layers="exact"'
             raise ConfigError(message, subject="offloading", hint=hint)
-        for index, layer in quantized_layers(model, storages, codebooks, max_cache_len).items():
-            layers[index] = layer
+        quantized = quantized_layers(model, storages, codebooks, max_cache_len)
+        layers = [quantized.get(index, layer) for index, layer in enumerate(layers)]
+        if not offloading:  # transformers moves its own layers
+            layers = exact_layers(model, layers)
         cache = cls(layers, offloading=offloading)
         if max_batch_size is not None:
-            cache._allocate(model, converted, max_batch_size)
+            cache._allocate(model, max_batch_size)
         return cache
 
-    def _allocate(
-        self, model: nn.Module, converted: dict[int, CachedLayer], batch_size: int
-    ) -> None:
-        """Allocate the FlashEVA layers; others allocate at their first call."""
+    def _allocate(self, model: nn.Module, batch_size: int) -> None:
+        """Allocate the layers that keep a state; others allocate at their first call.
+
+        So do those whose weights only come to a device when they run.
+        """
         weight = next(p for p in model.parameters() if p.is_floating_point())
-        for index, layer in converted.items():
-            k = weight.new_empty(batch_size, layer.kv_heads, 0, layer.head_dim)
-            v = weight.new_empty(batch_size, layer.kv_heads, 0, layer.value_dim)
-            eva: Any = self.layers[index]
-            eva.lazy_initialization(k, v)
+        prepared, modules = prepared_of(model), dict(model.named_modules())
+        for index, shape in {**prepared.converted, **prepared.full}.items():
+            layer, device = self.layers[index], torch.device(device_of(modules[shape.path]))
+            if isinstance(layer, StateLayer) and device.type != "meta":
+                like = weight.new_empty(0, device=device)
+                k = like.new_empty(batch_size, shape.kv_heads, 0, shape.head_dim)
+                layer.lazy_initialization(k, k.new_empty(*k.shape[:3], shape.value_dim))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
@@ -126,7 +136,7 @@ class FlashEvaCache(Cache):
             ConfigError: A layer cannot; see its own ``crop``.
         """
         for layer in self.layers:
-            if isinstance(layer, EvaCacheLayer | VecInferLayer):
+            if isinstance(layer, EvaCacheLayer | ExactCacheLayer | VecInferLayer):
                 layer.expect_croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
 
@@ -166,6 +176,20 @@ def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: AN
     return list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
 
 
+def _eva_layers(
+    model: Any,  # noqa: ANN401
+    store: str,
+    max_cache_len: int | None,
+) -> dict[int, EvaCacheLayer]:
+    """Return the cache layers of converted attentions."""
+    converted = cached_layers(model)
+    retrieving = _retrieving_kind(store, converted)
+    kinds = {
+        n: retrieving if x.config.retrieve_chunks else EvaCacheLayer for n, x in converted.items()
+    }
+    return {n: kinds[n](x.path, x.config, max_cache_len) for n, x in converted.items()}
+
+
 def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaCacheLayer]:
     """Return the kind of layers that retrieve."""
     if store == "device":
@@ -177,6 +201,6 @@ def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaC
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
-    if isinstance(layer, EvaCacheLayer | VecInferLayer):
+    if isinstance(layer, StateLayer | VecInferLayer):
         return list(layer.state or ())
     return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-from flasheva_compile import _torch_compat as compat
 from flasheva_compile.cache_ops import cache_options, cache_settings, new_state
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.state_layer import StateLayer, expect_boolean
 from flasheva_compile.kernels.blocked.cache_state import CacheState, visible_chunks
 
 if TYPE_CHECKING:
@@ -23,11 +22,8 @@ if TYPE_CHECKING:
 FIRST_CHUNKS = 64  # room of a growing layer beyond its first tokens
 
 
-class EvaCacheLayer(CacheLayerMixin):
+class EvaCacheLayer(StateLayer):
     """What one FlashEVA attention keeps; see :class:`CacheState`.
-
-    ``update`` returns the new keys and values as they are: the attention attends to them and to the
-    state, then appends them. So the layer works only under the attention it was made for.
 
     Args:
         path: The attention's module path, for messages.
@@ -35,21 +31,13 @@ class EvaCacheLayer(CacheLayerMixin):
         max_cache_len: Tokens to preallocate for; None = grow.
     """
 
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
     state_type: type[Any] = CacheState
     # What a rollback restores: chunk tokens that do not exist yet are never visible.
     restored = ("exact_k", "exact_v", "exact_mask", "open_q", "start", "length")
 
     def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
-        super().__init__()
-        self.path, self.config, self.max_cache_len = path, config, max_cache_len
-        self.is_compileable = max_cache_len is not None
-        self.state: Any = None
-        self.is_empty = True
-        self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
-        self.announced = False
+        super().__init__(path, max_cache_len)
+        self.config = config
         self.record_past = False
         self.exact_prefill = False
         self.snapshot: dict[str, Tensor] = {}  # tensors of the state before what is recorded
@@ -61,18 +49,6 @@ class EvaCacheLayer(CacheLayerMixin):
         kind = f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
         kind += ", exact prefill" * self.exact_prefill
         return f"{type(self).__name__}({self.path}: {kind})"
-
-    # --- what transformers calls ------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the first tokens."""
-        k, v = key_states.detach(), value_states.detach()
-        self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
-        self.state = self._new_state(k, v)
-        if self.max_cache_len is not None:
-            compat.mark_static_addresses(self.state)
-        self.keys = self.values = k.new_empty(0)  # models ask whether there are any
-        self.is_initialized = True
 
     def _new_state(self, k: Tensor, v: Tensor) -> Any:  # noqa: ANN401 - of state_type
         options = self._options(1.0, 0.0)
@@ -92,73 +68,13 @@ class EvaCacheLayer(CacheLayerMixin):
     def _decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         return torch.ops.flasheva.decode(*args, **options)
 
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *_: Any,  # noqa: ANN401 - what other layers take
-        **__: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; the attention that follows appends them."""
-        if not self.announced:
-            raise ConfigError(
-                "its compressed cache was updated outside of a prepared attention",
-                subject=self.path,
-                hint="pass the cache to the model that FlashEvaCache.for_model was called with",
-            )
-        self.announced = False
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns that the two-dimensional mask covers, and 0."""
-        if self.max_cache_len is not None:
-            return self.max_cache_len, 0
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> Any:  # noqa: ANN401 - as of transformers' own preallocated layers
-        """Return the tokens seen: an int, or a tensor if preallocated."""
-        if self.max_cache_len is None:
-            return self.seen
-        return self.state.length[0] if self.state is not None else 0
-
-    def get_max_length(self) -> int:
-        """Return the tokens there is room for, -1 = any number."""
-        return -1 if self.max_cache_len is None else self.max_cache_len
-
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.is_empty, self.seen, self.announced = True, 0, False
+        super().reset()
         self.snapshot, self.recorded = {}, []
-        if self.state is not None:
-            for x in self.state:
-                x.zero_()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        def rows(state: Any) -> Any:  # noqa: ANN401 - of state_type
-            changed = self.state_type._make(change(x) for x in (*state[:-1], state.start))
-            changed = changed._replace(length=state.length)
-            same = changed.start.shape == state.start.shape
-            if self.max_cache_len is None or not same:
-                return changed
-            for x, new in zip(state, changed, strict=True):
-                x.copy_(new)  # captured CUDA graphs know these addresses
-            return state
-
-        if self.state is not None:
-            self.state = rows(self.state)
-            self.batch_size = self.state.start.shape[0]
+        super()._map_rows(change)
         self.snapshot = {
             name: x if name == "length" else change(x) for name, x in self.snapshot.items()
         }
@@ -166,31 +82,12 @@ class EvaCacheLayer(CacheLayerMixin):
             tuple(x if x is None else change(x) for x in call) for call in self.recorded
         ]
 
-    def offload(self) -> None:
-        """Stay: the attention reads the state after ``update``, when transformers offloads."""
-
-    def prefetch(self) -> None:
-        """Do nothing: the state has not left its device."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EvaCacheLayer:
-        copy = type(self)(self.path, self.config, self.max_cache_len)
-        memo[id(self)] = copy
-        # Tensors that an op returned cannot be deep-copied where gradients are on.
-        for name, value in vars(self).items():
-            setattr(copy, name, self._copied(value))
-        return copy
-
     def _copied(self, value: Any) -> Any:  # noqa: ANN401
-        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
-            return type(value)(*(self._clone(x) for x in value))
         if isinstance(value, dict):  # of a state
             return {name: self._clone(x) for name, x in value.items()}
         if isinstance(value, list):
             return [tuple(x if x is None else self._clone(x) for x in call) for call in value]
-        return value
-
-    def _clone(self, x: Tensor) -> Tensor:
-        return x.detach().clone()
+        return super()._copied(value)
 
     # --- rollback ---------------------------------------------------------------------------------
 
@@ -289,9 +186,7 @@ class EvaCacheLayer(CacheLayerMixin):
     def _new_columns(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         if mask is None:
             return None
-        if mask.dtype != torch.bool:
-            message = "packed documents cannot be appended to a cache"
-            raise ConfigError(message, subject=self.path, hint="pass use_cache=False")
+        expect_boolean(mask, self.path)
         if self.max_cache_len is None:
             return mask[:, self.seen : self.seen + tokens]
         assert self.state is not None

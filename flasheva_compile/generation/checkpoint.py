@@ -12,11 +12,11 @@ import torch
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache import FlashEvaCache
-from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.fingerprint import fingerprint
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
+from flasheva_compile.generation.state_layer import StateLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import CODEBOOKS, KvCodebooks
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_VERSION = "2"
+_VERSION = "3"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _NUMBERS = ("cumulative_length", "seen", "is_empty")
@@ -237,6 +237,7 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
         "model": fingerprint(model),
         "config": prepared_of(model).hybrid.to_json(),
         "max_cache_len": str(cache.get_max_length()),
+        "offloading": str(cache.offloading),
         "numbers": json.dumps(numbers),
     }
     save_file(tensors, str(path), metadata)
@@ -260,7 +261,10 @@ def load_cache(model: Any, path: str | Path) -> FlashEvaCache:  # noqa: ANN401
         _expect_same(metadata, model, str(path))
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     length = int(metadata["max_cache_len"])
-    cache = FlashEvaCache.for_model(model, max_cache_len=length if length >= 0 else None)
+    room = length if length >= 0 else None
+    # Full layers of a preallocated cache are of another kind if transformers moves them.
+    offloading = room is not None and metadata["offloading"] == "True"
+    cache = FlashEvaCache.for_model(model, max_cache_len=room, offloading=offloading)
     numbers = json.loads(metadata["numbers"])
     for index, layer in enumerate(cache.layers):
         prefix = f"{index}."
@@ -282,7 +286,7 @@ def _expect_same(metadata: dict[str, str], model: Any, path: str) -> None:  # no
 
 
 def _tensors_of(layer: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    if isinstance(layer, EvaCacheLayer):
+    if isinstance(layer, StateLayer):
         return {} if layer.state is None else layer.state._asdict()
     return {
         name: x
@@ -294,7 +298,7 @@ def _tensors_of(layer: Any) -> dict[str, Tensor]:  # noqa: ANN401
 def _restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:  # noqa: ANN401
     if not tensors:
         return
-    if isinstance(layer, EvaCacheLayer):
+    if isinstance(layer, StateLayer):
         layer.lazy_initialization(*(tensors[name] for name in layer.state_type._fields[:2]))
         state = layer.state_type(**tensors)
         if layer.max_cache_len is not None and layer.state is not None:

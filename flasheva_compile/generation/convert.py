@@ -14,6 +14,7 @@ from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.default_cache import prepare_cache
 from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
 from flasheva_compile.generation.interface import KeptAttention
 from flasheva_compile.generation.prepared import (
     CachedLayer,
@@ -21,6 +22,8 @@ from flasheva_compile.generation.prepared import (
     Prepared,
     attention_configs,
 )
+from flasheva_compile.generation.rerouting import reroute
+from flasheva_compile.generation.routes import CACHE_ARGUMENTS, place_of, route_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.layer_config import kv_of
 from flasheva_compile.layer_names import name_layers
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 # running attention, which is known in every process that has prepared a model.
 SAVED_NAME = "FlashEVA"
 
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 _VERSION = 1
 
 
@@ -76,10 +78,14 @@ def convert(
                 head_dim=seen.head_dim,
                 value_dim=seen.value_dim,
             )
+        elif seen is not None:
+            setattr(module, KEPT, KeptAttention(seen.implementation, seen.causal))
         elif implementation is not None:
-            causal = seen is not None and seen.causal
-            setattr(module, KEPT, KeptAttention(implementation, causal))
+            setattr(module, KEPT, KeptAttention(implementation, causal=False))
         if seen is not None:
+            route = route_of(module)
+            if route is not None:
+                reroute(module, route.replace(interface.attention_forward))
             module.register_forward_pre_hook(announce_cache, with_kwargs=True)
     model._flasheva_prepared = Prepared(
         hybrid=hybrid,
@@ -135,14 +141,20 @@ def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]
 
 def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
     """Before an attention runs, tell it which cache layer it will update."""
-    cache = next((kwargs[n] for n in _CACHE_ARGUMENTS if kwargs.get(n) is not None), None)
+    cache = next((kwargs[n] for n in CACHE_ARGUMENTS if kwargs.get(n) is not None), None)
     eva = getattr(module, "flasheva", None)
-    layer, index = None, getattr(module, "layer_idx", None)
+    layer, index = None, place_of(module)
+    if cache is not None and not hasattr(cache, "layers"):
+        raise ConfigError(
+            f"cannot attend through a {type(cache).__name__}",
+            subject="past_key_values",
+            hint="call the model with use_cache=False if it attends to another sequence, too",
+        )
     if cache is not None and index is not None and index < len(cache.layers):
         layer = cache.layers[index]
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
-        if isinstance(layer, VecInferLayer):
+        if isinstance(layer, ExactCacheLayer | VecInferLayer):
             layer.announced = True
         return
     if not isinstance(eva, EvaAttention):

@@ -81,7 +81,7 @@ class EvaAttention(nn.Module):
             ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``.
         """
         layer, self.cache_layer = self.cache_layer, None
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         if layer is not None:
             return layer.attend(self, (query, key, value), mask, scale, softcap)
         key_mask, segment_ids = self.masks(mask, key.shape[2])
@@ -155,7 +155,7 @@ def covering(config: EvaConfig, keys: int) -> EvaConfig:
     return config.replace(window_size=config.chunk_size * chunks)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for SDPA: rotary embeddings hand over fp32 beside low precision."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):

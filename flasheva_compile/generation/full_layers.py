@@ -1,4 +1,4 @@
-"""Which full layers of a prepared model can be cached in few bits, and their cache layers."""
+"""Which full layers of a prepared model get cache layers of ours: in few bits, preallocated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
 from flasheva_compile.generation.fingerprint import weights_fingerprint
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
@@ -131,7 +132,7 @@ def _codecs(
     form, modules = kv_format(format_name), dict(model.named_modules())
     return {
         index: VqCodec(
-            books.layers[index].to(_device(modules[layer.path])),
+            books.layers[index].to(device_of(modules[layer.path])),
             form,
             layer.head_dim,
             layer.value_dim,
@@ -141,6 +142,24 @@ def _codecs(
     }
 
 
-def _device(module: Any) -> Any:  # noqa: ANN401
+def exact_layers(model: Any, layers: Sequence[Any]) -> list[Any]:  # noqa: ANN401
+    """Replace transformers' preallocated layers by ours where an attention is plain causal.
+
+    Others, and those whose cache is of another kind, stay as they are.
+
+    Args:
+        model: A prepared model.
+        layers: Its cache layers, by their place.
+    """
+    full = prepared_of(model).full
+    return [
+        ExactCacheLayer(full[index].path, layer.max_cache_len)
+        if type(layer) is StaticLayer and index in full and not full[index].reason
+        else layer
+        for index, layer in enumerate(layers)
+    ]
+
+
+def device_of(module: Any) -> Any:  # noqa: ANN401
     """Return where an attention runs: a model may lie on several devices."""
     return next((p.device for p in module.parameters()), "cpu")

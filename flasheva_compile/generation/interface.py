@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.eva_attention import autocast
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.generation.routes import ROUTE
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.scope import KEPT
 
@@ -132,26 +135,27 @@ def _kept_forward(
         message = f"{type(module).__name__} was not part of the model when it was prepared"
         raise ConfigError(message, hint="call prepare(model, config) again")
     layer, kept.cache_layer = kept.cache_layer, None
-    if isinstance(layer, VecInferLayer):
-        return _quantized_forward(module, (query, key, value), mask, inputs, kept, layer)
+    if isinstance(layer, ExactCacheLayer | VecInferLayer):
+        return _stored_forward(module, (query, key, value), mask, inputs, kept, layer)
     # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
     ours = mask is not None and mask.dim() == 2 and "flash" not in kept.implementation
-    if kept.causal or ours:
+    theirs = mask is not None and mask.dim() != 2  # the caller's own: it means what it says
+    if ours or (kept.causal and not theirs):
         mask = _causal_mask(module, kept.implementation, query, key, mask, layer)
     function = own_attention_function(module, kept.implementation)
     return function(module, query, key, value, mask, **inputs)
 
 
-def _quantized_forward(
+def _stored_forward(
     module: nn.Module,
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     inputs: dict[str, Any],
     kept: KeptAttention,
-    layer: VecInferLayer,
+    layer: ExactCacheLayer | VecInferLayer,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as the model itself to the first tokens, and through codes from all others."""
-    query, key, value = qkv
+    """Attend as the model itself to the first tokens, and through what is stored from others."""
+    query, key, value = autocast(*qkv)
     _expect_causal(layer.path, module, mask, query.shape[2], inputs)
     if layer.is_empty:
         layer.append(key, value, mask)
@@ -160,11 +164,13 @@ def _quantized_forward(
         function = own_attention_function(module, kept.implementation)
         return function(module, query, key, value, mask, **inputs)
     if inputs.get("dropout") and module.training:
-        message = "attention through a quantised cache has no dropout"
+        message = "attention through stored tokens has no dropout"
         raise ConfigError(message, subject=layer.path, hint="call model.eval()")
     scale = inputs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = layer.attend(qkv, mask, scale, inputs.get("softcap") or 0.0)
+    # transformers' sdpa takes no notice of a cap, or refuses it: stored tokens follow the prompt.
+    softcap = 0.0 if kept.implementation == "sdpa" else inputs.get("softcap") or 0.0
+    out, lse = layer.attend((query, key, value), mask, scale, softcap)
     sink = inputs.get("s_aux")
     if sink is not None:
         out = _with_sink_logits(out, lse, sink, layer.path)
@@ -205,7 +211,7 @@ def _causal_mask(
         attention_mask=mask,
         allow_is_causal_skip=mask_function is causal_mask_function and not preallocated,
         dtype=query.dtype,
-        config=module.config,
+        config=getattr(module, "config", None),
         use_vmap=False,
         device=query.device,
     )
@@ -215,7 +221,9 @@ def own_attention_function(module: nn.Module, implementation: str) -> Callable[.
     """Return the attention function of a model's own implementation."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    route = getattr(module, ROUTE, None)
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = eager if route is None else route.own
     if implementation == "eager" and eager is not None:
         return eager
     functions: Any = ALL_ATTENTION_FUNCTIONS

@@ -13,6 +13,8 @@ from flasheva_compile.generation.convert import announce_cache, convert
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
 from flasheva_compile.generation.probe import ProbedAttention, probe
+from flasheva_compile.generation.rerouting import expect_restorable, restore
+from flasheva_compile.generation.routes import refusals
 from flasheva_compile.generation.verify import verify
 from flasheva_compile.layer_config import is_full
 from flasheva_compile.layer_names import name_layers
@@ -80,10 +82,12 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
     """Undo :func:`prepare`, in place; the chunk rules' parameters are dropped.
 
     Raises:
-        ConfigError: The model is not prepared.
+        ConfigError: The model is not prepared, or something has wrapped what was replaced.
     """
     prepared = prepared_of(model)
+    expect_restorable(model)
     for module in list(model.modules()):
+        restore(module)
         module.__dict__.pop(KEPT, None)
         if isinstance(module._modules.get("flasheva"), EvaAttention):
             del module._modules["flasheva"]
@@ -172,7 +176,7 @@ def _decide(
 
 
 def _nothing_converted(model: nn.Module, decisions: Mapping[str, EvaConfig | str]) -> ConfigError:
-    reasons = sorted({str(decision) for decision in decisions.values()})
+    reasons = sorted({str(decision) for decision in decisions.values()}) or refusals(model)
     why = "; ".join(reasons) or "no attention goes through transformers' AttentionInterface"
     return ConfigError(
         f"no attention of {type(model).__name__} can be converted: {why}",

@@ -2,7 +2,8 @@
 
 Every attention that goes through AttentionInterface is run by the model's own function and by ours
 with a window over everything; an attention is convertible if both agree, with and without a cache,
-with padding. Everything else stays full, with the reason.
+with padding. Everything else stays full, with the reason. Attentions that :mod:`.routes` knows are
+led through the interface for the run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
 from flasheva_compile.generation.prepared import attention_configs
+from flasheva_compile.generation.routes import place_of, route_of
+from flasheva_compile.generation.trial import difference, rerouted
 from flasheva_compile.ops import flasheva_attention
 
 if TYPE_CHECKING:
@@ -80,6 +83,13 @@ class _Probe:
         self.readers: dict[int, ProbedAttention] = {}  # id of keys -> the attention that had them
         self.cache: Any = None
 
+    def implementation_of(self, module: nn.Module) -> str:
+        """Return the name of the function that an attention runs by itself."""
+        route = route_of(module)
+        if route is not None and route.method != "forward":
+            return "eager"  # its own method, whatever the configuration says
+        return self.implementations.get(id(module), "sdpa" if route is None else "eager")
+
 
 _running: list[_Probe] = []
 
@@ -88,10 +98,12 @@ def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transf
     """Run ``model`` on a few tokens and return its attentions in the order in which they run.
 
     Returns:
-        Those that go through AttentionInterface; none of a model that has no such attention.
+        Those that go through AttentionInterface, by themselves or by a route of ours; none of a
+        model that has no such attention.
 
     Raises:
-        ConfigError: The model has some, but cannot be run on token ids and a cache alone.
+        ConfigError: The model has some, but cannot be run on token ids and a cache alone, or what
+            a route replaces is not as the route says.
     """
     from transformers.cache_utils import DynamicCache
 
@@ -100,7 +112,8 @@ def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transf
     run = _Probe(model)
     run.cache = DynamicCache(config=text)
     _watch_updates(run)
-    with _implementation(model, _NAME), evaluating(model), torch.no_grad():
+    routes = rerouted(model, _attention, run.updated)
+    with _implementation(model, _NAME), evaluating(model), torch.no_grad(), routes:
         _running.append(run)
         try:
             for inputs in probe_calls(model):
@@ -230,8 +243,9 @@ def _attention(
     """Run the model's own function, and note whether ours computes the same."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    run = _running[0]
+    run, route = _running[0], route_of(module)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = eager if route is None else route.own
     function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
     inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
     out, weights = function(module, query, key, value, attention_mask, **inputs)
@@ -240,8 +254,8 @@ def _attention(
         seen = ProbedAttention(
             path=run.paths.get(id(module), type(module).__name__),
             module=module,
-            index=getattr(module, "layer_idx", None),
-            implementation=run.implementations.get(id(module), "sdpa"),
+            index=place_of(module),
+            implementation=run.implementation_of(module),
             itemsize=key.element_size(),
             heads=query.shape[1],
             kv_heads=key.shape[1],
@@ -256,7 +270,7 @@ def _attention(
     seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
     if not seen.reason and attention_mask is not None:
         ours = _ours(query, key, value, attention_mask, scaling, kwargs)
-        seen.reason = _difference(ours, out, attention_mask)
+        seen.reason = difference(ours, out, attention_mask)
     return out, weights
 
 
@@ -287,12 +301,16 @@ def _refusal(
     cached = any(key is k and value is v for k, v in run.updated)
     if index is None or index >= len(layers):
         return "its place in the cache is not known" if cached else "it keeps no cache"
-    kind = type(layers[index])
+    kind, route = type(layers[index]), route_of(seen.module)
+    window = route.window(seen.module) if route is not None else 0
+    sliding = getattr(layers[index], "sliding_window", None)
     checks = (
         (mask is None, "it is called without a mask"),
         (bool(refused), f"it is called with {', '.join(refused)}"),
         (unlike != "", unlike),
+        (window > 0, f"it has a window of {window} tokens already"),
         (kwargs.get("sliding_window") is not None, "it has a sliding window of its own"),
+        (sliding is not None, f"its cache keeps a window of {sliding} tokens"),
         (kind is not DynamicLayer, f"its cache is a {kind.__name__}"),
         (not cached, "what it attends to is computed from what it caches, not cached itself"),
         (query.shape[1] % key.shape[1] != 0, "its heads are no multiple of its kv heads"),
@@ -325,15 +343,3 @@ def _ours(
     if sink is not None:
         out = out * torch.sigmoid(lse - sink.view(1, -1, 1).to(lse.dtype))[..., None]
     return out.transpose(1, 2)
-
-
-def _difference(ours: Tensor, out: Tensor, mask: Tensor) -> str:
-    """Compare where a query attends anything; what is in the padding has no meaning."""
-    if ours.shape != out.shape:
-        return f"its attention returns {tuple(out.shape)}, not {tuple(ours.shape)}"
-    some = (mask[:, 0] == 0).any(-1)[..., None, None]
-    error = (ours - out).masked_fill(~some, 0).abs().max()
-    allowed = max(1e-4, 8 * torch.finfo(out.dtype).eps) * out.abs().max()
-    if not error <= allowed:
-        return f"it computes something else than softmax attention (by {float(error):.2g})"
-    return ""

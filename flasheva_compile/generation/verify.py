@@ -14,6 +14,7 @@ from flasheva_compile.generation.cache import FlashEvaCache
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.probe import evaluating, probe_calls
+from flasheva_compile.generation.rerouting import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +91,8 @@ def _as_it_was(model: Any) -> Iterator[None]:  # noqa: ANN401
     for config, name in before:
         config._attn_implementation = name
     try:
-        yield
+        with restored(model):
+            yield
     finally:
         for config, _ in before:
             config._attn_implementation = interface.NAME

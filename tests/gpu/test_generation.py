@@ -11,7 +11,8 @@ import flasheva_compile as fe
 from flasheva_compile import cache_ops
 from flasheva_compile.cache_ops import cache_options, new_state
 from flasheva_compile.config import EvaConfig
-from tests.models.test_generate import GREEDY, SMALL, generate, llama, perturb, tokens
+from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from tests.models.test_generate import GREEDY, HYBRIDS, SMALL, generate, llama, perturb, tokens
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 pytestmark = [
@@ -19,10 +20,20 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+# One block that holds every token, and no room for chunk tokens behind it.
+WHOLE = {"window": "block", "window_size": 400, "chunk": 400, "sinks": 0, "rule": "mean"}
 CASES = {
+    "whole": WHOLE,
+    "whole, padding": {**WHOLE, "padding": True},
+    "whole, d128": {**WHOLE, "size": 128, "group": 1},
+    "whole, softcap": {**WHOLE, "values": 96, "group": 7, "softcap": 20.0},
     "sliding": {},
     "block": {"window": "block"},
     "mean": {"rule": "mean"},
+    "eva": {"rule": "eva"},
+    "eva, padding": {"rule": "eva", "padding": True},
+    "eva, d80, no feature maps": {"rule": "eva", "size": 80, "group": 1, "maps": False},
+    "eva, d128": {"rule": "eva", "size": 128, "chunk": 8, "window": "block"},
     "evabyte": {"rule": "evabyte"},
     "sinks": {"sinks": 48},
     "d128": {"size": 128},
@@ -35,8 +46,24 @@ CASES = {
 }
 
 
+CONFIGS = {
+    "pure": SMALL,
+    "hybrid": HYBRIDS["hybrid"],
+    "eva": {**SMALL, "chunk_rule": "eva"},
+}
+
+
+def parameters_of(rule, heads, size, normal, maps):
+    """Return a rule's parameters; feature maps are in fp32, as modules keep them."""
+    if rule == "eva":
+        shapes = ((size, size), (size,), (size,), (size,)) * (2 * maps)
+        return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in map(normal, shapes)]
+    count = {"tangent": 1, "evabyte": 2, "mean": 0}[rule]
+    return [normal((heads, size)) for _ in range(count)]
+
+
 def run(dtype, steps=40, *, rule="tangent", window="sliding", sinks=16, chunk=16, size=64,
-        values=None, group=4, padding=False, softcap=0.0):  # fmt: skip
+        values=None, group=4, padding=False, softcap=0.0, window_size=128, maps=True):  # fmt: skip
     """Fill a cache by one call of 300 tokens, then decode; return every step's result and state."""
     generator = torch.Generator().manual_seed(0)
     batch, heads, prompt = 3, 2, 300
@@ -48,8 +75,7 @@ def run(dtype, steps=40, *, rule="tangent", window="sliding", sinks=16, chunk=16
     q = normal(batch, heads * group, total, size)
     k = normal(batch, heads, total, size)
     v = normal(batch, heads, total, values or size)
-    given = {"tangent": 1, "evabyte": 2, "mean": 0}[rule]
-    parameters = [normal(heads, size) for _ in range(given)]
+    parameters = parameters_of(rule, heads, size, lambda shape: normal(*shape), maps)
     mask = None
     if padding:
         mask = torch.rand(batch, total, generator=generator) > 0.2
@@ -57,7 +83,11 @@ def run(dtype, steps=40, *, rule="tangent", window="sliding", sinks=16, chunk=16
         mask[2, : prompt + 5] = False
         mask = mask.cuda()
     config = EvaConfig(
-        window_size=128, chunk_size=chunk, sink_tokens=sinks, window=window, chunk_rule=rule
+        window_size=window_size,
+        chunk_size=chunk,
+        sink_tokens=sinks,
+        window=window,
+        chunk_rule=rule,
     )
     options = cache_options(config, size**-0.5, softcap)
     state = new_state(k, v, total // chunk, options)
@@ -71,7 +101,8 @@ def run(dtype, steps=40, *, rule="tangent", window="sliding", sinks=16, chunk=16
         else:
             results.append(torch.ops.flasheva.decode(*inputs, **options))
     outs, lses = zip(*results, strict=True)
-    return [torch.cat(outs, 2).cpu(), torch.cat(lses, 2).cpu(), state.rfa_k.cpu()]
+    kept = [state.rfa_k.cpu(), state.rfa_v.cpu()]
+    return [torch.cat(outs, 2).cpu(), torch.cat(lses, 2).cpu(), *kept]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -84,9 +115,10 @@ def test_kernels_equal_the_blocked_code(case, dtype):
     assert_as_accurate_as_pytorch(run(dtype, **case), formula, dtype)
 
 
-def test_a_model_generates_the_same_in_every_way():
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_model_generates_the_same_in_every_way(config):
     model = llama().cuda().float()
-    fe.prepare(model, SMALL)
+    fe.prepare(model, config)
     perturb_on_cpu(model)
     ids, mask = tokens(3, 21).cuda(), torch.ones(3, 21, dtype=torch.long, device="cuda")
     mask[1, :5] = 0
@@ -113,8 +145,9 @@ def perturb_on_cpu(model):
     model.cuda()
 
 
-def test_cuda_graph_of_a_step():
-    model = fe.prepare(llama().cuda(), SMALL)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_cuda_graph_of_a_step(config):
+    model = fe.prepare(llama().cuda(), config)
     want = generate(model, tokens(1, 21).cuda()).sequences
     cache = fe.FlashEvaCache.for_model(model, max_batch_size=1, max_cache_len=64)
     with torch.no_grad():
@@ -127,3 +160,91 @@ def test_cuda_graph_of_a_step():
             token = logits[:, -1:].argmax(-1).clone()
             made.append(token)
     assert torch.equal(torch.cat(made, 1), want[:, 21:])
+
+
+# --- full layers of preallocated caches -----------------------------------------------------------
+
+
+def long_layer(rows, room, context, dtype=torch.bfloat16):
+    """Return a layer of 8 kv heads of 128 channels that holds ``context`` tokens, and those."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    k, v = (
+        torch.randn(rows, 8, context, 128, device="cuda", dtype=dtype, generator=generator)
+        for _ in "kv"
+    )
+    layer = ExactCacheLayer("layer", room)
+    layer.append(k, v, None)
+    return layer, k, v
+
+
+@pytest.mark.parametrize(("rows", "context"), [(1, 65500), (2, 20000), (18, 9000), (34, 4100)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_full_layer_with_room_for_64k_is_attention(rows, context, count):
+    """Against SDPA over what there is; the room beyond holds NaN that nobody may read."""
+    layer, k, v = long_layer(rows, 65536, context)
+    for x in (layer.state.exact_k, layer.state.exact_v):
+        x[:, :, context:].fill_(torch.nan)
+    q = torch.randn(rows, 32, count, 128, device="cuda", dtype=torch.bfloat16)
+    new = torch.randn(2, rows, 8, count, 128, device="cuda", dtype=torch.bfloat16)
+    out, _ = layer.attend((q, *new), None, 128**-0.5, 0.0)
+    keys, values = (torch.cat(x, 2) for x in zip((k, v), new, strict=True))
+    place = torch.arange(context + count, device="cuda")
+    mask = place[None] <= context + torch.arange(count, device="cuda")[:, None]
+
+    def attention(dtype):
+        parts = []
+        for row in range(rows):  # a row at a time: fp64 of all would not fit
+            own = (x[row : row + 1].to(dtype) for x in (q, keys, values))
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    *own, attn_mask=mask, enable_gqa=True
+                )
+            )
+        return [torch.cat(parts)]
+
+    assert_as_accurate_as_pytorch([out], attention, torch.bfloat16)
+    assert torch.equal(layer.state.exact_k[:, :, context : context + count], new[0])
+    assert layer.get_seq_length().item() == context + count
+
+
+def test_a_captured_full_layer_goes_on_until_there_is_no_room():
+    layer, _, _ = long_layer(2, 300, 280)
+    other, _, _ = long_layer(2, 300, 280)
+    q = torch.randn(2, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    new = torch.randn(2, 2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2, 300, device="cuda", dtype=torch.bool)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        layer.attend((q, *new), mask, 0.1, 0.0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = layer.attend((q, *new), mask, 0.1, 0.0)
+    other.attend((q, *new), mask, 0.1, 0.0)
+    for _ in range(19):
+        graph.replay()
+        want, _ = other.attend((q, *new), mask, 0.1, 0.0)
+        assert torch.equal(out, want)
+        assert out.isfinite().all()
+    for _ in range(3):
+        graph.replay()
+        assert out.isnan().all()
+
+
+def test_no_step_of_a_full_layer_waits_for_the_device():
+    layer, _, _ = long_layer(2, 300, 200)
+    q = torch.randn(2, 32, 5, 128, device="cuda", dtype=torch.bfloat16)
+    new = torch.randn(2, 2, 8, 5, 128, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2, 300, device="cuda", dtype=torch.bool)
+
+    def steps():
+        for given in (None, mask):
+            layer.attend((q, *new), given, 0.1, 0.0)
+            layer.attend((q[:, :, :1], *new[:, :, :, :1]), given, 0.1, 0.0)
+
+    steps()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -12,7 +12,7 @@ import flasheva_compile as fe
 from flasheva_compile import cache_ops
 from flasheva_compile.cache_ops import cache_options, new_state
 from flasheva_compile.config import EvaConfig
-from tests.gpu.test_generation import CASES, one_pass, perturb_on_cpu
+from tests.gpu.test_generation import CASES, one_pass, parameters_of, perturb_on_cpu
 from tests.models.test_generate import GREEDY, SMALL, generate, llama, tokens
 from tests.tolerance import assert_as_accurate_as_pytorch
 
@@ -24,13 +24,13 @@ pytestmark = [
 PORTIONS = {
     "drafts": (2, 5, 1, 16, 3, 8),
     "tails": (61, 130),
+    "steps and drafts": (1, 1, 6, 40),
     "portions longer than the window": (300, 513),
 }
-EVA = {"eva": {"rule": "eva", "portions": (1, 1, 6, 40)}}
 
 
 def run(dtype, portions, *, rule="tangent", window="sliding", sinks=16, chunk=16, size=64,
-        values=None, group=4, padding=False, softcap=0.0):  # fmt: skip
+        values=None, group=4, padding=False, softcap=0.0, window_size=128, maps=True):  # fmt: skip
     """Fill a cache by one call of 300 tokens, then go on in portions; return results and state."""
     generator = torch.Generator().manual_seed(0)
     batch, heads, prompt = 3, 2, 300
@@ -42,8 +42,7 @@ def run(dtype, portions, *, rule="tangent", window="sliding", sinks=16, chunk=16
     q = normal(batch, heads * group, total, size)
     k = normal(batch, heads, total, size)
     v = normal(batch, heads, total, values or size)
-    given = {"tangent": 1, "evabyte": 2, "mean": 0, "eva": 0}[rule]
-    parameters = [normal(heads, size) for _ in range(given)]
+    parameters = parameters_of(rule, heads, size, lambda shape: normal(*shape), maps)
     mask = None
     if padding:
         mask = torch.rand(batch, total, generator=generator) > 0.2
@@ -51,7 +50,11 @@ def run(dtype, portions, *, rule="tangent", window="sliding", sinks=16, chunk=16
         mask[2, : prompt + 5] = False
         mask = mask.cuda()
     config = EvaConfig(
-        window_size=128, chunk_size=chunk, sink_tokens=sinks, window=window, chunk_rule=rule
+        window_size=window_size,
+        chunk_size=chunk,
+        sink_tokens=sinks,
+        window=window,
+        chunk_rule=rule,
     )
     options = cache_options(config, size**-0.5, softcap)
     state = new_state(k, v, total // chunk, options)
@@ -75,7 +78,11 @@ def compare(dtype, portions, **case):
         with mock.patch.object(cache_ops, "runs_kernels", return_value=False):
             return run(precision, portions, **case)
 
-    with mock.patch.object(blocked, "decode", side_effect=AssertionError("no kernel")):
+    refused = {"side_effect": AssertionError("no kernel")}
+    with (
+        mock.patch.object(blocked, "decode", **refused),
+        mock.patch.object(cache_ops, "pool_chunks", **refused),
+    ):
         got = run(dtype, portions, **case)
     assert_as_accurate_as_pytorch(got, formula, dtype)
 
@@ -87,26 +94,30 @@ def test_kernels_equal_the_blocked_code(case, dtype):
 
 
 @pytest.mark.parametrize("portions", PORTIONS.values(), ids=PORTIONS)
-@pytest.mark.parametrize("case", [{}, {"window": "block"}, {"padding": True}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *({}, {"window": "block"}, {"padding": True}),
+        *({"rule": "eva"}, {"rule": "eva", "padding": True}, {"rule": "eva", "maps": False}),
+    ],
+    ids=str,
+)
 def test_portions_of_any_length(portions, case):
     compare(torch.bfloat16, portions, **case)
 
 
-def test_the_eva_rule_attends_on_kernels():
-    compare(torch.bfloat16, EVA["eva"]["portions"], rule="eva")
-    compare(torch.bfloat16, EVA["eva"]["portions"], rule="eva", padding=True)
-
-
-def test_equal_calls_give_equal_bits():
-    first = run(torch.bfloat16, PORTIONS["drafts"])
+@pytest.mark.parametrize("rule", ["tangent", "eva"])
+def test_equal_calls_give_equal_bits(rule):
+    first = run(torch.bfloat16, PORTIONS["drafts"], rule=rule)
     for _ in range(20):
-        for x, y in zip(first, run(torch.bfloat16, PORTIONS["drafts"]), strict=True):
+        for x, y in zip(first, run(torch.bfloat16, PORTIONS["drafts"], rule=rule), strict=True):
             assert torch.equal(x, y)
 
 
-def test_a_captured_call_goes_on_by_itself():
+@pytest.mark.parametrize("rule", ["tangent", "eva"])
+def test_a_captured_call_goes_on_by_itself(rule):
     """The same graph appends four tokens at any length."""
-    config = EvaConfig(window_size=64, chunk_size=16, sink_tokens=16)
+    config = EvaConfig(window_size=64, chunk_size=16, sink_tokens=16, chunk_rule=rule)
     options = cache_options(config, 0.125)
     q = torch.randn(2, 8, 4, 64, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
@@ -130,8 +141,9 @@ def test_a_captured_call_goes_on_by_itself():
     assert states[0].length.item() == 61 * 4
 
 
-def test_no_call_waits_for_the_device():
-    config = EvaConfig(window_size=64, chunk_size=16, sink_tokens=16)
+@pytest.mark.parametrize("rule", ["tangent", "eva"])
+def test_no_call_waits_for_the_device(rule):
+    config = EvaConfig(window_size=64, chunk_size=16, sink_tokens=16, chunk_rule=rule)
     options = cache_options(config, 0.125)
     q = torch.randn(2, 8, 5, 64, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, 2, 5, 64, device="cuda", dtype=torch.bfloat16)

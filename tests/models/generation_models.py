@@ -13,6 +13,7 @@ from tests.models.gallery_models import PARAMETERS, make_small
 
 SHARPER = 4
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_3D = {**ROPE, "mrope_section": [1, 1, 2]}
 GEMMA4 = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -54,7 +55,9 @@ GIVEN: dict[str, dict[str, Any]] = {
         "global_config": {"hidden_size": 32, "num_attention_heads": 4},
         "patch_in_forward": False,
     },
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROPE_3D)
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -107,6 +110,7 @@ FITTING = {
     "index_topk": 8,
 }
 SET: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"window_size": 8},
     "hrm_text": {"num_hidden_layers": 8},
     "mamba2": {"head_dim": 16},
     "rwkv": {"attention_hidden_size": 32},

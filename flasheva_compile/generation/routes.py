@@ -1,0 +1,333 @@
+"""Attentions of transformers that do not go through its AttentionInterface, and how they can.
+
+Some compute their softmax in a method of their own that takes keys and values as cached; others
+within ``forward``. :data:`ROUTES` says, for each class, which method is replaced on its instances
+by one that calls an attention function of the interface. The first kind keeps all else as it is;
+of the second kind, the trial run compares the replaced ``forward`` with the class's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flasheva_compile.errors import ConfigError
+from flasheva_compile.scope import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+ROUTE = "_flasheva_route"
+"""Attribute of the attentions that were rerouted."""
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+_HINT = 'use torch.compile(model, backend="flasheva"), or leave the layer full and the input out'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRoute:
+    """How attentions of one class are led through the AttentionInterface.
+
+    Attributes:
+        method: The method that is replaced: one that computes attention alone, or ``forward``.
+        replace: Given an attention function of the interface, returns what replaces the method.
+        own: What the class itself computes, as an attention function of the interface; it takes
+            additive masks.
+        place: The attribute with the attention's place in the cache.
+        window: Returns the window an attention has of its own, in tokens; 0 = none.
+        inputs: Of a ``forward``, every name it may have in its signature: one with others is of a
+            version that is not known, and means something by them.
+    """
+
+    method: str
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+    own: Callable[..., Any]
+    place: str
+    window: Callable[[Any], int]
+    inputs: frozenset[str] = frozenset()
+
+
+# --- attention in a method of its own -------------------------------------------------------------
+
+
+def _attn(
+    divisor: str,
+    dropout: str,
+    *,
+    place: str = "layer_idx",
+    window: Callable[[Any], int] | None = None,
+) -> AttentionRoute:
+    """Route a class whose ``_attn`` takes query, key, value ``[B, H, L, D]`` and a mask.
+
+    Args:
+        divisor: The attribute that scores are divided by; empty = they are not.
+        dropout: The attribute with the weights' ``Dropout``.
+        place: See :class:`AttentionRoute`.
+        window: See :class:`AttentionRoute`; None = no attention of the class has one.
+    """
+
+    def replace(attention: Callable[..., Any]) -> Callable[..., Any]:
+        # Not named as the method: a pickled model must not come back with its own method.
+        def flasheva_attn(
+            self: Any,  # noqa: ANN401
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor | None]:
+            if window is not None and window(self):
+                _expect_growing_keys(self, key)
+            # Scores are computed in fp32, whatever these are: rotated in fp32, for example.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            scaling = 1.0 / getattr(self, divisor) if divisor else 1.0
+            p = getattr(self, dropout).p
+            out, weights = attention(
+                self, query, key, value, attention_mask, scaling=scaling, dropout=p
+            )
+            return out.transpose(1, 2), weights
+
+        return flasheva_attn
+
+    return AttentionRoute(
+        method="_attn", replace=replace, own=_own_attn, place=place, window=window or _no_window
+    )
+
+
+def _no_window(_: Any) -> int:  # noqa: ANN401
+    return 0
+
+
+def _own_attn(
+    module: Any,  # noqa: ANN401
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **_: Any,  # noqa: ANN401 - the method knows scale and dropout
+) -> tuple[Tensor, Tensor | None]:
+    out, weights = type(module)._attn(module, query, key, value, mask)
+    return out.transpose(1, 2), weights
+
+
+def _expect_growing_keys(module: Any, key: Tensor) -> None:  # noqa: ANN401
+    """Refuse windows that are counted from the last key, if that is one to come."""
+    layer = getattr(getattr(module, KEPT, None), "cache_layer", None)
+    if layer is not None and layer.get_max_length() == key.shape[2]:
+        raise ConfigError(
+            f"{type(module).__name__} counts its window from the last key, and a preallocated "
+            "cache has keys to come",
+            subject="past_key_values",
+            hint="let the cache grow: leave out max_cache_len and cache_implementation",
+        )
+
+
+def _window_of_gpt_neo(module: Any) -> int:  # noqa: ANN401
+    return module.config.window_size if module.attention_type != "global" else 0
+
+
+# --- attention within forward ---------------------------------------------------------------------
+
+
+# What the classes below take beside hidden states, and do not read, or as we do.
+_INPUTS = frozenset(
+    ("self", "hidden_states", "attention_mask", "position_ids", "use_cache", "output_attentions")
+).union(CACHE_ARGUMENTS)
+
+
+def _forward(
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    refused: dict[str, str],
+    *,
+    output: str = "",
+    read: tuple[str, ...] = (),
+) -> AttentionRoute:
+    """Route a class that attends within ``forward``, scaled by the root of its head dimension.
+
+    Args:
+        project: Returns query, key and value ``[B, H, L, D]`` of (module, hidden states, inputs),
+            the keys as they are cached.
+        refused: Name -> meaning of inputs that attention through the interface has no place for.
+        output: The attribute with the layer after attention; empty = another module has it.
+        read: Names of further inputs that ``project`` reads.
+    """
+
+    def replace(attention: Callable[..., Any]) -> Callable[..., Any]:
+        def flasheva_forward(
+            self: Any,  # noqa: ANN401
+            hidden_states: Tensor,
+            *,
+            attention_mask: Tensor | None = None,
+            **inputs: Any,  # noqa: ANN401
+        ) -> tuple[Tensor, Tensor | None]:
+            for name, meaning in refused.items():
+                if inputs.get(name) is not None:
+                    raise ConfigError(
+                        f"{meaning} ({name})", subject=type(self).__name__, hint=_HINT
+                    )
+            query, key, value = project(self, hidden_states, inputs)
+            cache = next((inputs[n] for n in CACHE_ARGUMENTS if inputs.get(n) is not None), None)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            out, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=query.shape[-1] ** -0.5,
+                dropout=_dropout_of(self),
+            )
+            out = out.flatten(2)
+            return (getattr(self, output)(out) if output else out), weights
+
+        return flasheva_forward
+
+    return AttentionRoute(
+        method="forward",
+        replace=replace,
+        own=softmax_attention,
+        place="layer_idx",
+        window=_no_window,
+        inputs=_INPUTS.union(refused, read),
+    )
+
+
+def _dropout_of(module: Any) -> float:  # noqa: ANN401
+    dropout = getattr(module, "dropout", 0.0)
+    return dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout
+
+
+def softmax_attention(
+    module: Any,  # noqa: ANN401
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,  # noqa: ANN401 - what transformers' other attention functions take
+) -> tuple[Tensor, Tensor]:
+    """Attend by plain code, as an attention function of the interface; masks are additive.
+
+    Returns:
+        ``[B, L, Hq, D]`` and the weights ``[B, Hq, L, S]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if mask is None else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _project_separately(
+    module: Any,  # noqa: ANN401
+    hidden_states: Tensor,
+    _: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attentions that come from BART do."""
+    shape = (*hidden_states.shape[:2], -1, module.head_dim)
+    layers = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (layer(hidden_states).view(shape).transpose(1, 2) for layer in layers)
+    return query, key, value
+
+
+def _project_of_falcon(
+    module: Any,  # noqa: ANN401
+    hidden_states: Tensor,
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    heads = module._split_heads(module.query_key_value(hidden_states))
+    query, key, value = (x.transpose(1, 2) for x in heads)
+    query, key = apply_rotary_pos_emb(query, key, *inputs["position_embeddings"])
+    return query, key, value
+
+
+def _project_of_bert(
+    module: Any,  # noqa: ANN401
+    hidden_states: Tensor,
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attentions that come from BERT do; RoFormer rotates what it projects."""
+    shape = (*hidden_states.shape[:2], -1, module.attention_head_size)
+    layers = (module.query, module.key, module.value)
+    query, key, value = (layer(hidden_states).view(shape).transpose(1, 2) for layer in layers)
+    angles = inputs.get("sinusoidal_pos")
+    if angles is None:
+        return query, key, value
+    if module.rotary_value:
+        return module.apply_rotary_position_embeddings(angles, query, key, value)
+    return *module.apply_rotary_position_embeddings(angles, query, key), value
+
+
+_CROSS = {
+    "key_value_states": "it attends to another sequence",
+    "encoder_hidden_states": "it attends to another sequence",
+}
+_PROMPT = {"attn_prompt": "it attends to a learned prompt before the first token"}
+_ALIBI = "it adds ALiBi biases, which a compressed cache has no place for"
+
+_BART = _forward(_project_separately, _CROSS, output="out_proj")
+_BERT = _forward(_project_of_bert, _CROSS, read=("sinusoidal_pos",))
+ROUTES: dict[str, AttentionRoute] = {
+    "codegen.modeling_codegen.CodeGenAttention": _attn("scale_attn", "attn_dropout"),
+    "gptj.modeling_gptj.GPTJAttention": _attn("scale_attn", "attn_dropout"),
+    "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": _attn(
+        "", "attn_dropout", place="layer_id", window=_window_of_gpt_neo
+    ),
+    "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention": _attn(
+        "norm_factor", "attention_dropout"
+    ),
+    "falcon.modeling_falcon.FalconAttention": _forward(
+        _project_of_falcon, {"alibi": _ALIBI}, output="dense", read=("position_embeddings",)
+    ),
+    "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention": _BERT,
+    "mvp.modeling_mvp.MvpAttention": _forward(
+        _project_separately, _CROSS | _PROMPT, output="out_proj"
+    ),
+    "rembert.modeling_rembert.RemBertSelfAttention": _BERT,
+    "roformer.modeling_roformer.RoFormerSelfAttention": _BERT,
+    "trocr.modeling_trocr.TrOCRAttention": _BART,
+    "xglm.modeling_xglm.XGLMAttention": _BART,
+}
+"""Class, within ``transformers.models`` -> how its attentions are rerouted."""
+
+REFUSED: dict[str, str] = {
+    "bloom.modeling_bloom.BloomAttention": _ALIBI,
+    "git.modeling_git.GitSelfAttention": "its mask lets images attend to what follows in them",
+    "mpt.modeling_mpt.MptAttention": _ALIBI,
+    "openai.modeling_openai.Attention": "it keeps no cache",
+}
+"""Class -> why no route leads its attentions through the interface."""
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+def route_of(module: nn.Module) -> AttentionRoute | None:
+    """Return how attentions of a module's very class are rerouted; None of all others."""
+    return ROUTES.get(_class_of(module))
+
+
+def refusals(model: nn.Module) -> list[str]:
+    """Return why attentions of a model cannot be rerouted, as far as that is known."""
+    return sorted({REFUSED[name] for m in model.modules() if (name := _class_of(m)) in REFUSED})
+
+
+def _class_of(module: nn.Module) -> str:
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models.")
+
+
+def place_of(module: nn.Module) -> int | None:
+    """Return an attention's place in the cache; None if it does not say."""
+    route = getattr(module, ROUTE, None)
+    return getattr(module, "layer_idx" if route is None else route.place, None)

@@ -1,0 +1,149 @@
+"""What cache layers have in common that keep a state of tensors under an attention of ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from flasheva_compile import _torch_compat as compat
+from flasheva_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+class StateLayer(CacheLayerMixin):
+    """A cache layer whose tensors are one named tuple, with ``start [B]`` and ``length [1]`` last.
+
+    ``update`` returns the new keys and values as they are: the attention attends to them and to the
+    state, then appends them. So the layer works only under the attention it was made for.
+
+    Args:
+        path: The attention's module path, for messages.
+        max_cache_len: Tokens to preallocate for; None = grow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+    state_type: type[Any]
+
+    def __init__(self, path: str, max_cache_len: int | None = None) -> None:
+        super().__init__()
+        self.path, self.max_cache_len = path, max_cache_len
+        self.is_compileable = max_cache_len is not None
+        self.state: Any = None
+        self.is_empty = True
+        self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
+        self.announced = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the first tokens."""
+        k, v = key_states.detach(), value_states.detach()
+        self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
+        self.state = self._new_state(k, v)
+        if self.max_cache_len is not None:
+            compat.mark_static_addresses(self.state)
+        self.keys = self.values = k.new_empty(0)  # models ask whether there are any
+        self.is_initialized = True
+
+    def _new_state(self, k: Tensor, v: Tensor) -> Any:  # noqa: ANN401 - of state_type
+        raise NotImplementedError
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_: Any,  # noqa: ANN401 - what other layers take
+        **__: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values; the attention that follows appends them."""
+        if not self.announced:
+            raise ConfigError(
+                "its compressed cache was updated outside of a prepared attention",
+                subject=self.path,
+                hint="pass the cache to the model that FlashEvaCache.for_model was called with",
+            )
+        self.announced = False
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns that the two-dimensional mask covers, and 0."""
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> Any:  # noqa: ANN401 - as of transformers' own preallocated layers
+        """Return the tokens seen: an int, or a tensor if preallocated."""
+        if self.max_cache_len is None:
+            return self.seen
+        return self.state.length[0] if self.state is not None else 0
+
+    def get_max_length(self) -> int:
+        """Return the tokens there is room for, -1 = any number."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self.is_empty, self.seen, self.announced = True, 0, False
+        if self.state is not None:
+            for x in self.state:
+                x.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is None:
+            return
+        rows, start = self.state[:-2], change(self.state.start)
+        if self.max_cache_len is not None and start.shape == self.state.start.shape:
+            # Captured CUDA graphs know these addresses; one tensor after the other saves memory.
+            for x in rows:
+                x.copy_(change(x))
+            self.state.start.copy_(start)
+            return
+        changed = (*(change(x) for x in rows), start, self.state.length)
+        self.state, self.batch_size = self.state_type._make(changed), start.shape[0]
+
+    def offload(self) -> None:
+        """Stay: the attention reads the state after ``update``, when transformers offloads."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the state has not left its device."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StateLayer:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        # Tensors that an op returned cannot be deep-copied where gradients are on.
+        for name, value in vars(self).items():
+            setattr(copy, name, self._copied(value))
+        return copy
+
+    def _copied(self, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a state
+            return type(value)(*(self._clone(x) for x in value))
+        return value
+
+    def _clone(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+
+def expect_boolean(mask: Tensor, path: str) -> None:
+    """Refuse what is no mask of columns: the ids of packed documents."""
+    if mask.dtype != torch.bool:
+        message = "packed documents cannot be appended to a cache"
+        raise ConfigError(message, subject=path, hint="pass use_cache=False")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -23,10 +24,25 @@ def load_tokenizer(gguf: Path) -> Any:  # noqa: ANN401
     return with_split_digits(transformers.AutoTokenizer.from_pretrained(**source))
 
 
-def load_model(gguf: Path | None) -> Any:  # noqa: ANN401
-    """Return the model in fp32; None = its architecture with random weights."""
+def load_model(gguf: Path | None, dtype: torch.dtype = torch.float32) -> Any:  # noqa: ANN401
+    """Return the model; None = its architecture with random weights.
+
+    Its rotary frequencies stay fp32, which ``model.to(dtype)`` would round.
+    """
     if gguf is None:
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(smollm2_config())
+        return _cast(transformers.LlamaForCausalLM(smollm2_config()), dtype)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    return transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers refuses to save what it holds for quantised, and these weights no longer are.
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    return _cast(plain, dtype)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

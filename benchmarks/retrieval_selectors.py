@@ -228,7 +228,7 @@ def main() -> None:
     described |= {name: getattr(a, name) for name in names}
     described["mass"] = "of the softmax outside of window (256) and one chunk of sinks"
     results = Results(path=a.out, identity=("text", "c", "k", "selector"), header=described)
-    model: Any = load_model(a.model).to(torch.bfloat16).eval()
+    model: Any = load_model(a.model, torch.bfloat16).eval()
     layers = range(a.first_layer, model.config.num_hidden_layers, a.layer_step)
     results.header["layers"] = list(layers)
     recorder = Recorder(layers)

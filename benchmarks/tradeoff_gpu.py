@@ -45,7 +45,7 @@ def measured(a: argparse.Namespace, row: Row) -> Row:
     device = torch.device(a.device)
     config = None
     with torch.device(device):
-        model = load_model(None).to(getattr(torch, a.dtype)).eval()
+        model = load_model(None, getattr(torch, a.dtype)).eval()
     if row["window_size"]:
         config = fe.EvaConfig(**{name: row[name] for name in IDENTITY}, sink_tokens=SINKS)
         model = fe.prepare(model, config)

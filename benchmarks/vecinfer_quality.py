@@ -94,7 +94,7 @@ def main() -> None:
         "calibration": f"{a.calibration} x {a.calibration_length} tokens",
         "per_head": a.per_head,
     }
-    bench = Bench(a, load_model(gguf).to(device, dtype).eval(), device)
+    bench = Bench(a, load_model(gguf, dtype).to(device).eval(), device)
     table, arms = "formats", format_arms
     if a.combined or a.row_lengths:
         table, arms = ("combined", combined_arms) if a.combined else ("rows", row_arms)
@@ -306,8 +306,8 @@ def format_arms(a: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Make] = {"bf16": exact}
     formats = [name for name in a.formats.split(",") if name]
     ablated = [name for name in a.ablate.split(",") if name]
-    ours, about_ours = replace(OURS, per_head=a.per_head), "balanced, grouped, centred, weighed"
-    about_ours += ", per head" * a.per_head
+    ours = replace(OURS, per_head=a.per_head)
+    about_ours = "scaled, grouped, centred, weighed" + ", per head" * a.per_head
     slow = [name for name in formats if kv_format(name).key.entries > MANY]
     quick = [name for name in formats if name not in slow]
     for name in sorted(quick, key=lambda name: name != "vq-2bit"):

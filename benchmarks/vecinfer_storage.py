@@ -46,6 +46,7 @@ ABLATIONS = {
     "not weighed": replace(OURS, weigh=0.0),
     "not centred": replace(OURS, centre=False),
     "Hadamard of all channels": replace(OURS, rotate="hadamard"),
+    "balanced": replace(OURS, smooth="balance"),
     "smoothed by max": replace(OURS, smooth="largest"),
     "not smoothed": replace(OURS, smooth="none"),
     "not rotated": replace(OURS, rotate="none"),

@@ -13,6 +13,7 @@ from flasheva_compile.quantization.codebook import learn_codebook
 from flasheva_compile.quantization.transform import (
     balancing_scale,
     compute_dtype,
+    reading_scale,
     rotated,
     smoothing_scale,
 )
@@ -22,7 +23,7 @@ from flasheva_compile.validation import expect_choice
 if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import CodeFormat, KvFormat
 
-Smoothing: TypeAlias = Literal["balance", "largest", "none"]
+Smoothing: TypeAlias = Literal["queries", "balance", "largest", "none"]
 Rotation: TypeAlias = Literal["grouped", "hadamard", "none"]
 
 
@@ -31,8 +32,9 @@ class LearningOptions:
     """How codebooks are learned.
 
     Attributes:
-        smooth: Divide keys by a scale of each channel: ``"balance"`` weighs it against the queries
-            that read it, ``"largest"`` is ``sqrt(max |k|)``.
+        smooth: Divide keys by a scale of each channel: with ``"queries"`` equal errors of all
+            channels count alike in scores, ``"balance"`` is best where all channels are mixed,
+            ``"largest"`` is ``sqrt(max |k|)``.
         rotate: Rotate keys: ``"grouped"`` mixes channels of alike size (``grouped_rotation``),
             ``"hadamard"`` all.
         centre: Quantise how keys differ from their mean instead of the keys.
@@ -45,7 +47,7 @@ class LearningOptions:
         seed: Of k-means, and of what it is given.
     """
 
-    smooth: Smoothing = "balance"
+    smooth: Smoothing = "queries"
     rotate: Rotation = "grouped"
     centre: bool = True
     weigh: float = 0.7
@@ -149,7 +151,9 @@ def _transforms(
     centred = keys - mean
     power = (centred.square() * weights[..., None]).mean(0)
     scale = torch.ones_like(largest)
-    if options.smooth == "balance":
+    if options.smooth == "queries":
+        scale = reading_scale(queries)
+    elif options.smooth == "balance":
         scale = balancing_scale(power, queries)
     elif options.smooth == "largest":
         scale = smoothing_scale(centred.abs().amax(0) if options.centre else largest)

@@ -80,6 +80,18 @@ def balancing_scale(keys: Tensor, queries: Tensor) -> Tensor:
     return ratio.sqrt().clamp_min(_SMALLEST_SCALE)
 
 
+def reading_scale(queries: Tensor) -> Tensor:
+    """Return what keys are divided by so that equal errors of all channels change scores alike.
+
+    Where channels are not all mixed with all, codebooks decide how errors are spread; they keep
+    the sum of squares small, which after this scale is that of the scores' errors. Source: ours.
+
+    Args:
+        queries: Mean square of each channel of the queries that read the keys, ``[Hkv, D]``.
+    """
+    return 1 / queries.sqrt().clamp_min(_SMALLEST_SCALE)
+
+
 def smoothing_scale(largest: Tensor) -> Tensor:
     """Return what keys are divided by: ``sqrt(max |k|)`` of each channel.
 

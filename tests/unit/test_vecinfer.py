@@ -9,7 +9,13 @@ import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.quantization.codebook import learn_codebook, nearest
-from flasheva_compile.quantization.formats import FORMATS, CodeFormat, KvFormat, KvStorage
+from flasheva_compile.quantization.formats import (
+    FORMATS,
+    CodeFormat,
+    KvFormat,
+    KvStorage,
+    kv_format,
+)
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 from flasheva_compile.quantization.packing import pack, unpack
@@ -17,6 +23,7 @@ from flasheva_compile.quantization.transform import (
     balancing_scale,
     grouped_rotation,
     hadamard,
+    reading_scale,
     smoothing_scale,
 )
 from flasheva_compile.quantization.vecinfer import VqCodec
@@ -132,6 +139,34 @@ def test_a_balancing_scale_gives_the_smallest_errors_of_scores():
     assert (best < error(torch.ones_like(keys))).all()
     zero = torch.zeros(1, 2)
     assert torch.isfinite(1 / balancing_scale(zero, zero)).all()
+
+
+def test_a_reading_scale_makes_the_squares_of_errors_those_of_scores():
+    queries = torch.randn(3, 4096, 16, generator=seeded(), dtype=torch.float64)
+    queries *= torch.rand(3, 1, 16, generator=seeded(1), dtype=torch.float64) + 0.1
+    error = torch.randn(3, 16, generator=seeded(2), dtype=torch.float64)
+    power = queries.square().mean(1)
+    of_scores = (power * error.square()).sum(1)  # of queries whose channels are independent
+    torch.testing.assert_close((error / reading_scale(power)).square().sum(1), of_scores)
+    assert torch.isfinite(reading_scale(torch.zeros(1, 2))).all()
+
+
+def test_codes_scaled_by_queries_change_scores_least():
+    """Channels read alike in size but unlike in weight: codes are to serve what is read."""
+    keys = torch.randn(4096, 1, 16, generator=seeded())
+    queries = torch.randn(256, 16, generator=seeded(1)) * torch.logspace(-1, 1, 16)
+    readers = Readers(torch.zeros(4096, 1), queries.square().mean(0)[None])
+    form = kv_format("vq-2bit")
+
+    def error(smooth):
+        options = LearningOptions(smooth=smooth, centre=False, weigh=0.0, iterations=8)
+        books = learn_layer(keys, keys, keys.abs().amax(0), form, options, readers)
+        codec = VqCodec(books, form, 16, 16)
+        k = keys.transpose(0, 1)[None]
+        coded = codec.restore_keys(codec.decode_keys(codec.encode_keys(k), torch.float32))
+        return ((coded - k)[0, 0] @ queries.T).square().mean()
+
+    assert error("queries") < 0.9 * error("balance")
 
 
 def test_scales_are_roots_and_never_zero():
@@ -317,7 +352,7 @@ def test_what_is_not_finite_is_refused():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"smooth": "max"}, 'smooth: must be one of "balance", "largest", "none"'),
+        ({"smooth": "max"}, 'smooth: must be one of "queries", "balance", "largest", "none"'),
         ({"rotate": True}, 'rotate: must be one of "grouped", "hadamard", "none", got True'),
         ({"weigh": 1}, "weigh: must be at least 0 and below 1, got 1"),
         ({"vectors": 0}, "vectors: must be an integer of at least 1, got 0"),

@@ -5,8 +5,8 @@ into tables and plots. A model with random weights decodes greedily, every step 
 after a context whose keys and values are random numbers: nothing is prefilled. The arms are
 described in ``generation_caches.ARMS``. Preallocated caches hold the context and 64 tokens more. A
 step of theirs is replayed from a CUDA graph of the uncompiled model (``graph``), compiled with
-``mode="reduce-overhead"`` (``compile``) or run as it is (``eager``); the other caches run ``eager``
-or through ``model.generate`` (``generate``).
+``mode="reduce-overhead"`` (``compile``) or ``"max-autotune"`` (``autotune``) or run as it is
+(``eager``); the other caches run ``eager`` or through ``model.generate`` (``generate``).
 
 Rows of earlier runs are kept, and replaced where they are measured again: short runs add up to one
 file. ``--resume`` measures only what is missing. ``bound_ms`` is the time to read the weights and
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).parent / "results" / "generation_gpu.json"
 IDENTITY = ("model", "layers", "arm", "decode", "batch", "context")
+MODES = {"compile": "reduce-overhead", "autotune": "max-autotune"}
 WARMUP = 3
 LARGEST = "largest"  # batch: what fits
 GENERATED = ("full_dynamic", "flasheva_dynamic")  # arms that are run through generate, too
@@ -77,10 +78,9 @@ class GreedyLoop:
 
     def prepared(self, decode: str) -> Callable[[], object]:
         """Return what decodes one token, warmed up: a step as it is, compiled or captured."""
-        if decode == "compile":
-            self.forward = torch.compile(
-                self.forward, mode="reduce-overhead", dynamic=False, fullgraph=True
-            )
+        if decode in MODES:
+            whole = {"dynamic": False, "fullgraph": True}
+            self.forward = torch.compile(self.forward, mode=MODES[decode], **whole)
         for _ in range(WARMUP):
             self.step()
         if decode != "graph":
@@ -228,7 +228,7 @@ def attempt(a: argparse.Namespace, model: Any, row: Row) -> Row:  # noqa: ANN401
         result = {**row, "error": describe(error)}
         if ran_out(error):
             result["out_of_memory"] = True
-    if row["decode"] == "compile":
+    if row["decode"] in MODES:
         torch.compiler.reset()
     release(device)
     return result
@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     add, size = parser.add_argument, power_of_two_or_k
     add("--model", choices=tuple(MODELS), nargs="+", default=list(MODELS))
     add("--arms", choices=tuple(ARMS), nargs="+", default=list(ARMS))
-    add("--decode", choices=("graph", "compile", "eager"), nargs="+", default=["graph"])
+    add("--decode", choices=("graph", *MODES, "eager"), nargs="+", default=["graph"])
     contexts = [size(text) for text in ("1k", "4k", "10k", "16k", "64k", "128k")]
     add("--contexts", type=size, nargs="+", default=contexts, help="tokens; 64k = 65536")
     add("--batches", type=int, nargs="+", default=[1, 8, 32])

@@ -31,7 +31,7 @@ STYLES = {  # FlashEVA solid, its rivals not; a color for each arm
     "window_sinks": ("window + sinks alone", "C7", ":"),
 }
 PANELS = {"tokens_per_s": "tokens/s", "peak_mib": "peak memory above the weights [MiB]"}
-MARKERS = {"graph": "o", "compile": "s", "eager": "^", "generate": "v"}
+MARKERS = {"graph": "o", "compile": "s", "autotune": "D", "eager": "^", "generate": "v"}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
-from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.generation.exact_layer import ExactCacheLayer, expect_room
 from flasheva_compile.generation.full_layers import (
     device_of,
     exact_layers,
@@ -26,7 +26,7 @@ from flasheva_compile.validation import expect_choice
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from flasheva_compile.generation.prepared import CachedLayer
     from flasheva_compile.quantization.codebooks import KvCodebooks
@@ -48,10 +48,15 @@ class FlashEvaCache(Cache):
     Args:
         layers: One cache layer per attention.
         **options: As of transformers' ``Cache``: ``offloading``, ``offload_only_non_sliding``.
+
+    Attributes:
+        told: Which columns the last ``generate`` was told are valid, ``[B, columns]`` bool, all
+            behind them being valid; ``[1, 0]`` = all, None = unknown.
     """
 
     def __init__(self, layers: list[Any], **options: Any) -> None:  # noqa: ANN401
         super().__init__(layers=layers, **options)
+        self.told: Tensor | None = None
 
     @classmethod
     def for_model(  # noqa: PLR0913 - one way to build every kind of cache
@@ -128,6 +133,43 @@ class FlashEvaCache(Cache):
                 like = weight.new_empty(0, device=device)
                 k = like.new_empty(batch_size, shape.kv_heads, 0, shape.head_dim)
                 layer.lazy_initialization(k, k.new_empty(*k.shape[:3], shape.value_dim))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the columns that the mask of a layer covers, and the first one.
+
+        Models ask before their first layer runs: what one layer has no room for, none may append.
+
+        Raises:
+            ConfigError: A layer has no room for ``query_length`` tokens.
+        """
+        for layer in self.layers:
+            exact = isinstance(layer, ExactCacheLayer | VecInferLayer)
+            if exact and layer.max_cache_len is not None:
+                expect_room(layer, query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.told = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row ``i`` go on as row ``beam_idx[i]`` did."""
+        if self.told is not None and self.told.numel():
+            self.told = self.told.index_select(0, beam_idx.to(self.told.device))
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.told is not None and self.told.numel():
+            self.told = self.told.repeat_interleave(repeats, 0)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self.told is not None and self.told.numel():
+            self.told = self.told[indices.to(self.told.device)]
+        super().batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.

@@ -24,6 +24,7 @@ from flasheva_compile.generation.prepared import (
 )
 from flasheva_compile.generation.rerouting import reroute
 from flasheva_compile.generation.routes import CACHE_ARGUMENTS, place_of, route_of
+from flasheva_compile.generation.state_layer import StateLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.layer_config import kv_of
 from flasheva_compile.layer_names import name_layers
@@ -109,7 +110,7 @@ def _full_layers(
     return {
         seen.index: FullLayer(
             path=seen.path,
-            reason=seen.reason,
+            reason=seen.reason or _foreign(seen),
             kv_heads=seen.kv_heads,
             head_dim=seen.head_dim,
             value_dim=seen.value_dim,
@@ -118,6 +119,17 @@ def _full_layers(
         for seen, name in zip(found, names, strict=True)
         if seen.index is not None and seen.index not in converted
     }
+
+
+def _foreign(seen: ProbedAttention) -> str:
+    """Say that an attention runs a function whose meaning is not known; empty if it does not.
+
+    The trial run calls "eager", whatever else a model runs.
+    """
+    name = seen.implementation
+    function = interface.own_attention_function(seen.module, name)
+    known = name == "eager" or getattr(function, "__module__", "").startswith("transformers.")
+    return "" if known else f"it runs the attention function {name!r}, not one of transformers"
 
 
 def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:
@@ -152,6 +164,8 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
         )
     if cache is not None and index is not None and index < len(cache.layers):
         layer = cache.layers[index]
+    if isinstance(layer, StateLayer | VecInferLayer):
+        _expect_our_attention(module)
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
         if isinstance(layer, ExactCacheLayer | VecInferLayer):
@@ -172,4 +186,15 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
             f"cannot attend through a {type(layer).__name__}",
             subject=eva.path,
             hint="pass FlashEvaCache.for_model(model), or let generate make its cache",
+        )
+
+
+def _expect_our_attention(module: Any) -> None:  # noqa: ANN401
+    """Refuse a layer of ours under another attention: it hands out the new keys and values only."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", interface.NAME)
+    if name != interface.NAME:
+        raise ConfigError(
+            f"the attention implementation was set to {name!r} after the model was prepared",
+            subject=type(module).__name__,
+            hint="call revert(model), set it, and call prepare(model, config) again",
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache import FlashEvaCache
 
@@ -25,6 +27,7 @@ def prepare_cache(
     if cache is None or getattr(cache, "_is_user_defined", False):
         if isinstance(cache, FlashEvaCache):
             _expect_room(cache, generation_config)
+            _expect_what_was_told(cache, model_kwargs.get("attention_mask"))
         return result
     name = generation_config.cache_implementation
     if type(cache) is DynamicCache:
@@ -39,6 +42,7 @@ def prepare_cache(
     if generation_config.is_assistant:
         made.activate_past_recording()
     model_kwargs["past_key_values"] = made
+    _expect_what_was_told(made, model_kwargs.get("attention_mask"))
     return result
 
 
@@ -50,3 +54,33 @@ def _expect_room(cache: FlashEvaCache, generation_config: Any) -> None:  # noqa:
             subject="past_key_values",
             hint="build it with a larger max_cache_len, or lower max_new_tokens",
         )
+
+
+def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN401
+    """Refuse a mask that now hides stored tokens, or shows hidden ones: they are pooled already.
+
+    ``generate`` itself makes such a mask from the padding of rows that ended before others, and
+    drops one that hides nothing.
+    """
+    if mask is None:
+        mask = torch.ones(1, 0, dtype=torch.bool)
+    elif mask.dim() != 2:  # refused by the attentions
+        return
+    told, seen = cache.told, cache.get_seq_length()
+    cache.told = mask.bool()
+    if told is None or seen == 0 or (len(told) != len(mask) and 1 not in (len(told), len(mask))):
+        return
+    now, before = (_columns(x, seen) for x in (cache.told, told))
+    changed = (now != before.to(now.device)).any(1)
+    if changed.any():
+        raise ConfigError(
+            f"attention_mask says of stored tokens of row {int(changed.nonzero()[0])} what it did "
+            "not say before",
+            subject="past_key_values",
+            hint="mask new tokens alone (rows that ended early keep their padding unmasked), or "
+            "start from an empty cache",
+        )
+
+
+def _columns(told: torch.Tensor, seen: int) -> torch.Tensor:
+    return torch.nn.functional.pad(told[:, :seen], (0, max(0, seen - told.shape[1])), value=True)

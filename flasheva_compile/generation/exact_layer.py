@@ -22,7 +22,8 @@ class ExactCacheLayer(StateLayer):
 
     The first call attends by the model's own function. Later calls attend by ``flasheva::decode``,
     which reads the tokens that there are, not those that there is room for; where it is asked for
-    more, it returns NaN.
+    more, it returns NaN. Whether a token may be attended is what the mask said when it came, as in
+    :class:`EvaCacheLayer`: later masks say nothing about it.
 
     Args:
         path: The attention's module path, for messages.
@@ -64,12 +65,7 @@ class ExactCacheLayer(StateLayer):
                 captured graph went on beyond the room, the attention returns NaN instead.
         """
         new = super().update(key_states, value_states)
-        tokens = key_states.shape[2]
-        if not torch.compiler.is_compiling():
-            tokens += self.seen
-        if tokens > self.max_cache_len:
-            message = f"{tokens} tokens in a cache of {self.max_cache_len}"
-            raise ConfigError(message, subject=self.path, hint="give a larger max_cache_len")
+        expect_room(self, key_states.shape[2])
         return new
 
     # --- rollback ---------------------------------------------------------------------------------
@@ -164,3 +160,12 @@ class ExactCacheLayer(StateLayer):
         # A captured graph may go on beyond the room: what it reads then must exist.
         columns = columns.clamp_max(mask.shape[1] - 1)
         return mask.index_select(1, columns).expand(k.shape[0], -1)
+
+
+def expect_room(layer: Any, tokens: int) -> None:  # noqa: ANN401 - a preallocated cache layer
+    """Refuse more new tokens than there is room for behind those that no graph appended."""
+    if not torch.compiler.is_compiling():
+        tokens += layer.seen
+    if tokens > layer.max_cache_len:
+        message = f"{tokens} tokens in a cache of {layer.max_cache_len}"
+        raise ConfigError(message, subject=layer.path, hint="give a larger max_cache_len")

@@ -267,6 +267,9 @@ def causal_mask(**inputs: Any) -> Tensor | None:  # noqa: ANN401 - the interface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     implementation = inputs["config"].flasheva["full_implementation"]
+    if implementation == "eager":
+        # Its attentions have no flag: without a mask, all would be taken for causal.
+        inputs["allow_is_bidirectional_skip"] = False
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**inputs)
 
 

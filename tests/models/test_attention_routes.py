@@ -6,7 +6,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPTNeoConfig,
+)
+from transformers.masking_utils import eager_mask
 
 import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
@@ -14,7 +21,14 @@ from flasheva_compile.generation.routes import REFUSED, ROUTES
 from tests.models.generation_models import build_language_model
 from tests.models.generation_survey import EQUAL, ROUNDING, survey
 from tests.models.generation_survey import REFUSED as SURVEY_REFUSED
-from tests.models.test_generate import SMALL, expect_same_logits, generate, perturb, tokens
+from tests.models.test_generate import (
+    SMALL,
+    expect_same_logits,
+    generate,
+    llama,
+    perturb,
+    tokens,
+)
 
 METHODS = ("codegen", "gpt_neo", "gpt_neox_japanese", "gptj")
 FORWARDS = ("falcon", "mvp", "trocr", "xglm")
@@ -126,6 +140,18 @@ def test_a_mask_of_the_users_own_is_refused(name, partly, use_cache):
     model = fe.prepare(build_language_model(name), hybrid(name) if partly else SMALL)
     with pytest.raises(ConfigError, match=r"a mask of shape \(1, 1, 12, 12\)"):
         model(tokens(1, 12), attention_mask=additive(12), use_cache=use_cache)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [None, 40])
+def test_a_model_that_was_made_bidirectional_since_is_refused(name, length):
+    """Attentions without a flag tell it by a mask that is not given."""
+    model = fe.prepare(build_language_model(name), hybrid(name))
+    cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)
+    model.config.is_causal = False
+    for given in ({"use_cache": False}, {"past_key_values": cache}):
+        with pytest.raises(ConfigError, match=r"a mask of shape|window from the last key"):
+            model(tokens(1, 12), **given)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -316,3 +342,45 @@ def test_prompts_of_mvp_are_refused():
     model = fe.prepare(build_language_model("mvp"), SMALL)
     with pytest.raises(ConfigError, match="learned prompt"):
         attentions(model)[0](torch.randn(1, 6, 32), attn_prompt=torch.randn(2, 4, 3, 8))
+
+
+# --- attention functions that are not the model's own ---------------------------------------------
+
+
+def _few(module, query, key, value, mask, scaling=None, **_):
+    """Attend to the nine keys with the largest scores: as many as the trial run has."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.mT * scaling + mask
+    least = scores.topk(min(9, scores.shape[-1])).values[..., -1:]
+    weights = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+def test_a_function_of_the_users_own_goes_on_in_layers_that_stay_full():
+    """The trial run calls the model's own code and cannot tell what the function does."""
+    AttentionInterface.register("few", _few)
+    AttentionMaskInterface.register("few", eager_mask)
+    model, ids, logits = llama(), tokens(1, 40), []
+    model.set_attn_implementation("few")
+    fe.prepare(model, {"default": COVERING, 0: "full"})
+    for length in (None, 48):
+        cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits for part in ids.split([21, 19], 1)]
+        logits.append(torch.cat(parts, 1))
+    expect_close(logits[1], logits[0])
+    with pytest.raises(ConfigError, match="no full attention of the model can be quantised"):
+        fe.FlashEvaCache.for_model(model, full_layers="fp8")
+
+
+@pytest.mark.parametrize("length", [None, 48])
+@pytest.mark.parametrize("full", [0, 1])
+def test_another_function_over_our_cache_is_refused(full, length):
+    """It would attend to the new tokens alone."""
+    model, ids = fe.prepare(llama(), {"default": COVERING, full: "full"}), tokens(1, 21)
+    cache = fe.FlashEvaCache.for_model(model, max_cache_len=length)
+    model(ids, past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match="was set to 'sdpa' after the model was prepared"):
+        model(ids[:, :1], past_key_values=cache)

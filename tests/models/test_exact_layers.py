@@ -327,15 +327,16 @@ def test_a_compiled_model_generates_the_same(inner):
 # --- wrong use ------------------------------------------------------------------------------------
 
 
-def test_more_tokens_than_there_is_room_for_are_refused():
-    model = hybrid()
+@pytest.mark.parametrize("full", [0, 1])
+def test_more_tokens_than_there_is_room_for_are_refused(full):
+    model = hybrid(full)
     cache = cache_of(model, 20)
     with pytest.raises(ConfigError, match="21 tokens in a cache of 20"):
         feed(model, cache, tokens(1, 21), [21])
     feed(model, cache, tokens(1, 18), [18])
     with pytest.raises(ConfigError, match="21 tokens in a cache of 20"):
         feed(model, cache, tokens(1, 3), [3])
-    assert cache.layers[0].get_seq_length() == 18
+    assert [layer.get_seq_length() for layer in cache.layers] == [18, 18]
 
 
 def test_a_graph_that_goes_on_beyond_the_room_gives_nan():

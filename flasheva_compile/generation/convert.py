@@ -110,7 +110,7 @@ def _full_layers(
     return {
         seen.index: FullLayer(
             path=seen.path,
-            reason=seen.reason or _foreign(seen),
+            reason=seen.reason,
             kv_heads=seen.kv_heads,
             head_dim=seen.head_dim,
             value_dim=seen.value_dim,
@@ -119,17 +119,6 @@ def _full_layers(
         for seen, name in zip(found, names, strict=True)
         if seen.index is not None and seen.index not in converted
     }
-
-
-def _foreign(seen: ProbedAttention) -> str:
-    """Say that an attention runs a function whose meaning is not known; empty if it does not.
-
-    The trial run calls "eager", whatever else a model runs.
-    """
-    name = seen.implementation
-    function = interface.own_attention_function(seen.module, name)
-    known = name == "eager" or getattr(function, "__module__", "").startswith("transformers.")
-    return "" if known else f"it runs the attention function {name!r}, not one of transformers"
 
 
 def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:

@@ -11,6 +11,7 @@ from flasheva_compile.config import EvaConfig, HybridConfig
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.convert import announce_cache, convert
 from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.interface import own_attention_function
 from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
 from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.rerouting import expect_restorable, restore
@@ -65,7 +66,7 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
         if prepared.hybrid.to_dict() == hybrid.to_dict():
             return model
         revert(model)
-    found = _without_shared(probe(model))
+    found = tuple(map(_without_foreign, _without_shared(probe(model))))
     decisions = _decide(model, found, hybrid)
     report = _report(found, decisions)
     convert(model, found, decisions, hybrid, report)
@@ -154,6 +155,23 @@ def _without_shared(found: Sequence[ProbedAttention]) -> tuple[ProbedAttention, 
         else seen
         for seen in found
     )
+
+
+def _without_foreign(seen: ProbedAttention) -> ProbedAttention:
+    """Give an attention a reason that runs a function whose meaning is not known.
+
+    The trial run calls "eager", whatever else a model runs.
+    """
+    name = seen.implementation
+    function: Any = own_attention_function(seen.module, name)
+    function = getattr(function, "func", function)  # kernels from a hub are partial functions
+    if seen.reason or name == "eager" or function.__module__.startswith("transformers."):
+        return seen
+    reason = (
+        f"it runs the attention function {name!r}, which is not one of transformers' "
+        '(set_attn_implementation("sdpa") before, if softmax attention is meant)'
+    )
+    return dataclasses.replace(seen, reason=reason)
 
 
 def _decide(

@@ -8,9 +8,9 @@ cache. The arms:
 - ``sdpa_*``: SDPA over a static bf16 cache, without the append, through one backend; ``gqa`` passes
   ``enable_gqa``, ``folded`` makes the query heads of a key head the rows of one query: neither
   repeats keys. ``flash_attn``: the package's ``flash_attn_with_kvcache`` (split-KV), if installed.
-- ``vq-...``: the named format, as the op runs it: append, attend, add up. With ``--kernels`` also
-  without the launches after each ``kernel``, whose results nothing reads then; with ``--sweep``
-  with other tiles.
+- ``fp8``, ``vq-...``: that format, as the op runs it: append, attend, add up. With ``--kernels``
+  also without the launches after each ``kernel``, whose results nothing reads then; with
+  ``--sweep`` with other tiles.
 
 ``bytes`` is what a call must read once; ``of_copy`` is its share of the bandwidth of a copy. Before
 a format is timed its results are compared with the PyTorch code; one that differs is not timed.
@@ -43,7 +43,8 @@ from timing import describe, release, side_stream
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flasheva_compile.quantization.attention import append_and_attend
-from flasheva_compile.quantization.formats import FORMATS, KvStorage, kv_format
+from flasheva_compile.quantization.formats import FORMATS, FP8, KvStorage, kv_format
+from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import QuantizedState, ring_size
 from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 RESULT = Path(__file__).parent / "results" / "vecinfer_decode.json"
 IDENTITY = ("arm", "batch", "context", "kv_heads", "group", "kernel", "tiles")
 HEAD_DIM, ITEM, SCALE = 128, 2, 128**-0.5
+STORAGE = KvStorage(format=FP8)  # how many tokens are exact; the format is an arm's own
 HEADS = {"gqa": (8, 4), "mha": (32, 1)}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -93,9 +95,8 @@ class Cell:
         rows = self.batch * self.kv_heads
         if self.arm in RIVALS:
             return rows * self.context * exact
-        storage = KvStorage(format=self.arm)
-        kept = storage.sink_tokens + storage.exact_tokens
-        coded = kv_format(self.arm).nbytes(HEAD_DIM, HEAD_DIM)
+        kept = STORAGE.sink_tokens + STORAGE.exact_tokens
+        coded = 2 * (HEAD_DIM + 1) if self.arm == FP8 else kv_format(self.arm).nbytes(128, 128)
         return rows * ((self.context - kept) * coded + kept * exact)
 
     @property
@@ -145,32 +146,35 @@ def queries(cell: Cell) -> tuple[torch.Tensor, ...]:
     return normal(cell.batch, cell.kv_heads * cell.group, 1, HEAD_DIM), normal(*new), normal(*new)
 
 
-def codec_of(cell: Cell) -> VqCodec:
-    """Return a codec with random codewords."""
+def codec_of(cell: Cell) -> VqCodec | Fp8Codec:
+    """Return a codec, with random codewords where it has some."""
+    if cell.arm == FP8:
+        return Fp8Codec(HEAD_DIM, HEAD_DIM)
     form = kv_format(cell.arm)
     words = [torch.randn(1, x.entries, x.vector, device="cuda") for x in (form.key, form.value)]
     scale = torch.rand(cell.kv_heads, HEAD_DIM, device="cuda") + 0.5
     return VqCodec(LayerCodebooks(scale=scale, keys=words[0], values=words[1]), form, 128, 128)
 
 
-def state_of(cell: Cell) -> QuantizedState:
+def state_of(cell: Cell, codec: VqCodec | Fp8Codec) -> QuantizedState:
     """Return a state of random codes that holds ``context`` tokens."""
-    storage, form = KvStorage(format=cell.arm), kv_format(cell.arm)
-    head = (cell.batch, cell.kv_heads)
-    room = cell.context + ROOM - storage.sink_tokens
+    head, is_fp8 = (cell.batch, cell.kv_heads), cell.arm == FP8
+    room = cell.context + ROOM - STORAGE.sink_tokens
 
     def codes(size: int) -> torch.Tensor:
-        return torch.randint(0, 256, (*head, room, size), dtype=torch.uint8, device="cuda")
+        random = torch.empty(*head, room, size, dtype=torch.uint8, device="cuda").random_(0, 256)
+        return random.bitwise_and_(0xFE) if is_fp8 else random  # without NaN
 
-    exact = [normal(*head, n, HEAD_DIM) for n in (storage.sink_tokens, ring_size(storage))]
+    exact = [normal(*head, n, HEAD_DIM) for n in (STORAGE.sink_tokens, ring_size(STORAGE))]
     length = torch.full((cell.batch,), cell.context, dtype=torch.int64, device="cuda")
     return QuantizedState(
         sink_k=exact[0],
         sink_v=normal(*exact[0].shape),
         tail_k=exact[1],
         tail_v=normal(*exact[1].shape),
-        key_codes=codes(form.key.nbytes(HEAD_DIM)),
-        value_codes=codes(form.value.nbytes(HEAD_DIM)),
+        key_codes=codes(codec.key_bytes),
+        value_codes=codes(codec.value_bytes),
+        exponents=codes(2 * is_fp8).random_(246, 250),  # 2^-10 to 2^-7: numbers of size 1
         length=length,
         written=length.clone(),
     )
@@ -186,25 +190,29 @@ def calls(cell: Cell, sets: int) -> tuple[Sequence[Callable[[], Any]], list[torc
         shape = shape if attend is sdpa else (shape[0], shape[2], shape[1], shape[3])
         stores = [(normal(*shape), normal(*shape)) for _ in range(sets)]
         return [partial(attend, cell, q, *store) for store in stores], []
-    codec, states = codec_of(cell), [state_of(cell) for _ in range(sets)]
-    functions = [partial(decode, cell, (q, k, v), x, codec) for x in states]
-    prepared = launch_vecinfer.kernel_codebooks(codec.codebooks, (128, 128), q.dtype)
-    functions = [partial(f, prepared) for f in functions]
+    codec = codec_of(cell)
+    states, books = [state_of(cell, codec) for _ in range(sets)], prepared(codec)
+    functions = [partial(decode, (q, k, v), x, codec, books) for x in states]
     return functions, [x for state in states for x in (state.length, state.written)]
 
 
+def prepared(codec: VqCodec | Fp8Codec) -> launch_vecinfer.KernelCodebooks | None:
+    """Return what kernels read of codebooks; fp8 has none."""
+    if isinstance(codec, Fp8Codec):
+        return None
+    return launch_vecinfer.kernel_codebooks(codec.codebooks, (HEAD_DIM, HEAD_DIM), torch.bfloat16)
+
+
 def decode(
-    cell: Cell,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     state: QuantizedState,
-    codec: VqCodec,
-    books: launch_vecinfer.KernelCodebooks,
+    codec: VqCodec | Fp8Codec,
+    books: launch_vecinfer.KernelCodebooks | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append a token and attend from it."""
-    rest = (None, state, books, codec.form, KvStorage(format=cell.arm))
-    return launch_vecinfer.vecinfer_decode(
-        qkv, *rest, rotate=(True, False), scale=SCALE, softcap=0.0
-    )
+    form = codec.form if isinstance(codec, VqCodec) else None
+    rest, rotate = (None, state, books, form, STORAGE), (form is not None, False)
+    return launch_vecinfer.vecinfer_decode(qkv, *rest, rotate=rotate, scale=SCALE, softcap=0.0)
 
 
 def sdpa(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -278,20 +286,22 @@ def measured(cell: Cell, copy_gbs: float) -> Row:
 def compare(cell: Cell) -> Row:
     """Compare some steps on the kernels with plain PyTorch, over the same codes."""
     small = dataclasses.replace(cell, batch=2, context=5000, kernel="", tiles="")
-    (qkv, codec, state) = queries(small), codec_of(small), state_of(small)
-    books = launch_vecinfer.kernel_codebooks(codec.codebooks, (128, 128), torch.bfloat16)
-    storage, differences = KvStorage(format=cell.arm), []
+    qkv, codec = queries(small), codec_of(small)
+    state, books = state_of(small, codec), prepared(codec)
+    differences = []
     other = QuantizedState(*(x.clone() for x in state))
     valid = torch.ones(2, 1, dtype=torch.bool, device="cuda")
     for _ in range(4):
-        out, lse = decode(small, qkv, state, codec, books)
-        want, want_lse = append_and_attend(qkv, valid, other, codec, storage, SCALE, 0.0)
+        out, lse = decode(qkv, state, codec, books)
+        want, want_lse = append_and_attend(qkv, valid, other, codec, STORAGE, SCALE, 0.0)
         size = max(1.0, float(want.float().abs().max()))
         differences += [float((out.float() - want.float()).abs().max()) / size]
         differences += [float((lse - want_lse).abs().max()) / max(1.0, float(want_lse.abs().max()))]
     same = [torch.equal(x, y) for x, y in zip(state, other, strict=True)]
+    if cell.arm != FP8:  # codes may differ where two are as near
+        same[4:6] = ()
     row = {"arm": cell.arm, "group": cell.group, "largest_difference": max(differences)}
-    row["same_state"] = all(same[:4]) and all(same[6:])  # codes may differ where two are as near
+    row["same_state"] = all(same)
     return {**row, "right": row["same_state"] and max(differences) < _WRONG}
 
 
@@ -353,7 +363,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--contexts", type=size, nargs="+", default=contexts, help="tokens; 64k = 65536")
     add("--batches", type=int, nargs="+", default=[1, 8, 32])
     add("--heads", choices=HEADS, nargs="+", default=list(HEADS))
-    add("--formats", choices=FORMATS, nargs="+", default=["vq-2bit", "vq-4bit", "vq-1bit"])
+    add("--formats", choices=(FP8, *FORMATS), nargs="+", default=["vq-2bit", "vq-4bit", "vq-1bit"])
     add("--quick", action="store_true", help="64k tokens, batches 1 and 8, GQA, 2 bits, kernels")
     add("--kernels", action="store_true", help="time the first launches without the rest, too")
     add("--sweep", action="store_true", help="and with other tiles and parts")

@@ -91,7 +91,7 @@ class _Call(NamedTuple):
     Attributes:
         form: Of the codes; None = fp8.
         storage: What is exact.
-        kernels: Whether generated kernels run, where ``op_books`` prepared codebooks for them.
+        kernels: Whether generated kernels run: of codes, if ``op_books`` prepared codebooks.
     """
 
     form: KvFormat | None
@@ -112,8 +112,8 @@ def _described(args: tuple[Any, ...], o: dict[str, Any]) -> _Call:
         form = None
         if o["key_code"] != FP8:
             form = KvFormat(_code_format(o["key_code"]), _code_format(o["value_code"]))
-        prepared = form is not None and len(books) > _OWN and runs_kernels(k, v)
-        kernels = prepared and form is not None and launch_vecinfer.covers(q, v, form)
+        prepared = form is None or len(books) > _OWN
+        kernels = prepared and runs_kernels(k, v) and launch_vecinfer.covers(q, v, form)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         call = _known[key] = _Call(form, storage, kernels)
@@ -196,12 +196,13 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     call = _described(args, options)
     q, k, v, key_mask, books, *tensors = args
     state, scale, softcap = QuantizedState(*tensors), options["scale"], options["softcap"]
-    if call.kernels and call.form is not None:
+    if call.kernels:
+        prepared = books[_OWN:]
         return launch_vecinfer.vecinfer_decode(
             (q, k, v),
             key_mask,
             state,
-            launch_vecinfer.KernelCodebooks(*books[_OWN:]),
+            launch_vecinfer.KernelCodebooks(*prepared) if call.form else None,
             call.form,
             call.storage,
             rotate=(options["rotate_keys"], options["rotate_values"]),

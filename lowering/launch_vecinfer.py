@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from flasheva_compile.lowering.direct_launch import on_device
+from flasheva_compile.lowering.emit.vecinfer_fp8_tiles import WORD
 from flasheva_compile.lowering.kernel_arguments import DTYPES, unit_stride
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose, current_target
 from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
 
+from flasheva_compile.quantization.formats import FP8
 from flasheva_compile.quantization.state import QuantizedState, ring_size
 from flasheva_compile.quantization.transform import hadamard
 
@@ -35,7 +37,7 @@ MOST_NEW_TOKENS = 16
 
 _STATE_ARGUMENTS = (
     *("sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr", "key_codes_ptr", "value_codes_ptr"),
-    *("length_ptr", "written_ptr"),
+    *("exponents_ptr", "length_ptr", "written_ptr"),
 )
 """Names of the arguments that the fields of ``QuantizedState`` are, in order."""
 
@@ -119,7 +121,7 @@ class _Shape(NamedTuple):
         dtype: Of queries, keys and values.
         device: Where they are.
         key_mask: Whether the new tokens have a key mask.
-        form: Of the codes.
+        form: Of the codes; None = fp8.
         storage: What is exact.
         per_head: Whether keys, and whether values, have a codebook for each head, and whether keys
             have a rotation.
@@ -132,7 +134,7 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     key_mask: bool
-    form: KvFormat
+    form: KvFormat | None
     storage: KvStorage
     per_head: tuple[bool, bool, bool]
     rotate: tuple[bool, bool]
@@ -145,7 +147,7 @@ class _Plan:
     Attributes:
         launches: Kernels with their numbers of programs, in order.
         constants: Arguments that are the same in every step.
-        coded_q: Transformed queries [numbers].
+        coded_q: Transformed queries [numbers]; fp8 has none.
         q_scale: Their scales and what is added to their scores [numbers].
         partial: What the parts leave for the last kernel [numbers].
     """
@@ -157,15 +159,17 @@ class _Plan:
     partial: int
 
 
-def fits(form: KvFormat, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for such codes of such a model."""
-    return dtype in DTYPES and all(x.vector & (x.vector - 1) == 0 for x in (form.key, form.value))
+def fits(form: KvFormat | None, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for such codes of such a model; None = fp8."""
+    vectors = () if form is None else (form.key.vector, form.value.vector)
+    return dtype in DTYPES and all(x & (x - 1) == 0 for x in vectors)
 
 
-def covers(q: Tensor, v: Tensor, form: KvFormat) -> bool:
+def covers(q: Tensor, v: Tensor, form: KvFormat | None) -> bool:
     """Whether the kernels can run such a call; else the PyTorch code runs."""
     sizes = (q.shape[3], v.shape[3])
     few = q.shape[2] <= MOST_NEW_TOKENS and max(sizes) <= _LARGEST_HEAD_DIM
+    few &= form is not None or all(size % WORD == 0 for size in sizes)
     return fits(form, q.dtype) and few and 0 not in q.shape
 
 
@@ -173,8 +177,8 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
     qkv: tuple[Tensor, Tensor, Tensor],
     key_mask: Tensor | None,
     state: QuantizedState,
-    books: KernelCodebooks,
-    form: KvFormat,
+    books: KernelCodebooks | None,
+    form: KvFormat | None,
     storage: KvStorage,
     *,
     rotate: tuple[bool, bool],
@@ -190,8 +194,8 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
         qkv: ``[B, Hq, L, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, Dv]``, any strides.
         key_mask: ``[B, L]`` bool; None = all valid.
         state: Contiguous tensors, written in place.
-        books: Of :func:`kernel_codebooks`.
-        form: Of the codes; see :func:`covers`.
+        books: Of :func:`kernel_codebooks`; fp8 has none.
+        form: Of the codes; None = fp8; see :func:`covers`.
         storage: What is exact.
         rotate: Whether coded keys, and whether coded values, are rotated.
         scale: Score scale.
@@ -203,8 +207,10 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     q, k, v = map(unit_stride, qkv)
-    own = (books.key_book, books.value_book, books.key_rotation)
-    per_head = (own[0].shape[0] > 1, own[1].shape[0] > 1, own[2].shape[0] > 1)
+    per_head = (False, False, False)
+    if books is not None:
+        own = (books.key_book, books.value_book, books.key_rotation)
+        per_head = (own[0].shape[0] > 1, own[1].shape[0] > 1, own[2].shape[0] > 1)
     room, masked = state.key_codes.shape[2], key_mask is not None
     made_of = (room, q.dtype, q.device, masked, form, storage, per_head, rotate)
     with on_device(q.device):
@@ -216,19 +222,28 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
         values = {
             **plan.constants,
             **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
-            **{f"{name}_ptr": x for name, x in books._asdict().items()},
+            **_book_values(books, plan),
             **_token_values(q, k, v, key_mask),
-            "coded_q_ptr": books.key_book.new_empty(plan.coded_q),
-            "q_scale_ptr": lse.new_empty(plan.q_scale),
             "partial_ptr": lse.new_empty(plan.partial),
             "out_ptr": out,
             "lse_ptr": lse,
         }
         for launch, programs, names in plan.launches:
             launch(programs, *[values[name] for name in names])
-        if rotated:
+        if rotated and books is not None:
             out = (out[0] + out[1] @ books.value_rotation).to(q.dtype)
     return out, lse
+
+
+def _book_values(books: KernelCodebooks | None, plan: _Plan) -> dict[str, Any]:
+    """Return codebooks and room for the queries that they transform."""
+    if books is None:
+        return {}
+    return {
+        **{f"{name}_ptr": x for name, x in books._asdict().items()},
+        "coded_q_ptr": books.key_book.new_empty(plan.coded_q),
+        "q_scale_ptr": books.book_scale.new_empty(plan.q_scale),
+    }
 
 
 def _token_values(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> dict[str, Any]:
@@ -266,8 +281,10 @@ def _plan(shape: _Shape, scale: float, softcap: float) -> _Plan:
             "heads": shape.v[1],
             "room": shape.room,
             "splits": splits,
-            "key_stride": _book_stride(shape.form.key) if shape.per_head[0] else 0,
-            "value_stride": _book_stride(shape.form.value) if shape.per_head[1] else 0,
+            "key_stride": _book_stride(shape.form.key) if shape.form and shape.per_head[0] else 0,
+            "value_stride": (
+                _book_stride(shape.form.value) if shape.form and shape.per_head[1] else 0
+            ),
             "rotation_stride": shape.q[3] ** 2 if shape.per_head[2] else 0,
             # tanh(x / softcap) is computed as a sigmoid of twice its argument.
             "score_scale": 2 * base2 / softcap if softcap else base2,
@@ -300,8 +317,8 @@ def vecinfer_spec(shape: _Shape, *, softcap: bool) -> VecInferSpec:
         group=shape.q[1] // shape.v[1],
         sink_size=storage.sink_tokens,
         softcap=softcap,
-        key_code=str(shape.form.key),
-        value_code=str(shape.form.value),
+        key_code=str(shape.form.key) if shape.form else FP8,
+        value_code=str(shape.form.value) if shape.form else FP8,
         new_tokens=shape.q[2],
         exact_tokens=storage.exact_tokens,
         block_tokens=storage.block_tokens,

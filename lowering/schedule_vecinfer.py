@@ -24,7 +24,8 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
     codewords never leave its registers, and nothing waits at barriers.
     """
     if spec.kind == "vecinfer_append":
-        return Schedule(block_m=ROWS, block_n=16, num_warps=8, num_stages=1)
+        warps = 1 if spec.is_fp8 else 8  # nothing is searched
+        return Schedule(block_m=ROWS, block_n=16, num_warps=warps, num_stages=1)
     widest = max(padded(spec.head_dim), padded(spec.value_dim))
     if spec.kind == "vecinfer_combine":
         parts = 64 if widest <= _WIDE else 32
@@ -36,5 +37,6 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
     # What needs more registers than a warp has, with larger tiles.
     ragged = spec.block_tokens % _TILE != 0
     crowded = spec.per_head or ragged or max(spec.keys.bits, spec.values.bits) > _BYTE
+    crowded |= spec.is_fp8 and widest > _WIDE // 2  # a tile's keys and values are loaded together
     n = _TILE // 2 if crowded else _TILE
     return Schedule(block_m=ROWS, block_n=n, num_warps=1, num_stages=1)

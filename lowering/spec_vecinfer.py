@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.spec import KernelSpec, padded
 
+from flasheva_compile.quantization.formats import FP8
+
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import AnyKind
 
@@ -28,8 +30,8 @@ class VecInferSpec(KernelSpec):
     """A kernel over the state of ``quantization/state.py``.
 
     Attributes:
-        key_code: ``"d4b8"`` (a code of 8 bits for 4 channels) and so on.
-        value_code: The same of values.
+        key_code: ``"d4b8"`` (a code of 8 bits for 4 channels) and so on, or ``"fp8"``.
+        value_code: The same of values; both are fp8 or none is.
         new_tokens: Tokens of the call.
         exact_tokens: Last tokens that stay exact, at least.
         block_tokens: Tokens that become codes together.
@@ -83,6 +85,11 @@ class VecInferSpec(KernelSpec):
         return self.sink_parts + -(-most // EXACT_PART)
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether tokens are stored as numbers of 8 bits instead of numbers of codewords."""
+        return self.key_code == FP8
+
+    @property
     def query_pieces(self) -> int:
         """Return the programs that transform sixteen queries, each some channels."""
         return max(1, self.keys.padded // 32)
@@ -90,6 +97,8 @@ class VecInferSpec(KernelSpec):
     @property
     def append_jobs(self) -> tuple[int, int, int]:
         """Return the programs of ``vecinfer_append`` per key head: for queries, keys, values."""
+        if self.is_fp8:  # queries need nothing, and a program takes all of a token
+            return 0, self.new_tokens, self.new_tokens
         layouts = (self.keys, self.values)
         of_keys, of_values = (self.new_tokens * -(-x.codes // part_codes(x)) for x in layouts)
         return self.row_blocks * self.query_pieces, of_keys, of_values
@@ -106,7 +115,7 @@ class VecInferSpec(KernelSpec):
 
     @property
     def coded_dtype(self) -> str:
-        """Return the dtype of the products with codewords."""
+        """Return the dtype of the products with what codes stand for."""
         return "fp32" if self.dtype == "fp32" else "fp16"
 
 
@@ -159,7 +168,9 @@ class CodeLayout:
 
 
 def code_layout(code: str, size: int) -> CodeLayout:
-    """Return the layout of ``"d{vector}b{bits}"`` codes of ``size`` channels."""
+    """Return the layout of ``"d{vector}b{bits}"`` codes, or of fp8, of ``size`` channels."""
+    if code == FP8:
+        return CodeLayout(vector=1, bits=8, size=size, padded=padded(size))
     found = re.fullmatch(r"d(\d+)b(\d+)", code)
     assert found is not None, code
     vector, bits = (int(x) for x in found.groups())

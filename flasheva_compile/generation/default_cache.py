@@ -66,20 +66,19 @@ def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN
         mask = torch.ones(1, 0, dtype=torch.bool)
     elif mask.dim() != 2:  # refused by the attentions
         return
-    told, seen = cache.told, cache.get_seq_length()
-    cache.told = mask.bool()
-    if told is None or seen == 0 or (len(told) != len(mask) and 1 not in (len(told), len(mask))):
-        return
-    now, before = (_columns(x, seen) for x in (cache.told, told))
-    changed = (now != before.to(now.device)).any(1)
-    if changed.any():
-        raise ConfigError(
-            f"attention_mask says of stored tokens of row {int(changed.nonzero()[0])} what it did "
-            "not say before",
-            subject="past_key_values",
-            hint="mask new tokens alone (rows that ended early keep their padding unmasked), or "
-            "start from an empty cache",
-        )
+    told, seen, mask = cache.told, cache.get_seq_length(), mask.bool()
+    if told is not None and (len(told) == len(mask) or 1 in (len(told), len(mask))):
+        now, before = (_columns(x, seen) for x in (mask, told))
+        changed = (now != before.to(now.device)).any(1)
+        if changed.any():
+            raise ConfigError(
+                f"attention_mask says of stored tokens of row {int(changed.nonzero()[0])} what it "
+                "did not say before",
+                subject="past_key_values",
+                hint="mask new tokens alone (rows that ended early keep their padding unmasked), "
+                "or start from an empty cache",
+            )
+    cache.told = mask
 
 
 def _columns(told: torch.Tensor, seen: int) -> torch.Tensor:

@@ -325,7 +325,6 @@ class VecInferLayer(CacheLayerMixin):
             return
         more = max(needed, room + room // 4 + _FIRST_ROOM) - room
         pad = torch.nn.functional.pad
-        key_codes, value_codes = (
-            pad(x, (0, 0, 0, more)) for x in (self.state.key_codes, self.state.value_codes)
-        )
-        self.state = self.state._replace(key_codes=key_codes, value_codes=value_codes)
+        coded = ("key_codes", "value_codes", "exponents")
+        grown = {name: pad(getattr(self.state, name), (0, 0, 0, more)) for name in coded}
+        self.state = self.state._replace(**grown)

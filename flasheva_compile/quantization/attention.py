@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from flasheva_compile.quantization.state import append, coded_until, last_places
+from flasheva_compile.quantization.state import append, coded_until, last_places, packed_tokens
 from flasheva_compile.quantization.transform import compute_dtype
 
 if TYPE_CHECKING:
@@ -126,13 +126,14 @@ def _add_codes(
     for start in range(0, end, _BLOCK):
         block = slice(start, min(start + _BLOCK, end))
         place = torch.arange(block.start, block.stop, device=q.device) + storage.sink_tokens
-        scores = capped(codec.scores(q, state.key_codes[:, :, block]))
+        packed_keys, packed_values = packed_tokens(state, block)
+        scores = capped(codec.scores(q, packed_keys))
         hidden = place >= coded[..., None]
         scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
         largest = torch.maximum(softmax.largest, scores.amax(-1))
         shrink = (softmax.largest - _finite(largest)).exp()
         weights = (scores - _finite(largest)[..., None]).exp()
-        values = codec.decode_values(state.value_codes[:, :, block], q.dtype)
+        values = codec.decode_values(packed_values, q.dtype)
         softmax = _Softmax(
             largest,
             softmax.total * shrink + weights.sum(-1),

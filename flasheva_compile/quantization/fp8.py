@@ -9,14 +9,16 @@ from flasheva_compile.quantization.transform import compute_dtype
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
-_EXPONENTS = 127
+_EXPONENTS = 126  # the largest, negative or positive, whose power of two is an fp32 number
+_LOST = -128  # the exponent of a token that is not finite: no number of it is known
 
 
 class Fp8Codec:
     """Stores keys and values as 8-bit floats; the last byte of a token is its exponent.
 
     The scale is each token's own, so that no calibration is needed and nothing saturates; a power
-    of two costs no precision. The interface is that of ``VqCodec``.
+    of two costs no precision. A token with an infinity or NaN is NaN. The interface is that of
+    ``VqCodec``.
 
     Args:
         head_dim: ``D``.
@@ -25,7 +27,7 @@ class Fp8Codec:
 
     def __init__(self, head_dim: int, value_dim: int) -> None:
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.key_bytes, self.value_bytes = head_dim + 1, value_dim + 1
+        self.key_bytes, self.value_bytes = head_dim, value_dim  # without the exponents
 
     def encode_keys(self, k: Tensor) -> Tensor:
         """Return ``[B, Hkv, N, D + 1]`` uint8."""
@@ -62,14 +64,22 @@ class Fp8Codec:
 
 def _encoded(x: Tensor) -> Tensor:
     x = x.to(compute_dtype(x.dtype))
-    # The smallest exponent with amax / largest <= 2^e; of zero it is 0.
-    mantissa, exponent = torch.frexp(x.abs().amax(-1, keepdim=True) / _LARGEST)
-    exponent = (exponent - (mantissa == 0.5).int()).clamp(-_EXPONENTS + 1, _EXPONENTS)
-    scaled = torch.ldexp(x, -exponent).clamp(-_LARGEST, _LARGEST)
-    bytes_of = (scaled.to(_FP8), exponent.to(torch.int8))
+    amax = x.abs().amax(-1, keepdim=True)
+    known = amax.isfinite()
+    # The smallest exponent with amax / largest <= 2^e.
+    mantissa, exponent = torch.frexp(amax / _LARGEST)
+    exponent = (exponent - (mantissa == 0.5).int()).clamp(-_EXPONENTS, _EXPONENTS)
+    exponent = exponent.masked_fill(amax == 0, -_EXPONENTS)
+    scaled = (x * _power(-exponent)).clamp(-_LARGEST, _LARGEST).where(known, torch.nan)
+    bytes_of = (scaled.to(_FP8), exponent.where(known, _LOST).to(torch.int8))
     return torch.cat([x.view(torch.uint8) for x in bytes_of], -1)
 
 
 def _decoded(packed: Tensor, dtype: torch.dtype) -> Tensor:
     numbers = packed[..., :-1].contiguous().view(_FP8).to(dtype)
-    return torch.ldexp(numbers, packed[..., -1:].contiguous().view(torch.int8).int()).to(dtype)
+    return (numbers * _power(packed[..., -1:].contiguous().view(torch.int8))).to(dtype)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """Return powers of two in fp32: exactly, which no device promises of ``pow``."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.quantization.fp8 import Fp8Codec
 
 if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import KvStorage
@@ -21,7 +22,12 @@ ROLLBACK = 32  # tokens that can be forgotten at any time; the ring is longer by
 
 
 class Codec(Protocol):
-    """Turns tokens into codes: ``VqCodec`` or ``Fp8Codec``."""
+    """Turns tokens into codes: ``VqCodec`` or ``Fp8Codec``.
+
+    Attributes:
+        key_bytes: Bytes of a key's codes, without the byte behind them that fp8 has.
+        value_bytes: The same of a value.
+    """
 
     key_bytes: int
     value_bytes: int
@@ -61,6 +67,8 @@ class QuantizedState(NamedTuple):
         tail_v: Ring of the last values, ``[B, Hkv, ring, Dv]``.
         key_codes: ``[B, Hkv, room, bytes]`` uint8; place ``p`` is at ``p - sinks``.
         value_codes: ``[B, Hkv, room, bytes]`` uint8.
+        exponents: Last bytes of fp8's keys and values, ``[B, Hkv, room, 2]`` uint8, apart from the
+            others so that those are aligned; of other formats ``[B, Hkv, room, 0]``.
         length: Valid tokens of each row, ``[B]`` int64.
         written: The most that it ever was, ``[B]`` int64.
     """
@@ -71,6 +79,7 @@ class QuantizedState(NamedTuple):
     tail_v: Tensor
     key_codes: Tensor
     value_codes: Tensor
+    exponents: Tensor
     length: Tensor
     written: Tensor
 
@@ -78,6 +87,14 @@ class QuantizedState(NamedTuple):
 def ring_size(storage: KvStorage) -> int:
     """Return the tokens that the ring holds."""
     return storage.exact_tokens + storage.block_tokens + ROLLBACK
+
+
+def packed_tokens(state: QuantizedState, block: slice) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a block of codes as a codec encoded them."""
+    exponents = state.exponents[:, :, block]
+    parts = (state.key_codes, exponents[..., :1]), (state.value_codes, exponents[..., 1:])
+    keys, values = (torch.cat([codes[:, :, block], own], -1) for codes, own in parts)
+    return keys, values
 
 
 def last_places(length: Tensor, ring: int) -> Tensor:
@@ -109,6 +126,7 @@ def new_state(k: Tensor, v: Tensor, codec: Codec, storage: KvStorage, room: int)
         tail_v=exact(v, ring),
         key_codes=codes(k, codec.key_bytes),
         value_codes=codes(v, codec.value_bytes),
+        exponents=codes(k, 2 if isinstance(codec, Fp8Codec) else 0),
         length=k.new_zeros(k.shape[0], dtype=torch.long),
         written=k.new_zeros(k.shape[0], dtype=torch.long),
     )
@@ -152,11 +170,13 @@ def append(
     for x, sink, tail in ((k, state.sink_k, state.tail_k), (v, state.sink_v, state.tail_v)):
         new.keep(sink, x, first)
         new.keep(tail, x, last)
-    for codes, encoded in (
-        (state.key_codes, codec.encode_keys(k)),
-        (state.value_codes, codec.encode_values(v)),
+    for codes, exponents, encoded in (
+        (state.key_codes, state.exponents[..., :1], codec.encode_keys(k)),
+        (state.value_codes, state.exponents[..., 1:], codec.encode_values(v)),
     ):
-        new.store(codes, encoded, storage.sink_tokens)
+        own = encoded.tensor_split([codes.shape[3]], -1)
+        for kept, part in zip((codes, exponents), own, strict=True):
+            new.store(kept, part, storage.sink_tokens)
 
 
 class _NewTokens(NamedTuple):

@@ -1,8 +1,8 @@
 """The start of a step over a cache of codes: ``vecinfer_append``.
 
-Its first programs make of queries what products with codewords need; each of the others codes some
-channels of one new key or value, and the first of them store it exactly, too. Nothing that is
-written here is read here.
+Its first programs make of queries what products with codewords need (fp8 has none); each of the
+others codes some channels of one new key or value, and the first of them store it exactly, too.
+Nothing that is written here is read here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.emit.vecinfer_codes import key_channel
+from flasheva_compile.lowering.emit.vecinfer_fp8 import store_code
 from flasheva_compile.lowering.spec_vecinfer import part_codes
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ def emit_vecinfer_append(spec: VecInferSpec) -> str:
         "b64 = b.to(tl.int64)",
         "bh64 = bh.to(tl.int64)",
     )
-    with out.block(f"if job < {of_queries}:"):
-        _queries(out, spec)
-    with out.block(f"elif job < {of_queries + of_keys}:"):
+    if of_queries:
+        with out.block(f"if job < {of_queries}:"):
+            _queries(out, spec)
+    with out.block(f"{'elif' if of_queries else 'if'} job < {of_queries + of_keys}:"):
         _token(out, spec, "k", of_queries)
     with out.block("else:"):
         _token(out, spec, "v", of_queries + of_keys)
@@ -114,7 +116,7 @@ def _token(out: Source, spec: VecInferSpec, name: str, first: int) -> None:
     """Store one new token exactly, and some of its codes."""
     layout = spec.keys if name == "k" else spec.values
     dim = Dim("d" if name == "k" else "e", layout.size, split=False)
-    parts = -(-layout.codes // part_codes(layout))
+    parts = 1 if spec.is_fp8 else -(-layout.codes // part_codes(layout))
     out.lines(
         *dim.offsets(),
         f"token = (job - {first}) // {parts}",
@@ -127,7 +129,10 @@ def _token(out: Source, spec: VecInferSpec, name: str, first: int) -> None:
     with out.block("if (piece == 0) & is_valid:"):
         _store_exactly(out, spec, name, dim)
     with out.block(f"if is_valid & (place >= {spec.sink_size}) & (slot < room):"):
-        _code(out, spec, name, layout)
+        if spec.is_fp8:
+            out.lines(*store_code(name, layout.size))
+        else:
+            _code(out, spec, name, layout)
 
 
 def _place(spec: VecInferSpec) -> list[str]:

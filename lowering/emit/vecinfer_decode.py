@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flasheva_compile.lowering.emit import scores
+from flasheva_compile.lowering.emit import scores, vecinfer_fp8
+from flasheva_compile.lowering.emit import vecinfer_fp8_tiles as fp8_tiles
 from flasheva_compile.lowering.emit.decode import LOWEST, softmax_step
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.emit.vecinfer_codes import (
@@ -94,7 +95,9 @@ def seen(spec: VecInferSpec) -> list[str]:
 
 def _rows(spec: VecInferSpec) -> list[str]:
     """Move pointers to row ``b`` and head ``hk``; notice a cache that was too small."""
+    exponents = ["exponents_ptr += bh64 * room * 2"] if spec.is_fp8 else []
     return [
+        *exponents,
         f"sink_k_ptr += bh64 * {spec.sink_size * spec.head_dim}",
         f"sink_v_ptr += bh64 * {spec.sink_size * spec.value_dim}",
         f"tail_k_ptr += bh64 * {spec.ring * spec.head_dim}",
@@ -114,7 +117,8 @@ def _exact(out: Source, spec: VecInferSpec) -> None:
         *d.offsets(),
         *e.offsets(),
         f"offs_e = tl.arange(0, {_EXACT_TILE[spec.dtype]})",
-        *_queries(spec, d),
+        *_query_rows(spec),
+        *d.load("q", "q_rows", "q_row", "1", "is_query"),
         *e.zeros("acc", "BLOCK_M"),
         *_exact_range(spec),
     )
@@ -145,8 +149,8 @@ def _exact_range(spec: VecInferSpec) -> list[str]:
     ]
 
 
-def _queries(spec: VecInferSpec, d: Dim) -> list[str]:
-    """Load the queries as they came."""
+def _query_rows(spec: VecInferSpec) -> list[str]:
+    """Define where the queries lie."""
     count = spec.new_tokens
     head, token = (f"offs_g // {count}", f"offs_g % {count}") if count > 1 else ("offs_g", "")
     rows = f"({head}) * tl.cast(stride_qh, tl.int64)"
@@ -154,7 +158,6 @@ def _queries(spec: VecInferSpec, d: Dim) -> list[str]:
     return [
         f"q_rows = q_ptr + b64 * stride_qb + hk * tl.cast(stride_qh, tl.int64) * {spec.group}",
         f"q_row = {rows}",
-        *d.load("q", "q_rows", "q_row", "1", "is_query"),
     ]
 
 
@@ -204,29 +207,55 @@ def _coded(out: Source, spec: VecInferSpec, schedule: Schedule) -> None:
         "end = (split + 1) * tiles // coded_parts * BLOCK_N",
         "offs_t = tl.arange(0, BLOCK_N)",
         f"offs_q = tl.arange(0, {keys.padded})",
-        f"coded_row = bh64 * {spec.row_blocks * 16} + offs_g",
-        f"q = tl.load(coded_q_ptr + coded_row[:, None] * {keys.padded} + offs_q[None, :])",
-        "q_scale = tl.load(q_scale_ptr + coded_row)",
-        "q_bias = tl.load(q_scale_ptr + rows * 16 + coded_row)",
+        *_coded_queries(spec),
         f"sums = tl.zeros([BLOCK_M, {values.padded}], tl.float32)",
-        *_own_books(spec),
-        *key_setup(keys),
-        *value_setup(values, warps),
+        *_setup(spec, warps),
     )
     if spec.new_tokens > 1:
         out.line(f"row_stop = {coded_until(spec, 'sees')}")
+    stop, inside = ("stop", "offset + offs_t < stop") if ragged else (None, None)
     with out.block("for offset in range(begin, end, BLOCK_N):"):
-        out.lines(*key_tile(keys, "offset + offs_t < stop" if ragged else None))
-        out.lines(f"s = tl.dot(q, k{scores.precision(spec)})", *_coded_softmax(spec, ragged=ragged))
-        out.lines(*value_tile(values, warps, "stop" if ragged else None))
+        if spec.is_fp8:
+            out.lines(*fp8_tiles.load_words(keys, values, stop), *vecinfer_fp8.exponents(inside))
+            out.lines(*fp8_tiles.key_tile(keys, spec.coded_dtype))
+        else:
+            out.lines(*key_tile(keys, inside))
+        out.line(f"s = tl.dot(q, k{scores.precision(spec)})")
+        out.lines(*_coded_softmax(spec, inside))
+        if spec.is_fp8:
+            out.lines(*fp8_tiles.value_tile(values, warps, spec.coded_dtype))
+        else:
+            out.lines(*value_tile(values, warps, stop))
         out.line(f"sums = tl.dot(p, v, sums{scores.precision(spec)})")
+    column = values.channel("offs_v", warps)
+    if spec.is_fp8:
+        column = fp8_tiles.value_channel(values, "offs_v", warps)
     out.lines(
-        "sums *= tl.load(book_scale_ptr + 1)",
+        *(vecinfer_fp8.scaled_sums() if spec.is_fp8 else ["sums *= tl.load(book_scale_ptr + 1)"]),
         f"offs_v = tl.arange(0, {values.padded})",
-        f"channel = {values.channel('offs_v', warps)}",
+        f"channel = {column}",
     )
     bound = None if values.padded == spec.value_dim else f"channel[None, :] < {spec.value_dim}"
     out.lines(*_store(spec, "sums", "channel", bound))
+
+
+def _setup(spec: VecInferSpec, warps: int) -> list[str]:
+    """Define where tiles of codes lie."""
+    if spec.is_fp8:
+        return fp8_tiles.setup(spec.keys, spec.values, warps)
+    return [*_own_books(spec), *key_setup(spec.keys), *value_setup(spec.values, warps)]
+
+
+def _coded_queries(spec: VecInferSpec) -> list[str]:
+    """Load ``q`` for products with coded keys, and what makes scores of them."""
+    if spec.is_fp8:
+        return [*_query_rows(spec), *vecinfer_fp8.coded_queries(spec)]
+    return [
+        f"coded_row = bh64 * {spec.row_blocks * 16} + offs_g",
+        f"q = tl.load(coded_q_ptr + coded_row[:, None] * {spec.keys.padded} + offs_q[None, :])",
+        "q_scale = tl.load(q_scale_ptr + coded_row)",
+        "q_bias = tl.load(q_scale_ptr + rows * 16 + coded_row)",
+    ]
 
 
 def _own_books(spec: VecInferSpec) -> list[str]:
@@ -236,12 +265,14 @@ def _own_books(spec: VecInferSpec) -> list[str]:
     return [f"{x}_book_ptr += hk * tl.cast({x}_stride, tl.int64)" for x in ("key", "value")]
 
 
-def _coded_softmax(spec: VecInferSpec, *, ragged: bool) -> list[str]:
+def _coded_softmax(spec: VecInferSpec, inside: str | None) -> list[str]:
     """Go on with the softmax by products ``s``; ``q_scale`` and ``q_bias`` make scores of them."""
     lines: list[str] = []
-    bounds = ["(offset + offs_t)[None, :] < stop"] if ragged and spec.new_tokens == 1 else []
+    bounds = ["(offset + offs_t)[None, :] < stop"] if inside and spec.new_tokens == 1 else []
     if spec.new_tokens > 1:
         bounds = ["(offset + offs_t)[None, :] < row_stop[:, None]"]
+    if spec.is_fp8:
+        return vecinfer_fp8.softmax(spec, bounds)
     if not bounds and not spec.softcap:
         # Its own form: one multiplication and addition per score.
         lines += [

@@ -13,12 +13,10 @@ import flasheva_compile as fe
 from flasheva_compile import vecinfer_ops
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.formats import FORMATS, KvStorage
-from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import QuantizedState
 from tests.kernels.vecinfer_cases import (
-    COPIED,
     VecInferCase,
-    assert_codes_are_nearest,
+    assert_states_agree,
     run_kernels,
     run_pytorch,
     steps_of,
@@ -72,6 +70,13 @@ CASES = {
     "no sinks, odd blocks": {"sinks": 0, "exact": 33, "block": 7},
     "nothing coded yet": {"prefix": 40},
 }
+_NOT_OF_FP8 = (*FORMATS, "per head", "grouped", "no rotation", "rotated values")
+CASES |= {
+    "fp8": {"fp8": True},
+    "fp8, any sizes": {"fp8": True, "sizes": 10},
+    "fp8, odd heads": {"fp8": True, "head_dim": 20, "value_dim": 12},
+    **{f"fp8, {name}": {"fp8": True, **CASES[name]} for name in CASES if name not in _NOT_OF_FP8},
+}
 
 
 def case_of(**fields) -> VecInferCase:
@@ -84,10 +89,7 @@ def test_kernels_equal_pytorch(fields, dtype):
     case = case_of(dtype=dtype, **fields)
     out, lse, states = run_kernels(case, own_schedule=True)
     *_, wanted = run_pytorch(case, dtype, states)
-    for got, want in zip(states[1:], wanted, strict=True):
-        for name in COPIED:
-            assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert_codes_are_nearest(case, states[-1])
+    assert_states_agree(case, states, wanted)
 
     def formula(precision):
         return [x.cpu() for x in run_pytorch(case, precision, states)[:2]]
@@ -95,8 +97,9 @@ def test_kernels_equal_pytorch(fields, dtype):
     assert_as_accurate_as_pytorch([out.cpu(), lse.cpu()], formula, dtype)
 
 
-def test_at_64k():
-    case = case_of(prefix=65536, dtype=torch.bfloat16, steps=2)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_at_64k(fp8):
+    case = case_of(prefix=65536, dtype=torch.bfloat16, steps=2, fp8=fp8)
     out, lse, states = run_kernels(case, own_schedule=True)
 
     def formula(precision):
@@ -110,8 +113,9 @@ def call(case: VecInferCase, qkv, mask, state, books):
     return torch.ops.flasheva.vecinfer_decode(*qkv, mask, books, *state, **options)
 
 
-def test_the_op_runs_the_kernels_and_repeats_bit_for_bit():
-    case, results = case_of(steps=6, dtype=torch.bfloat16), []
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(fp8):
+    case, results = case_of(steps=6, dtype=torch.bfloat16, fp8=fp8), []
     books = vecinfer_ops.op_books(case.codec, case.dtype)
     for _ in range(2):
         state = case.filled_state(case.dtype)
@@ -126,10 +130,11 @@ def test_the_op_runs_the_kernels_and_repeats_bit_for_bit():
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("mask", ["none", "holes"])
-def test_a_captured_call_goes_on_by_itself(mask):
+def test_a_captured_call_goes_on_by_itself(mask, fp8):
     """One graph, over every phase of a block, equals calls that are launched one by one."""
-    case = case_of(steps=150, prefix=300, mask=mask, dtype=torch.bfloat16)
+    case = case_of(steps=150, prefix=300, mask=mask, dtype=torch.bfloat16, fp8=fp8)
     books = vecinfer_ops.op_books(case.codec, case.dtype)
     state, want = case.filled_state(case.dtype), []
     for qkv, valid in steps_of(case, case.dtype):
@@ -172,26 +177,43 @@ def test_another_stream_and_a_view_of_a_larger_tensor():
 # --- a layer of the cache -------------------------------------------------------------------------
 
 
-def layer_of(case: VecInferCase, kind: str) -> VecInferLayer:
-    """Return a preallocated layer that holds the prefix; fp8 runs PyTorch code."""
-    codec = Fp8Codec(case.head_dim, case.value_dim) if kind == "fp8" else case.codec
-    layer = VecInferLayer("layer", codec, case.storage, case.tokens, case.dtype)
+def layer_of(case: VecInferCase) -> VecInferLayer:
+    """Return a preallocated layer that holds the prefix."""
+    layer = VecInferLayer("layer", case.codec, case.storage, case.tokens, case.dtype)
     _, k, v = (x[:, :, : case.prefix].to(case.dtype) for x in case.qkv)
     layer.append(k, v, None)
     return layer
 
 
-@pytest.mark.parametrize("kind", ["vq", "fp8"])
+@pytest.fixture(name="_pytorch_code")
+def _only_pytorch_code(monkeypatch):
+    monkeypatch.setattr(vecinfer_ops, "runs_kernels", lambda *_: False)
+    vecinfer_ops._known.clear()
+    yield
+    vecinfer_ops._known.clear()
+
+
+@pytest.mark.usefixtures("_pytorch_code")
+def test_a_captured_step_of_pytorch_code_is_the_step():
+    assert_a_captured_step_of_a_layer_is_the_step(fp8=True, masked=True)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_captured_step_of_a_layer_is_the_step(kind, masked):
+def test_a_captured_step_of_a_layer_is_the_step(fp8, masked):
+    with no_pytorch_code():
+        assert_a_captured_step_of_a_layer_is_the_step(fp8=fp8, masked=masked)
+
+
+def assert_a_captured_step_of_a_layer_is_the_step(*, fp8, masked):
     """No step waits for the device; one graph, over every phase of a block, equals the steps."""
-    case = case_of(steps=150, prefix=300, dtype=torch.bfloat16)
+    case = case_of(steps=150, prefix=300, dtype=torch.bfloat16, fp8=fp8)
     columns = torch.ones(case.batch, case.tokens, dtype=torch.bool, device="cuda")
     if masked:
         columns[1, 310::7] = False
     mask = columns if masked else None
     steps = [[x.clone() for x in qkv] for qkv, _ in steps_of(case, case.dtype)]
-    layer = layer_of(case, kind)
+    layer = layer_of(case)
     want = [x.clone() for x in layer.attend(steps[0], mask, case.scale, 0.0)]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -199,7 +221,7 @@ def test_a_captured_step_of_a_layer_is_the_step(kind, masked):
             want += layer.attend(qkv, mask, case.scale, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    captured = layer_of(case, kind)
+    captured = layer_of(case)
     static = [x.clone() for x in steps[0]]
     found = list(captured.attend(static, mask, case.scale, 0.0))
     graph = torch.cuda.CUDAGraph()
@@ -288,4 +310,49 @@ def test_cuda_graph_of_a_step_of_a_model():
             for part in ids[:, 40:].split(1, 1)
         ]
     torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-3, atol=1e-3)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("length", [None, 128])
+def test_a_model_attends_to_fp8_as_pytorch_code_does(monkeypatch, length):
+    """The full layer is the first one, so that both runs store the same tokens."""
+    model, ids = hybrid(), tokens(2, 60).cuda()
+    storage = KvStorage(format="fp8", sink_tokens=2, exact_tokens=3, block_tokens=4)
+
+    def logits():
+        vecinfer_ops._known.clear()
+        cache = fe.FlashEvaCache.for_model(model, max_cache_len=length, full_layers=storage)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            steps = [model(part, past_key_values=cache).logits for part in ids[:, 20:].split(5, 1)]
+        return torch.cat(steps, 1), cache.layers[0].state
+
+    with no_pytorch_code():
+        found, state = logits()
+    monkeypatch.setattr(vecinfer_ops, "runs_kernels", lambda *_: False)
+    want, wanted = logits()
+    vecinfer_ops._known.clear()
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+    for got, expected in zip(state, wanted, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_cuda_graph_of_a_step_of_a_model_over_fp8():
+    """Against the same compiled code without a graph: other code rounds other numbers to fp8."""
+    model, ids = hybrid(), tokens(1, 120).cuda()
+    storage = KvStorage(format="fp8", sink_tokens=2, exact_tokens=3, block_tokens=4)
+    found = []
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        forward = torch.compile(model.forward, mode=mode, fullgraph=True)
+        cache = fe.FlashEvaCache.for_model(model, max_cache_len=128, full_layers=storage)
+        with torch.no_grad(), no_pytorch_code():
+            model(ids[:, :40], past_key_values=cache)
+            steps = [
+                forward(part.clone(), past_key_values=cache, use_cache=True).logits.clone()
+                for part in ids[:, 40:].split(1, 1)
+            ]
+        found.append(torch.cat(steps, 1))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

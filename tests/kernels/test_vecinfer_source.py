@@ -10,6 +10,7 @@ import re
 
 import pytest
 from flasheva_compile.lowering import launch_vecinfer, offline, schedule
+from flasheva_compile.lowering.emit import vecinfer_codes, vecinfer_fp8_tiles
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.offline import TARGETS, resources
 from flasheva_compile.lowering.spec_vecinfer import VecInferSpec, code_layout
@@ -40,6 +41,11 @@ SIZES = {
         name: {"key_code": str(form.key), "value_code": str(form.value)}
         for name, form in FORMATS.items()
     },
+    "fp8": {"key_code": "fp8", "value_code": "fp8", "rotate_keys": False},
+    "fp8-d80-masked": {"key_code": "fp8", "value_code": "fp8", "head_dim": 80, "new_tokens": 4}
+    | {"key_mask": True, "sink_size": 0, "block_tokens": 7, "softcap": True},
+    "fp8-d256": {"key_code": "fp8", "value_code": "fp8", "head_dim": 256},
+    "fp8-fp32": {"key_code": "fp8", "value_code": "fp8", "dtype": "fp32", "head_dim": 64},
     "fp16-d64": {"dtype": "fp16", "head_dim": 64, "group": 1},
     "d80-masked": {"head_dim": 80, "new_tokens": 4, "key_mask": True},
     "d256": {"head_dim": 256},
@@ -74,10 +80,13 @@ def test_ruff_finds_nothing(kernels, tmp_path):
 
 
 def test_a_switched_off_feature_leaves_no_trace(kernels):
-    plain = kernels["vecinfer_decode-vq-2bit"].source
+    plain, fp8 = (kernels[f"vecinfer_decode-{name}"].source for name in ("vq-2bit", "fp8"))
     for word in ("key_mask_ptr", "softcap", "sees", "key_stride", "key_shift", "visible = is_past"):
         assert word not in plain, word
-    assert "inside" not in plain.split("else:")[1]  # whole blocks of tokens become codes
+    assert "exponents" not in plain
+    assert not {"book", "coded_q"} & set(re.findall(r"book|coded_q", fp8))
+    for text in (plain, fp8):
+        assert "inside" not in text.split("else:")[1]  # whole blocks of tokens become codes
     assert not any("atomic" in kernel.source for kernel in kernels.values())
 
 
@@ -86,9 +95,18 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 def test_columns_of_a_tile_are_all_channels(code, size, warps):
     layout = code_layout(code, size)
-    text = layout.channel("n", warps)
-    found = [eval(text, {"n": n}) for n in range(layout.padded)]
-    assert sorted(found) == list(range(layout.padded))
+    for text in (layout.channel("n", warps), vecinfer_codes.key_channel(layout, "n")):
+        found = [eval(text, {"n": n}) for n in range(layout.padded)]
+        assert sorted(found) == list(range(layout.padded))
+
+
+@pytest.mark.parametrize("size", [4, 20, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_columns_of_a_tile_of_fp8_are_all_channels(size, warps):
+    layout, tiles = code_layout("fp8", size), vecinfer_fp8_tiles
+    for text in (tiles.value_channel(layout, "n", warps), tiles.key_channel(layout, "n")):
+        found = [eval(text, {"n": n}) for n in range(layout.padded)]
+        assert sorted(found) == list(range(layout.padded))
 
 
 @pytest.mark.parametrize("room", [0, 100, 16384, 200_000])
@@ -106,9 +124,10 @@ def test_parts_keep_the_device_busy(rows, room):
 
 COMBINED = ("vecinfer_combine-vq-2bit", "vecinfer_combine-d256", "vecinfer_combine-odd")
 COMPILED = [name for name in SPECS if "combine" not in name or name in COMBINED]
-EVERYWHERE = [name for name in COMPILED if FULL or name == "vecinfer_decode-vq-2bit"]
+_CHOSEN = ("vecinfer_decode-vq-2bit", "vecinfer_decode-fp8", "vecinfer_append-fp8")
+EVERYWHERE = [name for name in COMPILED if FULL or name in _CHOSEN]
 MATRIX = {
-    "sm_90": [x for x in COMPILED if FULL or "decode" in x or x.endswith("vq-2bit")],
+    "sm_90": [x for x in COMPILED if FULL or "decode" in x or x.endswith(("vq-2bit", "fp8"))],
     **dict.fromkeys(("sm_80", "sm_100", "gfx942"), EVERYWHERE),
 }
 
@@ -134,16 +153,31 @@ def test_compiles_without_spills(target, name):
         assert used.matrix == {"gfx942": "mfma"}.get(target, "mma")
 
 
+def _loop_over_codes(text):
+    """Return the body of the loop that loads most: the other one walks over exact tokens."""
+    loops = list(re.finditer(r"(?m)^(\$L__BB\d+_\d+):(.*?)bra\s+\1;", text, re.DOTALL))
+    return max((m.group(2) for m in loops), key=lambda loop: loop.count(".f16.f16.f32"))
+
+
 @pytest.mark.usefixtures("_caches")
 @pytest.mark.parametrize("form", ["vq-4bit", "vq-2bit", "vq-1bit"])
 def test_codewords_go_straight_to_registers(form):
     """Of what Triton lays out, nothing in the loop over codes goes through shared memory."""
     spec = SPECS[f"vecinfer_decode-{form}"]
     kernel = offline.compile_for(emit(spec, schedule.choose(spec)), "sm_90")
-    text = kernel.asm["ptx"]
-    # Labels and jumps of the loops; the last loop walks over codes.
-    loops = list(re.finditer(r"(?m)^(\$L__BB\d+_\d+):(.*?)bra\s+\1;", text, re.DOTALL))
-    body = max((m.group(2) for m in loops), key=lambda loop: loop.count("ld.global"))
+    body = _loop_over_codes(kernel.asm["ptx"])
     assert body.count("mma.sync") > 0
     assert "st.shared" not in body
     assert "stmatrix" not in body
+
+
+@pytest.mark.usefixtures("_caches")
+def test_numbers_of_fp8_go_straight_to_registers():
+    """Sixteen bytes at a time; shared memory sees the exponents of the tokens alone."""
+    spec = SPECS["vecinfer_decode-fp8"]
+    chosen = schedule.choose(spec)
+    body = _loop_over_codes(offline.compile_for(emit(spec, chosen), "sm_90").asm["ptx"])
+    assert body.count("mma.sync") > 0
+    assert re.findall(r"st\.shared\S*|stmatrix|shfl\.sync\.idx", body) == ["st.shared.b16"]
+    wanted = chosen.block_n * (spec.head_dim + spec.value_dim) // (16 * 32 * chosen.num_warps)
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", body)) == wanted

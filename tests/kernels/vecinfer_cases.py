@@ -16,12 +16,13 @@ from torch import Tensor
 
 from flasheva_compile.quantization.attention import append_and_attend
 from flasheva_compile.quantization.formats import CodeFormat, KvFormat, KvStorage
+from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.packing import unpack
 from flasheva_compile.quantization.state import QuantizedState, append, new_state
 from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 from tests.kernels.cases import DTYPES, POINTER_TYPES
 
-CODES = ("key_codes", "value_codes")
+CODES = ("key_codes", "value_codes", "exponents")
 _LAST = 64  # tokens, at least those of all calls
 COPIED = tuple(name for name in QuantizedState._fields if name not in CODES)
 
@@ -30,7 +31,8 @@ COPIED = tuple(name for name in QuantizedState._fields if name not in CODES)
 class VecInferCase:
     """``prefix`` tokens that plain PyTorch appends, then ``steps`` calls of ``new_tokens``.
 
-    ``room``: codes that there is room for beyond the tokens.
+    ``room``: codes that there is room for beyond the tokens. ``sizes``: a token's numbers are up to
+    as many powers of two larger or smaller than others'; fp8 stores them all as well.
     """
 
     batch: int = 1
@@ -38,6 +40,8 @@ class VecInferCase:
     group: int = 4
     head_dim: int = 32
     value_dim: int = 32
+    fp8: bool = False
+    sizes: int = 0
     key: tuple[int, int] = (4, 3)
     value: tuple[int, int] = (4, 3)
     rotate_keys: bool = True
@@ -67,8 +71,8 @@ class VecInferCase:
         return self.prefix + self.steps * self.new_tokens
 
     @property
-    def form(self) -> KvFormat:
-        return KvFormat(CodeFormat(*self.key), CodeFormat(*self.value))
+    def form(self) -> KvFormat | None:
+        return None if self.fp8 else KvFormat(CodeFormat(*self.key), CodeFormat(*self.value))
 
     @property
     def storage(self) -> KvStorage:
@@ -88,7 +92,12 @@ class VecInferCase:
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         kv = (self.batch, self.kv_heads, self.tokens)
         q = self._normal(1, self.batch, self.kv_heads * self.group, self.tokens, self.head_dim)
-        return q, self._normal(2, *kv, self.head_dim), self._normal(3, *kv, self.value_dim)
+        k, v = self._normal(2, *kv, self.head_dim), self._normal(3, *kv, self.value_dim)
+        if self.sizes:  # keys are smaller, for larger ones leave one weight
+            powers = self._normal(11, 2, *kv, 1).mul(self.sizes / 2).round()
+            powers = powers.clamp(-self.sizes, self.sizes)
+            k, v = k * 2 ** -powers[0].abs(), v * 2 ** powers[1]
+        return q, k, v
 
     @cached_property
     def valid(self) -> Tensor:
@@ -102,6 +111,7 @@ class VecInferCase:
 
     @cached_property
     def books(self) -> LayerCodebooks:
+        assert self.form is not None
         heads = self.kv_heads if self.per_head else 1
         shapes = [(heads, f.entries, f.vector) for f in (self.form.key, self.form.value)]
         return LayerCodebooks(
@@ -115,7 +125,9 @@ class VecInferCase:
         )
 
     @property
-    def codec(self) -> VqCodec:
+    def codec(self) -> VqCodec | Fp8Codec:
+        if self.form is None:
+            return Fp8Codec(self.head_dim, self.value_dim)
         return VqCodec(self.books, self.form, self.head_dim, self.value_dim)
 
     def filled_state(self, dtype: torch.dtype) -> QuantizedState:
@@ -171,11 +183,12 @@ def run_kernels(
     ``own_schedule``: with the tiles and parts that a launch chooses, not with those of the case.
     """
     state = state or case.filled_state(case.dtype)
-    books = launch_vecinfer.kernel_codebooks(
-        case.books, (case.head_dim, case.value_dim), case.dtype
-    )
+    books, rotate = None, (False, False)
+    if not case.fp8:
+        sizes = (case.head_dim, case.value_dim)
+        books = launch_vecinfer.kernel_codebooks(case.books, sizes, case.dtype)
+        rotate = (case.rotate_keys, case.rotate_values)
     found, states = [], [QuantizedState(*(x.clone() for x in state))]
-    rotate = (case.rotate_keys, case.rotate_values)
     with nullcontext() if own_schedule else as_scheduled(case):
         for qkv, valid in steps_of(case, case.dtype):
             mask = None if case.mask == "none" else valid
@@ -189,7 +202,23 @@ def run_kernels(
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
 
-def assert_codes_are_nearest(case: VecInferCase, state: QuantizedState) -> None:
+def assert_states_agree(
+    case: VecInferCase, states: list[QuantizedState], wanted: list[QuantizedState]
+) -> None:
+    """Assert that what calls left is PyTorch's bit for bit; codes, where there is no codebook."""
+    for step, (got, want) in enumerate(zip(states[1:], wanted, strict=True)):
+        for name in QuantizedState._fields if case.fp8 else COPIED:
+            same = torch.equal(*(_bits(getattr(state, name)) for state in (got, want)))
+            assert same, f"{name} after call {step}"
+    if not case.fp8:
+        _assert_codes_are_nearest(case, states[-1])
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.is_floating_point() else x  # NaN is itself
+
+
+def _assert_codes_are_nearest(case: VecInferCase, state: QuantizedState) -> None:
     """Assert that the last tokens have codewords as near as any, as far as fp32 can tell."""
     _, k, v = case.qkv
     codec, form, offset = case.codec, case.form, case.books.offset
@@ -251,6 +280,7 @@ def as_scheduled(case: VecInferCase):
 
 HEADS = ((1, 1, 4), (2, 2, 1), (1, 2, 3), (1, 1, 17))
 SIZES = ((64, 64), (16, 16), (40, 48), (80, 80), (128, 32))
+FP8_SIZES = ((20, 12), (256, 16), (4, 200))
 KEY_CODES = ((4, 4), (2, 3), (8, 9), (8, 5), (1, 2), (4, 8))
 
 
@@ -258,8 +288,11 @@ KEY_CODES = ((4, 4), (2, 3), (8, 9), (8, 5), (1, 2), (4, 8))
 def vecinfer_cases(draw, **fixed):
     """Draw cases that the kernels take; keyword arguments fix fields."""
     batch, kv_heads, group = draw(st.sampled_from(HEADS))
-    head_dim, value_dim = draw(st.sampled_from(SIZES))
+    fp8 = fixed.get("fp8", draw(st.booleans()))
+    head_dim, value_dim = draw(st.sampled_from((*SIZES, *FP8_SIZES) if fp8 else SIZES))
     drawn = {
+        "fp8": fp8,
+        "sizes": draw(st.sampled_from([0, 0, 10])) if fp8 else 0,
         "batch": batch,
         "kv_heads": kv_heads,
         "group": group,

@@ -46,8 +46,9 @@ def test_hiding_a_stored_token_is_refused(model, room, column):
     cache, ids = first(model, room)
     mask = torch.ones_like(ids)
     mask[0, column] = 0
-    with pytest.raises(ConfigError, match=REFUSED):
-        second(model, cache, ids, mask)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=REFUSED):
+            second(model, cache, ids, mask)
 
 
 def test_showing_a_hidden_token_is_refused(model, room):

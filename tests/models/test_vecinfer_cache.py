@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flasheva_compile as fe
@@ -287,22 +288,19 @@ def test_a_step_is_one_op_and_does_not_wait(coarse, storage, masked, count):
     assert cache.get_seq_length() == 60
 
 
-def test_prompt_and_steps_compile_to_one_graph_each(coarse):
+@pytest.mark.parametrize("storage", [COARSE, FLOAT8])
+def test_prompt_and_steps_compile_to_one_graph_each(coarse, storage):
     model, books = coarse
-    cache, alike = (cache_of(model, COARSE, books, 128) for _ in range(2))
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+    books = None if storage is FLOAT8 else books
+    cache, alike = (cache_of(model, storage, books, 128) for _ in range(2))
+    graphs = CompileCounter()
     torch._dynamo.reset()
-    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    step = torch.compile(model.forward, backend=graphs, fullgraph=True)
     with torch.no_grad():
         for part in (tokens(1, 30), *tokens(1, 20, seed=4).split(1, 1)):
             got = step(part, past_key_values=cache).logits
             close(got, model(part, past_key_values=alike).logits)
-    assert len(graphs) == 2
+    assert graphs.frame_count == 2
 
 
 def test_codecs_are_made_once_and_go_with_their_books(coarse):

@@ -228,6 +228,28 @@ def test_fp8_twice_is_fp8_once(case):
     assert torch.equal(codec.decode_keys(codec.encode_keys(once), FP64), once)
 
 
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(finite, min_size=1, max_size=9))
+@many
+def test_fp8_is_the_nearest_number_by_the_least_power(numbers):
+    x, codec = torch.tensor(numbers), Fp8Codec(len(numbers), 1)
+    packed = codec.encode_keys(x[None, None, None])[0, 0, 0]
+    exponent = int(packed.view(torch.int8)[-1])
+    scaled = x.double() * 2.0**-exponent
+    assert scaled.abs().amax() <= 448
+    assert exponent == -126 or scaled.abs().amax() > 224
+    known = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    known = torch.cat([known, -known])
+    coded = packed[:-1].view(torch.float8_e4m3fn).double()
+    least = (scaled[:, None] - known).abs().amin(1)
+    assert torch.equal((scaled - coded).abs(), least)
+    if x.abs().amax() < 1e38:  # what is rounded up may leave fp32
+        back = codec.decode_keys(packed[None, None, None], torch.float64)[0, 0, 0]
+        assert torch.equal(back, coded * 2.0**exponent)
+
+
 @given(cases(), st.sampled_from([COARSE, PACKED, None]))
 @laws
 def test_codes_do_not_depend_on_the_rows_beside_them(case, form):

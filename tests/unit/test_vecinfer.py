@@ -16,7 +16,6 @@ from flasheva_compile.quantization.formats import (
     KvStorage,
     kv_format,
 )
-from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 from flasheva_compile.quantization.packing import pack, unpack
 from flasheva_compile.quantization.transform import (
@@ -367,32 +366,3 @@ def test_options_that_mean_nothing_are_refused(options, match):
 def test_wrong_learning_options_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name}: must be an integer of at least 0, got -1"):
         LearningOptions(**{name: -1})
-
-
-# --- fp8 ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 447.0, 448.0, 1e4, 1e30])
-def test_fp8_rounds_to_a_sixteenth_at_any_size(size):
-    x = size * torch.randn(2, 3, 5, 16, generator=seeded())
-    codec = Fp8Codec(16, 16)
-    packed = codec.encode_keys(x)
-    assert packed.shape == (2, 3, 5, 17)
-    back = codec.decode_keys(packed, torch.float32)
-    # 3 bits of mantissa; beneath the smallest normal number, a fixed step.
-    largest = x.abs().amax(-1, keepdim=True)
-    assert ((back - x).abs() <= x.abs() / 16 + largest * 2**-17).all()
-
-
-def test_fp8_of_nothing_is_nothing():
-    codec = Fp8Codec(4, 4)
-    zero = torch.zeros(1, 1, 1, 4)
-    assert torch.equal(codec.decode_values(codec.encode_values(zero), torch.float32), zero)
-
-
-def test_fp8_of_what_rounded_up_to_the_largest_number_is_itself():
-    codec = Fp8Codec(2, 2)
-    x = torch.tensor([447.9, 2**-9]).view(1, 1, 1, 2)  # the second is the smallest number
-    once = codec.decode_keys(codec.encode_keys(x), torch.float32)
-    assert once.flatten().tolist() == [448, 2**-9]
-    assert torch.equal(codec.decode_keys(codec.encode_keys(once), torch.float32), once)

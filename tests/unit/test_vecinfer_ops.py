@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -75,6 +77,38 @@ def test_on_a_device_nothing_waits(kind, count):
     out, lse = append_and_attend(tuple(tensors), valid, state, codec, STORAGE, 0.3, 0.0)
     assert out.shape == tensors[0].shape
     assert lse.shape == out.shape[:3]
+
+
+GIVEN = {
+    "a token of codes": ("vq", 16, 1),
+    "many of codes": ("vq", 16, 17),
+    "a token of fp8": ("fp8", 20, 1),
+    "several of fp8": ("fp8", 16, 16),
+    "many of fp8": ("fp8", 16, 17),
+    "no words of fp8": ("fp8", 6, 1),  # it is read four bytes at a time
+}
+
+
+@pytest.mark.parametrize(("kind", "size", "count"), GIVEN.values(), ids=GIVEN)
+def test_on_a_gpu_few_tokens_are_three_launches(kind, size, count, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from tests.stand_in_device import stand_in_device
+
+    monkeypatch.setenv("FLASHEVA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(vecinfer_ops, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(vecinfer_ops, "_known", {})
+    code = mock.Mock(side_effect=append_and_attend)
+    monkeypatch.setattr(vecinfer_ops, "append_and_attend", code)
+    codec, tensors = codec_of(kind, size), new_tokens(count, size)
+    state, covered = new_state(*tensors[1:], codec, STORAGE, 40), count <= 16 and size % 4 == 0
+    books = vecinfer_ops.op_books(codec, torch.float32)
+    options = vecinfer_ops.vecinfer_options(codec, STORAGE, 0.3)
+    with stand_in_device() as launches:
+        out, lse = torch.ops.flasheva.vecinfer_decode(*tensors, None, books, *state, **options)
+    expected = ["vecinfer_append", "vecinfer_decode", "vecinfer_combine"] if covered else []
+    assert [name for name, *_ in launches] == expected
+    assert code.called != covered
+    assert (out.shape, lse.shape) == (tensors[0].shape, tensors[0].shape[:3])
 
 
 @pytest.mark.parametrize("room", [0, 3, 18, 19, 40])

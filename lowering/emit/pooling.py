@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions
@@ -10,13 +11,18 @@ from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
 from flasheva_compile.lowering.emit.queries import row_pointers
 from flasheva_compile.lowering.emit.scores import LOG2E
 from flasheva_compile.lowering.emit.source import Dim, Source
+from flasheva_compile.lowering.spec import padded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flasheva_compile.lowering.spec import KernelSpec
 
 _FP32 = ".to(tl.float32)"
-UNROLLED = 32
-"""Largest chunk whose loop is unrolled, so that all its loads are in flight at once."""
+UNROLLED = 16
+"""Members of a chunk whose loads are in flight at once, at most: more spill and compile long."""
+
+_WIDE = 256  # channels of a key and a value together, beyond which a quarter as many are
 
 
 def emit_pool_gradient(spec: KernelSpec) -> str:
@@ -60,12 +66,36 @@ def emit_chunk_tokens(spec: KernelSpec) -> str:
     program(out, spec)
     out.lines(*d.offsets(), *e.offsets(), *chunk_columns(spec), *_parameters(spec, d))
     out.lines(*_initial(spec, d, e))
-    # A centre for each chunk is a tile more: in fp32 it would spill.
-    rolled = spec.chunk_size > UNROLLED or (spec.chunk_rule == "eva" and spec.dtype == "fp32")
-    with out.block(f"for member in {'range' if rolled else 'tl.static_range'}({spec.chunk_size}):"):
+    with members(out, spec.chunk_size, _at_once(spec)):
         out.lines(*_member(spec, d, e))
     out.lines(*_results(spec, d, e))
     return out.text()
+
+
+def _at_once(spec: KernelSpec) -> int:
+    """Return the members whose keys and values are in flight at once."""
+    channels = padded(spec.head_dim) + padded(spec.value_dim)
+    if spec.chunk_rule == "eva" and spec.dtype == "fp32":
+        return 1  # a centre for each chunk is a tile more: it would spill
+    if channels * (2 if spec.dtype == "fp32" else 1) > _WIDE:
+        return UNROLLED // 4
+    return UNROLLED if spec.chunk_size <= UNROLLED else UNROLLED // 2
+
+
+@contextmanager
+def members(out: Source, chunk_size: int, at_once: int) -> Iterator[None]:
+    """Walk over the members of chunks: ``member``; unrolled in parts of at most ``at_once``."""
+    part = max(n for n in range(1, at_once + 1) if chunk_size % n == 0)
+    if part in (1, chunk_size):
+        with out.block(
+            f"for member in {'range' if part == 1 else 'tl.static_range'}({chunk_size}):"
+        ):
+            yield
+        return
+    parts, inside = f"range(0, {chunk_size}, {part})", f"tl.static_range({part})"
+    with out.block(f"for part in {parts}:"), out.block(f"for offset in {inside}:"):
+        out.line("member = part + offset")
+        yield
 
 
 def emit_centre_gradient(spec: KernelSpec) -> str:

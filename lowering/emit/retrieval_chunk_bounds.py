@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit.keys import program
-from flasheva_compile.lowering.emit.pooling import UNROLLED, chunk_columns, member_keys
+from flasheva_compile.lowering.emit.pooling import UNROLLED, chunk_columns, member_keys, members
 from flasheva_compile.lowering.emit.retrieval_bounds import bounds_start, centre_and_spread
 from flasheva_compile.lowering.emit.source import Dim, Source
 
@@ -19,8 +19,7 @@ def emit_chunk_bounds(spec: KernelSpec) -> str:
     program(out, spec)
     out.lines(*d.offsets(), *chunk_columns(spec), "count = tl.zeros([BLOCK_N], tl.float32)")
     out.lines(*bounds_start(d, "BLOCK_N"))
-    walk = "tl.static_range" if spec.chunk_size <= UNROLLED else "range"
-    with out.block(f"for member in {walk}({spec.chunk_size}):"):
+    with members(out, spec.chunk_size, UNROLLED):
         out.lines(*member_keys(spec, d), "count += seen.to(tl.float32)")
         for n in d.indices:
             out.lines(

@@ -7,7 +7,7 @@ kernel covers: fp64, head dimensions above 256, dropout of everything, no Triton
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from flasheva_compile.kernels.blocked.retrieval_select import (
     select_chunks,
 )
 from flasheva_compile.lowering import (
+    first_calls,
     launch,
     launch_pooling,
     launch_retrieval,
@@ -231,7 +232,8 @@ def attend_backward(
     settings, t = attention_settings(o), _operands(qkv, tokens, masks)
     if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
-        grads = launch.attention_backward(dout, *result, t, rows, settings)
+        call = (dout, *result, t, rows, settings)
+        grads = first_calls.side_by_side(partial(launch.attention_backward, *call))
         return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
@@ -246,6 +248,12 @@ def pool_and_attend(
     qkv: Sequence[Tensor], parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Pooled]:
     """Pool, then attend."""
+    return first_calls.side_by_side(partial(_pool_and_attend, qkv, parameters, masks, o))
+
+
+def _pool_and_attend(
+    qkv: Sequence[Tensor], parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
+) -> tuple[Tensor, Tensor, Pooled]:
     _, k, v = qkv
     pooled = pool(k, v, parameters, masks, o)
     known = _known(pooled, parameters, o)
@@ -273,9 +281,9 @@ def pool_and_attend_backward(
     if runs_kernels(k, v, o["dropout_p"]):
         settings, t = attention_settings(o), _operands(qkv, pooled[:3], masks)
         rows = _rows(k, masks, settings.chunk_size)
-        grads = launch.attention_backward(
-            dout, *result, t, rows, settings, _known(pooled, parameters, o)
-        )
+        known = _known(pooled, parameters, o)
+        call = (dout, *result, t, rows, settings, known)
+        grads = first_calls.side_by_side(partial(launch.attention_backward, *call))
         vectors = _parameter_gradients(grads[6:], parameters, grads[5], k)
         return [*grads[:3], *vectors]
     dq, dk, dv, *dtokens = attend_backward(dout, result, qkv, pooled[:3], masks, o)

@@ -9,6 +9,7 @@ before.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+may_compile: ContextVar[bool] = ContextVar("may_compile", default=True)
+"""Whether a launch may compile its kernel; otherwise it raises ``Uncompiled``."""
 _INT32 = 2**31
 _INT64 = 2**63
+
+
+class Uncompiled(Exception):  # noqa: N818 - no error: who forbids compiling catches it
+    """A launch would have to compile its kernel, which ``may_compile`` forbids."""
 
 
 def direct(launch: Callable[..., Any], function: Any) -> Callable[..., None]:  # noqa: ANN401
@@ -67,6 +74,8 @@ class DirectLaunch:
         device = active.get_current_device()
         key, values = _kinds(device, arguments)
         compiled = self._compiled.get(key)
+        if compiled is None and not may_compile.get():
+            raise Uncompiled
         if compiled is None or self._is_hooked():
             self._compiled[key] = self._launch(programs, *arguments)
             return

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flasheva_compile.lowering import recording
+from flasheva_compile.lowering import first_calls, recording
 from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import (
     DTYPES,
@@ -118,7 +118,8 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
     if recording.specs is not None:
         recording.specs.append(spec)
         return
-    with on_device(values["k_ptr"].device):
+    device = values["k_ptr"].device
+    with on_device(device):
         schedule = choose(spec)
         count = programs(schedule)
         if not count:
@@ -130,7 +131,9 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
                 kernel = load(spec, dataclasses.replace(schedule, tma=False))
             else:
                 values = {**values, **described}
-        kernel.launch(count, *[values[name] for name in kernel.generated.arguments])
+        arguments = tuple(values[name] for name in kernel.generated.arguments)
+        if not first_calls.collect(device, kernel.launch, arguments):
+            kernel.launch(count, *arguments)
 
 
 def _schedule(spec: KernelSpec, values: dict[str, Any]) -> Schedule:

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
-from flasheva_compile.generation.exact_layer import ExactCacheLayer, expect_room
+from flasheva_compile.generation.full_cache_layer import FullCacheLayer
 from flasheva_compile.generation.full_layers import (
     device_of,
     exact_layers,
@@ -123,13 +123,15 @@ class FlashEvaCache(Cache):
     def _allocate(self, model: nn.Module, batch_size: int) -> None:
         """Allocate the layers that keep a state; others allocate at their first call.
 
-        So do those whose weights only come to a device when they run.
+        So do codes, and layers whose weights only come to a device when they run.
         """
         weight = next(p for p in model.parameters() if p.is_floating_point())
         prepared, modules = prepared_of(model), dict(model.named_modules())
         for index, shape in {**prepared.converted, **prepared.full}.items():
             layer, device = self.layers[index], torch.device(device_of(modules[shape.path]))
-            if isinstance(layer, StateLayer) and device.type != "meta":
+            if isinstance(layer, VecInferLayer) or device.type == "meta":
+                continue
+            if isinstance(layer, StateLayer):
                 like = weight.new_empty(0, device=device)
                 k = like.new_empty(batch_size, shape.kv_heads, 0, shape.head_dim)
                 layer.lazy_initialization(k, k.new_empty(*k.shape[:3], shape.value_dim))
@@ -143,9 +145,8 @@ class FlashEvaCache(Cache):
             ConfigError: A layer has no room for ``query_length`` tokens.
         """
         for layer in self.layers:
-            exact = isinstance(layer, ExactCacheLayer | VecInferLayer)
-            if exact and layer.max_cache_len is not None:
-                expect_room(layer, query_length)
+            if isinstance(layer, FullCacheLayer):
+                layer.expect_room(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
@@ -178,7 +179,7 @@ class FlashEvaCache(Cache):
             ConfigError: A layer cannot; see its own ``crop``.
         """
         for layer in self.layers:
-            if isinstance(layer, EvaCacheLayer | ExactCacheLayer | VecInferLayer):
+            if isinstance(layer, EvaCacheLayer | FullCacheLayer):
                 layer.expect_croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
 
@@ -243,6 +244,6 @@ def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaC
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer
-    if isinstance(layer, StateLayer | VecInferLayer):
+    if isinstance(layer, StateLayer):
         return list(layer.state or ())
     return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]

@@ -8,7 +8,7 @@ import torch
 
 from flasheva_compile.cache_ops import cache_options, cache_settings, new_state
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.generation.state_layer import StateLayer, expect_boolean
+from flasheva_compile.generation.state_layer import StateLayer, without_gradient
 from flasheva_compile.kernels.blocked.cache_state import CacheState, visible_chunks
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ class EvaCacheLayer(StateLayer):
 
     def expect_croppable(self, tokens_to_remove: int) -> int:
         """Raise what :meth:`crop` raises; return how many tokens are recorded."""
-        if tokens_to_remove > 0:
-            message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
-            raise ConfigError(message, subject=self.path)
+        self._expect_removal(tokens_to_remove)
         recorded = sum(call[1].shape[2] for call in self.recorded)
         if -tokens_to_remove > recorded:
             raise ConfigError(
@@ -174,9 +172,7 @@ class EvaCacheLayer(StateLayer):
         if not first or k.shape[2] == 1:
             new = (x.detach() if x.requires_grad else x for x in qkv)
             out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
-            if torch.is_grad_enabled() and q.requires_grad:
-                out = NoGradient.apply(out, q)
-            return out, lse
+            return without_gradient(out, q), lse
         exact = self.exact_prefill
         result = eva.attend_all(qkv, key_mask, None, exact=exact, scale=scale, softcap=softcap)
         new = (x.detach() for x in qkv)
@@ -186,7 +182,7 @@ class EvaCacheLayer(StateLayer):
     def _new_columns(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         if mask is None:
             return None
-        expect_boolean(mask, self.path)
+        self._expect_columns(mask)
         if self.max_cache_len is None:
             return mask[:, self.seen : self.seen + tokens]
         assert self.state is not None
@@ -206,24 +202,6 @@ class EvaCacheLayer(StateLayer):
         """Append slots to the third axis of tensors of the state."""
         grown = {name: _extended(getattr(self.state, name), n) for name, n in room.items()}
         self.state = self.state._replace(**grown)
-
-
-class NoGradient(torch.autograd.Function):
-    """Hand ``out`` on, and refuse to differentiate it."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:  # noqa: ANN401
-        """Return ``out``; ``q`` connects it to what it was computed from."""
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ANN401
-        """Raise."""
-        raise ConfigError(
-            "what was attended through a compressed cache has no gradient",
-            subject="past_key_values",
-            hint="train with use_cache=False",
-        )
 
 
 class _Replay:

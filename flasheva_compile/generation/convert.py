@@ -14,7 +14,7 @@ from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.default_cache import prepare_cache
 from flasheva_compile.generation.eva_attention import EvaAttention
-from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.generation.full_cache_layer import FullCacheLayer
 from flasheva_compile.generation.interface import KeptAttention
 from flasheva_compile.generation.prepared import (
     CachedLayer,
@@ -25,7 +25,6 @@ from flasheva_compile.generation.prepared import (
 from flasheva_compile.generation.rerouting import reroute
 from flasheva_compile.generation.routes import CACHE_ARGUMENTS, place_of, route_of
 from flasheva_compile.generation.state_layer import StateLayer
-from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.layer_config import kv_of
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.scope import KEPT
@@ -153,11 +152,11 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
         )
     if cache is not None and index is not None and index < len(cache.layers):
         layer = cache.layers[index]
-    if isinstance(layer, StateLayer | VecInferLayer):
+    if isinstance(layer, StateLayer):
         _expect_our_attention(module)
     if eva is None:
         getattr(module, KEPT).cache_layer = layer
-        if isinstance(layer, ExactCacheLayer | VecInferLayer):
+        if isinstance(layer, FullCacheLayer):
             layer.announced = True
         return
     if not isinstance(eva, EvaAttention):

@@ -17,9 +17,8 @@ import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.eva_attention import autocast
-from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.generation.full_cache_layer import FullCacheLayer
 from flasheva_compile.generation.routes import ROUTE
-from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def _kept_forward(
         message = f"{type(module).__name__} was not part of the model when it was prepared"
         raise ConfigError(message, hint="call prepare(model, config) again")
     layer, kept.cache_layer = kept.cache_layer, None
-    if isinstance(layer, ExactCacheLayer | VecInferLayer):
+    if isinstance(layer, FullCacheLayer):
         return _stored_forward(module, (query, key, value), mask, inputs, kept, layer)
     # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
     ours = mask is not None and mask.dim() == 2 and "flash" not in kept.implementation
@@ -152,7 +151,7 @@ def _stored_forward(
     mask: Tensor | None,
     inputs: dict[str, Any],
     kept: KeptAttention,
-    layer: ExactCacheLayer | VecInferLayer,
+    layer: FullCacheLayer,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as the model itself to the first tokens, and through what is stored from others."""
     query, key, value = autocast(*qkv)

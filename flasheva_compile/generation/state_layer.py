@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StateLayer(CacheLayerMixin):
-    """A cache layer whose tensors are one named tuple, with ``start [B]`` and ``length [1]`` last.
+    """A cache layer whose tensors are one named tuple, whose first axis is rows.
 
     ``update`` returns the new keys and values as they are: the attention attends to them and to the
     state, then appends them. So the layer works only under the attention it was made for.
@@ -31,6 +32,7 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     state_type: type[Any]
+    shared: tuple[str, ...] = ("length",)  # tensors of the state that have no axis of rows
 
     def __init__(self, path: str, max_cache_len: int | None = None) -> None:
         super().__init__()
@@ -51,8 +53,9 @@ class StateLayer(CacheLayerMixin):
         self.keys = self.values = k.new_empty(0)  # models ask whether there are any
         self.is_initialized = True
 
+    @abstractmethod
     def _new_state(self, k: Tensor, v: Tensor) -> Any:  # noqa: ANN401 - of state_type
-        raise NotImplementedError
+        """Return an empty state for keys and values like these."""
 
     def update(
         self,
@@ -64,7 +67,7 @@ class StateLayer(CacheLayerMixin):
         """Return the new keys and values; the attention that follows appends them."""
         if not self.announced:
             raise ConfigError(
-                "its compressed cache was updated outside of a prepared attention",
+                "its cache was updated outside of a prepared attention",
                 subject=self.path,
                 hint="pass the cache to the model that FlashEvaCache.for_model was called with",
             )
@@ -81,7 +84,12 @@ class StateLayer(CacheLayerMixin):
         """Return the tokens seen: an int, or a tensor if preallocated."""
         if self.max_cache_len is None:
             return self.seen
-        return self.state.length[0] if self.state is not None else 0
+        columns = self._columns_seen()
+        return 0 if columns is None else columns[0]
+
+    def _columns_seen(self) -> Tensor | None:
+        """Return how many columns came, counted on the device, ``[1]``."""
+        return None if self.state is None else self.state.length
 
     def get_max_length(self) -> int:
         """Return the tokens there is room for, -1 = any number."""
@@ -109,21 +117,29 @@ class StateLayer(CacheLayerMixin):
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is None:
             return
-        rows, start = self.state[:-2], change(self.state.start)
-        if self.max_cache_len is not None and start.shape == self.state.start.shape:
-            # Captured CUDA graphs know these addresses; one tensor after the other saves memory.
-            for x in rows:
-                x.copy_(change(x))
-            self.state.start.copy_(start)
-            return
-        changed = (*(change(x) for x in rows), start, self.state.length)
-        self.state, self.batch_size = self.state_type._make(changed), start.shape[0]
+        rows = {n: x for n, x in self.state._asdict().items() if n not in self.shared}
+        self.state = self.state._replace(**self._changed(rows, change))
+        self.batch_size = change(torch.arange(self.batch_size, device=self.device)).shape[0]
+
+    def _changed(
+        self, rows: dict[str, Tensor], change: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return changed tensors: the same ones, if captured CUDA graphs may know them."""
+        after = change(torch.arange(self.batch_size, device=self.device)).shape[0]
+        if self.max_cache_len is None or after != self.batch_size:
+            return {name: change(x) for name, x in rows.items()}
+        return {name: x.copy_(change(x)) for name, x in rows.items()}
 
     def offload(self) -> None:
         """Stay: the attention reads the state after ``update``, when transformers offloads."""
 
     def prefetch(self) -> None:
         """Do nothing: the state has not left its device."""
+
+    def _expect_removal(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
+            raise ConfigError(message, subject=self.path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StateLayer:
         copy = type(self).__new__(type(self))
@@ -141,9 +157,33 @@ class StateLayer(CacheLayerMixin):
     def _clone(self, x: Tensor) -> Tensor:
         return x.detach().clone()
 
+    def _expect_columns(self, mask: Tensor) -> None:
+        """Refuse what is no mask of columns: the ids of packed documents."""
+        if mask.dtype != torch.bool:
+            message = "packed documents cannot be appended to a cache"
+            raise ConfigError(message, subject=self.path, hint="pass use_cache=False")
 
-def expect_boolean(mask: Tensor, path: str) -> None:
-    """Refuse what is no mask of columns: the ids of packed documents."""
-    if mask.dtype != torch.bool:
-        message = "packed documents cannot be appended to a cache"
-        raise ConfigError(message, subject=path, hint="pass use_cache=False")
+
+def without_gradient(out: Tensor, q: Tensor) -> Tensor:
+    """Return ``out``; where ``q`` has a gradient, one that refuses to be differentiated."""
+    if torch.is_grad_enabled() and q.requires_grad:
+        return _NoGradient.apply(out, q)  # pyright: ignore[reportReturnType]
+    return out
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hand ``out`` on, and refuse to differentiate it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:  # noqa: ANN401
+        """Return ``out``; ``q`` connects it to what it was computed from."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ANN401
+        """Raise."""
+        raise ConfigError(
+            "what was attended through a compressed cache has no gradient",
+            subject="past_key_values",
+            hint="train with use_cache=False",
+        )

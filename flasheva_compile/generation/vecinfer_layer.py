@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.generation.cache_layer import NoGradient
+from flasheva_compile.generation.full_cache_layer import FullCacheLayer
+from flasheva_compile.generation.state_layer import without_gradient
 from flasheva_compile.quantization.state import QuantizedState, can_crop, new_state, ring_size
 from flasheva_compile.vecinfer_ops import op_books, vecinfer_options
 
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 _FIRST_ROOM = 256  # codes that a growing layer has room for beyond its first tokens
 
 
-class VecInferLayer(CacheLayerMixin):
-    """What one full attention keeps; see :class:`QuantizedState`.
+class VecInferLayer(FullCacheLayer):
+    """Keys and values in codes; see :class:`QuantizedState`.
 
-    The first call attends in full precision by the model's own function; what it leaves behind is
-    quantised. Later calls attend to codes, by ``flasheva::vecinfer_decode``. ``update`` returns the
-    new keys and values as they are: so the layer works only under an attention of a prepared model.
+    The first call attends in full precision; what it leaves behind is quantised. Later calls attend
+    to codes, by ``flasheva::vecinfer_decode``.
 
     Args:
         path: The attention's module path, for messages.
@@ -39,9 +38,8 @@ class VecInferLayer(CacheLayerMixin):
         dtype: Of keys and values, as far as known: codebooks for others are made at the first call.
     """
 
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
+    state_type = QuantizedState
+    shared = ()
 
     def __init__(
         self,
@@ -51,146 +49,60 @@ class VecInferLayer(CacheLayerMixin):
         max_cache_len: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.path, self.codec, self.storage = path, codec, storage
-        self.max_cache_len, self.is_compileable = max_cache_len, max_cache_len is not None
+        super().__init__(path, max_cache_len)
+        self.codec, self.storage = codec, storage
         self.options = vecinfer_options(codec, storage, 1.0)
         self._prepare_books(dtype)
-        self.state: QuantizedState | None = None
-        self.is_empty = True
-        # Columns, padding included. Of a preallocated layer `columns` [1] counts them on its
-        # device, and `seen` only those that no graph appended: enough to notice a lack of room.
-        self.seen = 0
+        # Rows leave their padding out, so that columns are counted apart: of a preallocated layer
+        # on its device, ``[1]``.
         self.columns: Tensor | None = None
         self.most_seen = 0  # columns before the last rollback, the most there were
-        self.announced = False
         self.recent: Tensor | None = None  # [B, ring] bool: whether column c is valid, at c % ring
 
     def __repr__(self) -> str:
         s = self.storage
         return f"VecInferLayer({self.path}: {s.format}, exact {s.sink_tokens} + {s.exact_tokens})"
 
-    # --- what transformers calls ------------------------------------------------------------------
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens."""
-        k, v = key_states.detach(), value_states.detach()
-        self.dtype, self.device, self.batch_size = k.dtype, k.device, k.shape[0]
-        if k.dtype != self.books_dtype:
-            self._prepare_books(k.dtype)
-        tokens = self.max_cache_len or k.shape[2] + _FIRST_ROOM
-        room = max(0, tokens - self.storage.sink_tokens)
-        self.state = new_state(k, v, self.codec, self.storage, room)
-        ring = ring_size(self.storage)
-        self.recent = torch.ones(k.shape[0], ring, dtype=torch.bool, device=k.device)
+        if key_states.dtype != self.books_dtype:
+            self._prepare_books(key_states.dtype)
+        super().lazy_initialization(key_states, value_states)
+        shape, device = (self.batch_size, ring_size(self.storage)), self.device
+        self.recent = torch.ones(shape, dtype=torch.bool, device=device)
         if self.max_cache_len is not None:
-            self.columns = torch.zeros(1, dtype=torch.long, device=k.device)
-            compat.mark_static_addresses([*self.state, self.recent, self.columns, *self.books])
-        self.keys = self.values = k.new_empty(0)  # models ask whether there are any
-        self.is_initialized = True
+            self.columns = torch.zeros(1, dtype=torch.long, device=device)
+            compat.mark_static_addresses([self.recent, self.columns, *self.books])
+
+    def _new_state(self, k: Tensor, v: Tensor) -> QuantizedState:
+        tokens = self.max_cache_len or k.shape[2] + _FIRST_ROOM
+        return new_state(k, v, self.codec, self.storage, max(0, tokens - self.storage.sink_tokens))
 
     @torch.compiler.disable()
     def _prepare_books(self, dtype: torch.dtype) -> None:
         self.books, self.books_dtype = op_books(self.codec, dtype), dtype
 
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *_: Any,  # noqa: ANN401 - what other layers take
-        **__: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; the attention that follows appends them.
-
-        Raises:
-            ConfigError: No attention of a prepared model follows, or there is no room. Where a
-                captured graph went on beyond the room, the attention returns NaN instead.
-        """
-        if not self.announced:
-            raise ConfigError(
-                "its quantised cache was updated outside of a prepared attention",
-                subject=self.path,
-                hint="pass the cache to the model that FlashEvaCache.for_model was called with",
-            )
-        self.announced = False
-        if self.max_cache_len is not None and not torch.compiler.is_compiling():
-            tokens = self.seen + key_states.shape[2]
-            if tokens > self.max_cache_len:
-                message = f"{tokens} tokens in a cache of {self.max_cache_len}"
-                raise ConfigError(message, subject=self.path, hint="give a larger max_cache_len")
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns that the two-dimensional mask covers, and 0."""
-        if self.max_cache_len is not None:
-            return self.max_cache_len, 0
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> Any:  # noqa: ANN401 - as of transformers' own preallocated layers
-        """Return the tokens seen: an int, or a tensor if preallocated."""
-        if self.max_cache_len is None:
-            return self.seen
-        return self.columns[0] if self.columns is not None else 0
-
-    def get_max_length(self) -> int:
-        """Return the tokens there is room for, -1 = any number."""
-        return -1 if self.max_cache_len is None else self.max_cache_len
+    def _columns_seen(self) -> Tensor | None:
+        return self.columns
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.is_empty, self.seen, self.announced, self.most_seen = True, 0, False, 0
-        for x in self._tensors():
-            x.zero_()
-
-    def _tensors(self) -> list[Tensor]:
-        """Return what changes as tokens arrive."""
-        if self.state is None:
-            return []
-        assert self.recent is not None
-        return [*self.state, self.recent, *(() if self.columns is None else (self.columns,))]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
+        super().reset()
+        self.most_seen = 0
+        for x in (self.recent, self.columns):
+            if x is not None:
+                x.zero_()
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.state is None:
-            return
-        assert self.recent is not None
-        old = (*self.state, self.recent)
-        new = [change(x) for x in old]
-        if self.max_cache_len is not None and new[-1].shape == self.recent.shape:
-            for x, changed in zip(old, new, strict=True):
-                x.copy_(changed)  # captured CUDA graphs know these addresses
-            return
-        self.state, self.recent = QuantizedState(*new[:-1]), new[-1]
-        self.batch_size = self.recent.shape[0]
+        if self.recent is not None:
+            self.recent = self._changed({"recent": self.recent}, change)["recent"]
+        super()._map_rows(change)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> VecInferLayer:
-        copy = type(self)(self.path, self.codec, self.storage, self.max_cache_len, self.books_dtype)
-        memo[id(self)] = copy
-        vars(copy).update(vars(self))  # nothing writes codebooks: both read the same
-        if self.state is not None:
-            assert self.recent is not None
-            # Tensors that an op returned cannot be deep-copied where gradients are on.
-            copy.state = QuantizedState(*(x.detach().clone() for x in self.state))
-            copy.recent = self.recent.clone()
-            copy.columns = None if self.columns is None else self.columns.clone()
-        return copy
+    def _copied(self, value: Any) -> Any:  # noqa: ANN401
+        # Nothing writes codebooks: both layers read the same.
+        return self._clone(value) if isinstance(value, torch.Tensor) else super()._copied(value)
 
-    def offload(self) -> None:
-        """Stay: the attention reads the state after ``update``, when transformers offloads."""
-
-    def prefetch(self) -> None:
-        """Do nothing: the state has not left its device."""
+    # --- rollback ---------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; later results are as if they never were.
@@ -211,9 +123,7 @@ class VecInferLayer(CacheLayerMixin):
 
     def expect_croppable(self, tokens_to_remove: int) -> Tensor | None:
         """Raise what :meth:`crop` raises; return what each row forgets, ``[B]``, None = nothing."""
-        if tokens_to_remove > 0:
-            message = f"crop({tokens_to_remove}): a number of tokens to remove is negative"
-            raise ConfigError(message, subject=self.path)
+        self._expect_removal(tokens_to_remove)
         if tokens_to_remove == 0 or self.state is None:
             return None
         assert self.recent is not None
@@ -238,13 +148,7 @@ class VecInferLayer(CacheLayerMixin):
     # --- attention --------------------------------------------------------------------------------
 
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        """Store the first tokens.
-
-        Args:
-            k: ``[B, Hkv, L, D]``.
-            v: ``[B, Hkv, L, Dv]``.
-            mask: Of every column, ``[B, columns]`` bool; None = all valid.
-        """
+        """Store the first tokens."""
         key_mask = self._arrived(k, v, mask)
         assert self.state is not None
         new = (k.detach(), v.detach(), key_mask)
@@ -266,15 +170,12 @@ class VecInferLayer(CacheLayerMixin):
         out, lse = torch.ops.flasheva.vecinfer_decode(
             *new, key_mask, self.books, *self.state, **options
         )
-        if torch.is_grad_enabled() and query.requires_grad:
-            out = NoGradient.apply(out, query)
-        return out, lse  # pyright: ignore[reportReturnType]
+        return without_gradient(out, query), lse
 
     def _arrived(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
         """Make room and count columns; return which new ones are valid, ``[B, L]``; None = all."""
-        if mask is not None and mask.dtype != torch.bool:
-            message = "packed documents cannot be appended to a cache"
-            raise ConfigError(message, subject=self.path, hint="pass use_cache=False")
+        if mask is not None:
+            self._expect_columns(mask)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         tokens, key_mask = k.shape[2], None
@@ -292,15 +193,6 @@ class VecInferLayer(CacheLayerMixin):
             self.seen += tokens
         self._make_room()
         return key_mask
-
-    def _columns_of(self, mask: Tensor, columns: Tensor) -> Tensor:
-        """Return columns of the mask of a preallocated layer, ``[B or 1, L]``."""
-        assert self.max_cache_len is not None
-        if mask.shape[1] < self.max_cache_len:
-            message = f"a mask of {mask.shape[1]} columns for a cache of {self.max_cache_len}"
-            raise ConfigError(message, subject=self.path)
-        # A captured graph may go on beyond the room: what it reads then must exist.
-        return mask.index_select(1, columns.clamp_max(mask.shape[1] - 1))
 
     def _note(self, columns: Tensor, key_mask: Tensor | None) -> None:
         """Count new columns, ``[L]``, and remember which of the last ones are valid."""

@@ -17,7 +17,7 @@ from flasheva_compile.kernels.blocked import cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch_decode, launch_extend
-from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.op_checks import OP_VERSION, check_cache
 from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.ops import eva_features

@@ -42,6 +42,7 @@ from flasheva_compile.lowering import (
     recording,
 )
 from flasheva_compile.lowering.kernel_arguments import DTYPES
+from flasheva_compile.lowering.pooled_chunks import PooledChunks, kept_masses, kernel_rule
 from flasheva_compile.lowering.rows import rows_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def mass_sizes(
     """Return which log-masses :func:`pool` keeps: of the keys' weights, of the values'."""
     if not runs_kernels(k, v):
         return False, False
-    return launch.kept_masses(launch.kernel_rule(o["rule"], list(parameters)))
+    return kept_masses(kernel_rule(o["rule"], list(parameters)))
 
 
 def attention_settings(o: dict[str, Any]) -> AttentionSettings:
@@ -200,7 +201,7 @@ def attend(
     tokens: Sequence[Tensor],
     masks: Masks,
     o: dict[str, Any],
-    pooled: launch.PooledChunks | None = None,
+    pooled: PooledChunks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to chunk tokens, sinks and window: ``out`` and ``lse``."""
     q, k, v = qkv
@@ -261,10 +262,10 @@ def _pool_and_attend(
     return out, lse, pooled
 
 
-def _known(pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]) -> launch.PooledChunks:
+def _known(pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]) -> PooledChunks:
     mass_k, mass_v = (x if x.numel() else None for x in (pooled.mass_k, pooled.mass_v))
-    rule = launch.kernel_rule(o["rule"], list(parameters))
-    return launch.PooledChunks(rule, tuple(parameters), mass_k, mass_v)
+    rule = kernel_rule(o["rule"], list(parameters))
+    return PooledChunks(rule, tuple(parameters), mass_k, mass_v)
 
 
 def pool_and_attend_backward(
@@ -324,7 +325,8 @@ def retrieve(
     if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
         if launch_retrieval.covers(t, rows, settings, retrieval):
-            return launch_retrieval.retrieval_forward(t, rows, settings, retrieval)
+            call = partial(launch_retrieval.retrieval_forward, t, rows, settings, retrieval)
+            return first_calls.side_by_side(call)
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
@@ -354,9 +356,9 @@ def retrieve_backward(
     if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
         if launch_retrieval_backward.covers(t, rows, settings, retrieval, selected):
-            grads = launch_retrieval_backward.retrieval_backward(
-                dout, (out, lse, selected), t, rows, settings, retrieval
-            )
+            call = (dout, (out, lse, selected), t, rows, settings, retrieval)
+            differentiate = partial(launch_retrieval_backward.retrieval_backward, *call)
+            grads = first_calls.side_by_side(differentiate)
             return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device

@@ -11,9 +11,10 @@ from flasheva_compile import implementations
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.implementations import Masks
 from flasheva_compile.layer_names import compress_names
-from flasheva_compile.lowering import launch, recording
+from flasheva_compile.lowering import recording
 from flasheva_compile.lowering.emit.arguments import FEATURES
 from flasheva_compile.lowering.launch_decode import StepShape, decode_spec
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.report import PREPARED, KernelReport
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _decoding(
         chunks=1,
         dtype=q.dtype,
         device=q.device,
-        rule=launch.kernel_rule(o["rule"], parameters),
+        rule=kernel_rule(o["rule"], parameters),
         # Those of eva's feature maps, which the cache applies, and not what they give.
         parameters=len(FEATURES) if o["rule"] == "eva" else len(parameters),
         key_mask=layer.has_key_mask,

@@ -19,7 +19,7 @@ from flasheva_compile.kernels.blocked.cache_state import ring_size
 from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
 from flasheva_compile.lowering import launch_retrieval_decode
-from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.op_checks import check_cache, require
 
 if TYPE_CHECKING:

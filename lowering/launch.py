@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from flasheva_compile.lowering.kernel_arguments import (
     unit_stride,
 )
 from flasheva_compile.lowering.load import load
+from flasheva_compile.lowering.pooled_chunks import with_vectors
 from flasheva_compile.lowering.schedule import choose
 from flasheva_compile.lowering.spec import STATE_BLOCK, KernelSpec
 
@@ -29,39 +29,12 @@ if TYPE_CHECKING:
 
     from flasheva_compile.kernels.blocked.block import Operands
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+    from flasheva_compile.lowering.pooled_chunks import PooledChunks
     from flasheva_compile.lowering.rows import Rows
     from flasheva_compile.lowering.spec import AnyKind, Documents, Schedule
     from torch import Tensor
 
 _LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class PooledChunks:
-    """How the chunk tokens of a call were made, for the gradient of pooling.
-
-    Attributes:
-        rule: ``"mean"``, ``"tangent"``, ``"evabyte"`` or ``"eva"``.
-        parameters: The rule's parameters.
-        mass_k: ``[B, Hkv, C]`` fp32, log-mass of the softmax over keys; None for ``mean``.
-        mass_v: The same of the softmax over values, where it is another.
-    """
-
-    rule: str
-    parameters: tuple[Tensor, ...] = ()
-    mass_k: Tensor | None = None
-    mass_v: Tensor | None = None
-
-
-def kernel_rule(rule: str, parameters: tuple[Tensor, ...] | list[Tensor]) -> str:
-    """Return the rule that a kernel implements: without parameters ``tangent`` is ``mean``."""
-    return "mean" if rule == "tangent" and not parameters else rule
-
-
-def kept_masses(rule: str) -> tuple[bool, bool]:
-    """Return which log-masses pooling keeps: of the keys' weights, of the values' own."""
-    kept = {"mean": (False, False), "tangent": (True, False), "evabyte": (True, True)}
-    return kept.get(rule, (False, True))
 
 
 def attention_spec(
@@ -388,14 +361,6 @@ def _pool_values(
     values: dict[str, Any] = dict(zip(("mass_k_ptr", "mass_v_ptr"), masses, strict=True))
     values |= dict(zip(("dphi_ptr", "dp_ptr"), vectors, strict=False))
     return values | rule_values(pooled.rule, pooled.parameters), vectors
-
-
-def with_vectors(pooled: PooledChunks, k: Tensor) -> PooledChunks:
-    """Give ``evabyte`` without parameters vectors of zeros, which mean the same."""
-    if pooled.rule != "evabyte" or pooled.parameters:
-        return pooled
-    zeros = k.new_zeros(k.shape[1], k.shape[3])
-    return dataclasses.replace(pooled, parameters=(zeros, zeros))
 
 
 def _vector_sums(vectors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:

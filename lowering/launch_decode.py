@@ -115,7 +115,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
         parameters: Of the chunk rule; of ``eva``, none or its eight of both feature maps.
         state: Contiguous tensors, written in place.
         settings: The layer's.
-        rule: Chunk rule of the kernel (see ``launch.kernel_rule``).
+        rule: Chunk rule of the kernel (see ``pooled_chunks.kernel_rule``).
 
     Returns:
         ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]``, as ``kernels/blocked/cache.py`` defines.

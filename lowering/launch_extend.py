@@ -42,7 +42,7 @@ class Pooling(NamedTuple):
     """The chunk rule that the kernels apply.
 
     Attributes:
-        rule: See ``launch.kernel_rule``.
+        rule: See ``pooled_chunks.kernel_rule``.
         parameters: Of the rule; of ``eva``, none or its eight of both feature maps.
     """
 

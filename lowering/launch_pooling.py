@@ -14,11 +14,13 @@ from flasheva_compile.lowering.kernel_arguments import (
     unit_stride,
 )
 from flasheva_compile.lowering.launch import (
+    pooling_spec,
+    run_over_keys,
+)
+from flasheva_compile.lowering.pooled_chunks import (
     PooledChunks,
     kept_masses,
     kernel_rule,
-    pooling_spec,
-    run_over_keys,
     with_vectors,
 )
 from flasheva_compile.lowering.spec import KernelSpec

@@ -134,6 +134,7 @@ def specs(
     found = [select, forward, retrieve]
     if select.by_bounds:
         own = {"value_dim": forward.head_dim, "selection_group": 0}
+        own["weighted_bounds"] = retrieval.weight is not None
         found.insert(0, dataclasses.replace(forward.of_kind("chunk_bounds"), **own))
     return {spec.kind: spec for spec in found}
 
@@ -150,6 +151,7 @@ def _values(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval)
         return t.q.new_empty(batch, kv_heads, *shape, dtype=torch.int32)
 
     bounded = slots if retrieval.by == "bounds" else 0
+    weight = {} if retrieval.weight is None else {"selector_weight_ptr": retrieval.weight}
     return {
         **launch.call_values(t, rows, s),
         "out_ptr": t.q.new_empty(batch, heads, length, t.v.shape[3]),
@@ -159,4 +161,5 @@ def _values(t: Operands, rows: Rows, s: AttentionSettings, retrieval: Retrieval)
         "bits_ptr": integers(words, groups),
         "picks": picks,
         "words": words,
+        **weight,
     }

@@ -51,6 +51,7 @@ class _Shape(NamedTuple):
         chunks: Chunk tokens that it has room for.
         retrieved: Chunks to retrieve.
         by_bounds: Whether their bounds select.
+        weighted: Whether the bounds have weights.
         near_store: Whether sinks and window have copies.
         dtype: Of all tensors but biases.
         device: Where they are.
@@ -65,6 +66,7 @@ class _Shape(NamedTuple):
     chunks: int
     retrieved: int
     by_bounds: bool
+    weighted: bool
     near_store: bool
     dtype: torch.dtype
     device: torch.device
@@ -119,6 +121,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
     settings: AttentionSettings,
     rule: str,
     chunks: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append one token per row, select its chunks and attend from it.
 
@@ -133,8 +136,9 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         parameters: Of the chunk rule.
         state: Contiguous tensors, written in place; its bounds select, if it has any.
         settings: The layer's.
-        rule: Chunk rule of the kernel (see ``launch.kernel_rule``), any but ``eva``.
+        rule: Chunk rule of the kernel (see ``pooled_chunks.kernel_rule``), any but ``eva``.
         chunks: Chunks to attend exactly; see :func:`covers`.
+        weight: Contiguous weights of the bounds, ``[Hkv, 3, D]``; None = 1/2 each.
 
     Returns:
         ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]`` (see ``kernels/blocked``), and the
@@ -143,7 +147,8 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     columns, room, device = state.mask.shape[1], state.rfa_k.shape[2], q.device
     count, by_bounds = min(chunks, room), state.bounds.shape[2] > 0
-    stored = (count, by_bounds, state.near_k.shape[2] > 0)
+    weighted = by_bounds and weight is not None
+    stored = (count, by_bounds, weighted, state.near_k.shape[2] > 0)
     made_of = (*stored, q.dtype, device, rule, len(parameters), key_mask is not None)
     with on_device(device):
         plan = _plan(_Shape(q.shape, v.shape, columns, room, *made_of), settings)
@@ -165,6 +170,8 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         }
         if key_mask is not None:
             values["key_mask_ptr"], values["stride_mask"] = key_mask, key_mask.stride(0)
+        if weighted:
+            values["selector_weight_ptr"] = weight
         for step in plan.launches:
             of_step = values | step.own
             step.launch(step.programs, *[of_step[name] for name in step.names])
@@ -244,5 +251,6 @@ def scores_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         parameters=shape.parameters,
         retrieve_chunks=shape.retrieved,
         by_bounds=shape.by_bounds,
+        weighted_bounds=shape.weighted,
         near_store=shape.near_store,
     )

@@ -94,7 +94,7 @@ _FP32 = {
     *("rfa_bias_ptr", "mass_k_ptr", "mass_v_ptr", "lse_ptr", "lse2_ptr", "delta_ptr"),
     *("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr", "dk_sink_ptr", "dv_sink_ptr"),
     *("dphi_ptr", "dp_ptr", "domega_ptr", "chunk_mean_ptr", "slopes_ptr", "partial_ptr"),
-    *("scores_ptr", "selector_ptr", "dk_parts_ptr", "dv_parts_ptr"),
+    *("scores_ptr", "selector_weight_ptr", "selector_ptr", "dk_parts_ptr", "dv_parts_ptr"),
     *FEATURES,
     *("book_scale_ptr", "key_words_ptr", "value_words_ptr", "key_scale_ptr", "q_scale_ptr"),
     *("key_rotation_ptr", "value_rotation_ptr", "key_offset_ptr", "key_centre_ptr"),

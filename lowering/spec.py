@@ -78,7 +78,7 @@ _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
-    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "near_store"),
+    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds", "near_store"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
 _SELECTED_BY = (
@@ -95,7 +95,7 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
     "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
-    "retrieval_decode": ("key_mask", "by_bounds", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "retrieval_decode": ("key_mask", "by_bounds", "weighted_bounds", *_POOLING_FIELDS, *_DECODE_FIELDS),
 }
 _READ_BY_EVA = {  # what others ignore: it keeps the mean queries of groups
     "extend_pool": ("group",),
@@ -121,6 +121,7 @@ _NEUTRAL = {
     "accumulate": False,
     "retrieve_chunks": 0,
     "by_bounds": False,
+    "weighted_bounds": False,
     "near_store": False,
 }
 
@@ -159,6 +160,7 @@ class KernelSpec:
         retrieve_chunks: Chunks that a query attends exactly, at most.
         retrieve_block: Positions for which the first one selects; ``select`` alone asks.
         by_bounds: The bounds of a chunk's keys score it, not its chunk token.
+        weighted_bounds: This kernel makes bounds, with weights instead of halves.
         near_store: Sinks and the latest tokens are read from copies of their own.
     """
 
@@ -187,6 +189,7 @@ class KernelSpec:
     retrieve_chunks: int = 0
     retrieve_block: int = 1
     by_bounds: bool = False
+    weighted_bounds: bool = False
     near_store: bool = False
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:

@@ -23,7 +23,7 @@ POINTERS = (
     *FEATURES,
     *("row_start_ptr", "length_ptr", "partial_ptr"),
     *("selected_ptr", "bits_ptr", "turned_ptr", "scores_ptr", "peaks_ptr"),
-    *("bounds_ptr", "selector_ptr", "near_k_ptr", "near_v_ptr"),
+    *("bounds_ptr", "selector_weight_ptr", "selector_ptr", "near_k_ptr", "near_v_ptr"),
     *("sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr", "key_codes_ptr", "value_codes_ptr"),
     *("key_book_ptr", "value_book_ptr", "book_scale_ptr", "key_words_ptr", "value_words_ptr"),
     *(

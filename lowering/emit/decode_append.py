@@ -103,7 +103,7 @@ def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
         with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
             out.lines(*_members(spec, d, e), *(bounds_members(d) if spec.by_bounds else []))
         out.line("count = l_n")
-        out.lines(*pool_results(spec, d, e), *(bounds_results(d) if spec.by_bounds else []))
+        out.lines(*pool_results(spec, d, e), *(bounds_results(spec, d) if spec.by_bounds else []))
 
 
 def _is_valid(spec: KernelSpec) -> str:

@@ -1,7 +1,8 @@
 """Text of bounds: centre and spread of a chunk's keys, and scores of chunks by them.
 
 The formulas are those of ``kernels/blocked/chunk_bounds.py``: of ``[centre | spread]``,
-``[B, Hkv, C, 2 D]``, the score is ``s (q.centre + |q|.spread)``, two products in one.
+``[B, Hkv, C, 2 D]``, the score is ``s (q.centre + |q|.spread)``, two products in one. Weights that
+were learned go into what is stored, so that scoring never sees them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.source import Dim
+    from flasheva_compile.lowering.spec import KernelSpec
 
 # --- bounds ---------------------------------------------------------------------------------------
 
@@ -40,25 +42,46 @@ def bounds_members(d: Dim) -> list[str]:
     return lines
 
 
-def bounds_results(d: Dim) -> list[str]:
+def bounds_results(spec: KernelSpec, d: Dim) -> list[str]:
     """Store the bounds of chunk ``chunk64``, which has ``count`` keys."""
     row = f"bounds_ptr + chunk64 * {2 * d.size}"
     return [
-        *centre_and_spread(d),
+        *centre_and_spread(spec, d),
         *d.store_row("centre", row),
         *d.store_row("spread", f"{row} + {d.size}"),
     ]
 
 
-def centre_and_spread(d: Dim) -> list[str]:
-    """Compute both from ``count``, sums, least and largest numbers; 0 for a chunk without keys."""
+def centre_and_spread(spec: KernelSpec, d: Dim) -> list[str]:
+    """Compute both from ``count``, sums, least and largest numbers; 0 for a chunk without keys.
+
+    With weights, those of head ``hk``.
+    """
     lines = ["some = (count > 0.0)[:, None]", "keys_in = tl.maximum(count, 1.0)[:, None]"]
     for n in d.indices:
         lines += [
             f"low{n} = tl.where(some, low{n}, 0.0)",
             f"high{n} = tl.where(some, high{n}, 0.0)",
-            f"centre{n} = total{n} / keys_in * 0.5 + (low{n} + high{n}) * 0.25",
-            f"spread{n} = (high{n} - low{n}) * 0.25",
+        ]
+        if not spec.weighted_bounds:
+            lines += [
+                f"centre{n} = total{n} / keys_in * 0.5 + (low{n} + high{n}) * 0.25",
+                f"spread{n} = (high{n} - low{n}) * 0.25",
+            ]
+    return lines + (_weighted(d) if spec.weighted_bounds else [])
+
+
+def _weighted(d: Dim) -> list[str]:
+    """Compute both with the weights of mean, middle and half the range, ``[Hkv, 3, D]``."""
+    row, lines = f"selector_weight_ptr + hk * {3 * d.size}", []
+    for place, name in enumerate(("of_mean", "of_middle", "of_range")):
+        own = f"{row} + {place * d.size}" if place else row
+        lines += d.load_row(name, own, cast=".to(tl.float32)")
+    for n in d.indices:
+        lines += [
+            f"centre{n} = total{n} / keys_in * of_mean{n}",
+            f"centre{n} += (low{n} + high{n}) * 0.5 * of_middle{n}",
+            f"spread{n} = (high{n} - low{n}) * 0.5 * of_range{n}",
         ]
     return lines
 

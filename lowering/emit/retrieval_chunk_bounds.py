@@ -27,7 +27,7 @@ def emit_chunk_bounds(spec: KernelSpec) -> str:
                 f'low{n} = tl.minimum(low{n}, tl.where(seen[:, None], k{n}, float("inf")))',
                 f'high{n} = tl.maximum(high{n}, tl.where(seen[:, None], k{n}, float("-inf")))',
             )
-    out.lines(*centre_and_spread(d))
+    out.lines(*centre_and_spread(spec, d))
     rows = f"bounds_ptr + chunk_row * {2 * d.size}"
     out.lines(*d.store("centre", rows, "offs_t", str(2 * d.size), "exists"))
     out.lines(*d.store("spread", f"{rows} + {d.size}", "offs_t", str(2 * d.size), "exists"))

@@ -13,7 +13,7 @@ import torch
 from flasheva_compile.kernels.blocked import retrieval_cache
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval, largest_scores
 from flasheva_compile.lowering import launch_retrieval_decode
-from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 
 import flasheva_compile as fe
 from flasheva_compile.cache_ops import cache_settings

@@ -16,6 +16,7 @@ from flasheva_compile.kernels.reference import attention as reference
 from flasheva_compile.kernels.reference.chunk_rules import chunk_tokens
 from flasheva_compile.kernels.reference.positions import chunks_of, key_positions
 from flasheva_compile.lowering import launch, launch_pooling, offline
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.rows import rows_of
 from flasheva_compile.lowering.spec import Schedule
 from hypothesis import strategies as st
@@ -255,7 +256,7 @@ def dropping(case: KernelCase):
 def compared(case: KernelCase) -> list[str]:
     """Return the names of the results that a case defines."""
     names = [*TOKENS, "out", "lse", "dq", "dk", "dv", "drfa_k", "drfa_v"]
-    learned = launch.kernel_rule(case.rule, case.parameters) in ("evabyte", "tangent")
+    learned = kernel_rule(case.rule, case.parameters) in ("evabyte", "tangent")
     if learned or not case.fused:
         names.append("drfa_bias")  # elsewhere a constant, whose gradient nobody uses
     if case.rule == "eva" and case.fused:

@@ -13,7 +13,7 @@ from flasheva_compile.kernels.blocked import cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import CacheState
 from flasheva_compile.kernels.reference.attention import eva_attention
 from flasheva_compile.lowering import launch_decode, offline
-from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.spec import Schedule
 from hypothesis import strategies as st
 from torch import Tensor

@@ -10,8 +10,8 @@ import torch
 from flasheva_compile.kernels.blocked import cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import CacheState
 from flasheva_compile.lowering import launch_extend, offline
-from flasheva_compile.lowering.launch import kernel_rule
 from flasheva_compile.lowering.launch_extend import Pooling
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.spec import Schedule, group_rows
 from hypothesis import strategies as st
 from torch import Tensor

@@ -14,7 +14,7 @@ from flasheva_compile.kernels.blocked.cache_state import first_exact
 from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
 from flasheva_compile.lowering import launch_retrieval_decode, offline
-from flasheva_compile.lowering.launch import kernel_rule
+from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.spec import Schedule
 from hypothesis import strategies as st
 from torch import Tensor

@@ -101,3 +101,21 @@ def test_no_other_thread_works_during_a_capture(launches):
     with mock.patch.object(first_calls, "_is_capturing", return_value=True):
         assert not compiled_ahead(step, launches)
     assert [name for name, *_ in launches] == [*FORWARD, *BACKWARD]
+
+
+@pytest.mark.parametrize("by", ["token", "bounds"])
+def test_retrieval(by, launches):
+    def retrieving():
+        q, k, v = (torch.zeros(1, 2, 128, 16, requires_grad=True) for _ in range(3))
+        sizes = {"window_size": 32, "chunk_size": 8, "sink_tokens": 8}
+        retrieval = {"retrieve_chunks": 2, "retrieve_by": by}
+        out, _ = flasheva_attention(q, k, v, **sizes, **retrieval)
+        torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+
+    # Nothing selects here: what selections are left in must be chunks.
+    with mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros):
+        ahead, again = (compiled_ahead(retrieving, launches) for _ in range(2))
+    forward = ["select", "forward", "retrieve"]
+    backward = ["selection_bits", "dq", "retrieved_dq", "retrieved_dkv", "dchunk", "dsink", "dkv"]
+    assert set(ahead) >= {*forward, *backward}
+    assert not again

@@ -30,10 +30,11 @@ from tests.kernels.retrieval_decode_cases import (
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 POOLED = ("rfa_k", "rfa_v", "rfa_bias", "bounds")
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[RetrievalState]]
 COPIED = ("keys", "values", "mask", "near_k", "near_v", "start", "length")
 
 
-def check(case: RetrievalDecodeCase) -> None:
+def check(case: RetrievalDecodeCase) -> Found:
     """Compare the state after each step, the selection, and results given the selection."""
     with triton_interpreter.poisoned_buffers():
         out, lse, selected, states = run_kernels(case)
@@ -49,6 +50,7 @@ def check(case: RetrievalDecodeCase) -> None:
 
     pooled = [getattr(state, name) for state in states for name in POOLED]
     assert_as_accurate_as_pytorch([out, lse, *pooled], formula, case.dtype)
+    return out, lse, selected, states
 
 
 def check_selection(
@@ -102,7 +104,7 @@ TIES = {"ties": True, "rule": "mean", "parameter_count": 0, "scale": 0.25, "soft
 def test_equal_scores_are_resolved_by_index(case, by):
     """All scores are exact, so that the blocked code must select the same."""
     case = dataclasses.replace(case, retrieve_by=by)
-    _, _, selected, states = run_kernels(case)
+    _, _, selected, states = check(case)
     tied = False
     for step, state in enumerate(states):
         scores, _, visible = selector_scores(case, step, state)
@@ -112,7 +114,6 @@ def test_equal_scores_are_resolved_by_index(case, by):
         seen = scores.masked_fill(~visible[:, None], torch.nan)
         tied |= bool((seen[..., :, None] == seen[..., None, :]).sum() > seen.numel())
     assume(tied)  # a row may be padding but for its window
-    check(case)
 
 
 @pytest.mark.parametrize("window", ["sliding", "block"])
@@ -127,8 +128,7 @@ def test_rows_start_at_different_steps():
     case = RetrievalDecodeCase(batch=3, steps=20, mask="left_padding", splits=2)
     starts = torch.tensor([[0], [4], [99]])
     vars(case)["key_mask"] = torch.arange(case.tokens) >= starts
-    check(case)
-    out, lse, selected, states = run_kernels(case)
+    out, lse, selected, states = check(case)
     assert (out[2] == 0).all()
     assert (lse[2] == -torch.inf).all()
     assert (selected[2] == -1).all()

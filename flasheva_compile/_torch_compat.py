@@ -12,6 +12,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.backends import registry
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -20,6 +21,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_optimize_ddp_mode
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -36,11 +38,14 @@ __all__ = [
     "compile_aot_eager",
     "compile_inductor",
     "compiled_frame_module",
+    "compiled_variants",
     "graph_break",
     "guard_on_attribute",
     "has_cpp_compiler",
+    "in_forward_differentiation",
     "inductor_option_names",
     "is_flex_call",
+    "is_higher_order",
     "is_higher_order_call",
     "is_module_state",
     "is_real_tensor",
@@ -48,6 +53,7 @@ __all__ = [
     "node_of_stack",
     "plain_execution",
     "real_attribute",
+    "recompile_limit",
     "register_backend",
     "splits_for_ddp",
     "symbol_hints",
@@ -166,7 +172,12 @@ def is_module_state(placeholder: torch.fx.Node) -> bool:
 
 def is_higher_order_call(node: torch.fx.Node) -> bool:
     """Return whether the node calls a higher-order op, whose bodies are graphs of their own."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return is_higher_order(node.target)
+
+
+def is_higher_order(target: object) -> bool:
+    """Return whether ``target`` is a higher-order op."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def body_and_operands(target: object, args: Sequence[Any]) -> tuple[Any, Sequence[Any]] | None:
@@ -202,6 +213,17 @@ def guard_on_attribute(local_name: str, attribute: str) -> None:
     """Make the compiled code valid only while ``<local>.<attribute>`` keeps its value."""
     source = AttrSource(LocalSource(local_name), attribute)
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def compiled_variants() -> int:
+    """Return how many graphs Dynamo keeps of the code that is being compiled, this one counted."""
+    root = InstructionTranslator.current_tx().output.root_tx
+    return 1 if root is None else 1 + len(_debug_get_cache_entry_list(root.f_code))
+
+
+def recompile_limit() -> int:
+    """Return how many graphs of one function Dynamo keeps; further calls run uncompiled."""
+    return torch._dynamo.config.recompile_limit
 
 
 def modules_on_stack() -> list[nn.Module]:
@@ -310,6 +332,11 @@ def mark_static_addresses(tensors: Iterable[torch.Tensor]) -> None:
     if not torch.compiler.is_compiling():
         for x in tensors:
             torch._dynamo.mark_static_address(x)
+
+
+def in_forward_differentiation() -> bool:
+    """Return whether tensors may carry tangents: a level of forward-mode differentiation is on."""
+    return forward_ad._current_level >= 0
 
 
 def below_autograd(

@@ -16,6 +16,7 @@ from flasheva_compile.config import parse_options
 from flasheva_compile.errors import CaptureError, FlashEvaError
 from flasheva_compile.plan import expect_rewritten
 from flasheva_compile.premises import guarded, untouched_copy
+from flasheva_compile.report import CompileReport
 from flasheva_compile.rewrite import rewrite
 from flasheva_compile.scope import guard_rules
 
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
     from flasheva_compile.analysis import Analysis
     from flasheva_compile.config import Options
-    from flasheva_compile.report import CompileReport
 
 log = logging.getLogger(__name__)
 
 _SPLIT = (
     "DistributedDataParallel: Dynamo compiles this model in parts, and a mask that another part "
     "makes cannot be understood. Set torch._dynamo.config.optimize_ddp = False, or prepare(model)"
+)
+
+_LAST = (
+    "{} graphs of this function: Dynamo compiles no more of them, and calls that none of them fits "
+    "run with full attention. Raise torch._dynamo.config.recompile_limit"
 )
 
 _reports: WeakKeyDictionary[nn.Module, list[CompileReport]] = WeakKeyDictionary()
@@ -84,7 +89,7 @@ def _compile(
     except CaptureError as error:
         if settings.strict:
             raise
-        log.warning("graph left as it is: %s", error)
+        _publish(CompileReport(warnings=(f"graph left as it is: {error}",)))
         return _run_inner(inner, graph, inputs, mode, settings)
     original = untouched_copy(graph) if analysis.premises else None
     report = _edit(analysis, settings, warnings)
@@ -105,9 +110,10 @@ def _edit(analysis: Analysis, settings: Options, warnings: tuple[str, ...]) -> C
     guard_rules(analysis.scope, analysis.places, settings.hybrid)
     seconds = {**analysis.seconds, "rewrite": time.perf_counter() - start}
     report = describe(done, seconds, (*analysis.warnings, *warnings))
-    if report.unexpected and compat.splits_for_ddp():
-        report = dataclasses.replace(report, warnings=(*report.warnings, _SPLIT))
-    return report
+    more = [_SPLIT] if report.unexpected and compat.splits_for_ddp() else []
+    if report.rewritten and (variants := compat.compiled_variants()) >= compat.recompile_limit():
+        more.append(_LAST.format(variants))
+    return dataclasses.replace(report, warnings=(*report.warnings, *more))
 
 
 def _inner_backend(settings: Options, inputs: Sequence[Any]) -> tuple[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 from flasheva_compile import _torch_compat as compat
 from flasheva_compile.elementwise import (
@@ -20,6 +21,7 @@ from flasheva_compile.elementwise import (
 from flasheva_compile.errors import CaptureError
 from flasheva_compile.flex import NotSpelledOutError, read_call, spelled_out, trust_blocks
 from flasheva_compile.hidden import hidden_attentions
+from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.site import CapturedGraph, Origin
 
 if TYPE_CHECKING:
@@ -49,6 +51,19 @@ class _Notes:
     premises: dict[fx.Node, Premise] = field(default_factory=dict)
     opaque: dict[fx.Node, str] = field(default_factory=dict)
     checked: dict[object, bool] = field(default_factory=dict)
+
+
+@implements("hook_or_higher_order_op", "(Tensor(a) x) -> Tensor(a)")
+def _hook_or_higher_order_op(x: torch.Tensor) -> torch.Tensor:
+    """Stand, in a shadow, for what a higher-order op returns.
+
+    What such an op runs inside is in the shadow too, but its gradient need not be what that says: a
+    hook on a tensor, or an ``autograd.Function``, has one of its own. So nothing may look through.
+    """
+    return torch.ops.aten.alias.default(x)
+
+
+fakes("hook_or_higher_order_op")(_hook_or_higher_order_op)
 
 
 class _RecordingInterpreter(fx.Interpreter):
@@ -108,7 +123,10 @@ class _RecordingInterpreter(fx.Interpreter):
                 return region
             case "exit":
                 return args[0].__exit__(None, None, None)
-        return super().call_function(target, args, kwargs)
+        result = super().call_function(target, args, kwargs)
+        if compat.is_higher_order(target):
+            return tree_map_only(torch.Tensor, torch.ops.flasheva.hook_or_higher_order_op, result)
+        return result
 
     def _flex(self, target: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """Spell a call of flex_attention out, if its blocks can be trusted."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _METADATA_ONLY = ("detach_", "requires_grad_", "squeeze_", "unsqueeze_", "transpose_", "t_")
 
@@ -37,6 +37,24 @@ class Mutations:
     def written_after(self, node: fx.Node) -> bool:
         """Whether the storage of ``node`` is written anywhere after the node itself."""
         return self._written_between(node, len(self._position))
+
+    def stale_within(self, result: fx.Node, given: Collection[fx.Node]) -> bool:
+        """Whether anything on the way from ``given`` to ``result`` is read after another's write.
+
+        Such a write goes through a view: what is computed from the nodes alone leaves it out.
+        """
+        stack, seen = [result], {*given, result}
+        while stack:
+            reader = stack.pop()
+            for node in reader.all_input_nodes:
+                if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+                    continue
+                if self.stale(node, reader):
+                    return True
+                if node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+        return False
 
     def _written_between(self, node: fx.Node, end: int) -> bool:
         begin = self._position[node]

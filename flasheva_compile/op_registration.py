@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile import _torch_compat as compat
+from flasheva_compile.errors import LoweringError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+_TWICE = "has no second derivative"
+_ONCE = "differentiate without create_graph=True, or leave the attention full"
 
 _ops = torch.library.Library("flasheva", "FRAGMENT")
 
@@ -40,16 +44,18 @@ def differentiates(
 ) -> None:
     """Register the backward pass of an op, as ``torch.library.register_autograd`` does.
 
+    The op cannot be differentiated twice, which raises LoweringError, nor in forward mode.
+
     That function would look up the schema's arguments and take lists apart in every call: 0.2 ms of
     the host for each layer of a model.
 
     Args:
-        name: An op whose schema has no defaults, and at most one ``Tensor[]``.
+        name: An op whose positional arguments have no defaults, and are at most one ``Tensor[]``.
         gradient: Maps ``ctx`` and the gradients of the outputs to those of the inputs.
         setup_context: Saves for it; keywords ``ctx, inputs, keyword_only_inputs, output``.
     """
     op: Any = getattr(torch.ops.flasheva, name).default
-    arguments = op._schema.arguments
+    arguments = [x for x in op._schema.arguments if not x.kwarg_only]
     assert not any(x.has_default_value() for x in arguments)  # the dispatcher would drop them
     lists = [n for n, x in enumerate(arguments) if isinstance(x.type, torch.ListType)]
     assert len(lists) <= 1
@@ -68,11 +74,17 @@ def differentiates(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():  # create_graph=True
+                raise LoweringError(_TWICE, subject=f"flasheva::{name}", hint=_ONCE)
             return *flat(gradient(ctx, *grads)), None
 
     def differentiable(keyset: Any, *args: Any, **options: Any) -> Any:
         tensors = flat(args)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        trained = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in tensors
+        )
+        # Below autograd tangents would be lost; there they are refused.
+        if trained or compat.in_forward_differentiation():
             return Differentiable.apply(*tensors, (keyset, args, options))
         return compat.below_autograd(op, keyset, args, options)
 

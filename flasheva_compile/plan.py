@@ -165,6 +165,9 @@ def _assumed(site: AttentionSite, mask: MaskPredicate, *, causal: bool) -> _Geom
     """Take the unknown part of a mask for what the user declares; what is proved stays in force."""
     if not site.lengths_equal:
         return _Refusal("assume_mask needs as many queries as keys")
+    if _is_input(mask) and (mask.has_head_bias or site.parameter_mask):
+        # A mask hides the same from all heads, and nobody trains it.
+        return _Refusal("additive position bias: assume_mask declares masks")
     proved = replace(mask, unknown=(), bias=None if _is_input(mask) else mask.bias)
     if (refusal := _refuse_mask(proved, site)) is not None:
         return refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from flasheva_compile import ops
 from flasheva_compile.errors import RewriteError
 from flasheva_compile.masks.emit import NotEmitted, emit_head_tensor, emit_key_tensor
 from flasheva_compile.masks.predicate import opaque_names
+from flasheva_compile.mutation import Mutations
 from flasheva_compile.site import AttentionSite, Keep, Replace, RewritePlan
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from flasheva_compile.site import CapturedGraph, Decision, Layout, Operand, Origin
 
 _DIFFERENT_RULES = "layers of one nested_compile_region are to be treated differently"
+_REPLACES = "flasheva_replaces"  # metadata of a result: name of the node that stood there
 _LONGEST_REPEATED = 16  # operations: slopes made of a range of heads have 5
 _Masks: TypeAlias = tuple[fx.Node | None, fx.Node | None]  # key mask, segment ids
 _CARRIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
@@ -72,6 +75,8 @@ def _carried_out(
     for decision in plan.decisions:
         if isinstance(decision.site, AttentionSite):
             alike.setdefault(decision.site.output, []).append(decision)
+    runs = Counter(origin for found in captured.origins.values() for origin in found)
+    written = Mutations(captured.shadow.graph)
     reasons: dict[Origin, str] = {}
     for decision in plan.decisions:
         if isinstance(decision, Keep):
@@ -79,9 +84,12 @@ def _carried_out(
             continue
         origin = decision.site.output
         if origin not in reasons:
-            one = len(set(map(_edit_of, alike[origin]))) == 1
+            # A run of a shared body that is not among them was recognised and not understood.
+            one = len(set(map(_edit_of, alike[origin]))) == 1 and runs[origin] == len(alike[origin])
             editor = _Editor(captured, decision, shared)
-            reasons[origin] = editor.replace() or "" if one else _DIFFERENT_RULES
+            # For its backward pass the op keeps the result, which must not be written to then.
+            copied = written.written_after(decision.site.result)
+            reasons[origin] = editor.replace(copied=copied) or "" if one else _DIFFERENT_RULES
         yield _kept(decision, reasons[origin]) if reasons[origin] else decision
 
 
@@ -108,10 +116,11 @@ class _Editor:
         self.captured, self.decision, self.shared = captured, decision, shared
         self.path = decision.site.output.graph
         self.graph = _graphs(captured)[self.path].graph
-        self.nodes = {node.name: node for node in self.graph.nodes}
+        # An operand may be the result of an attention that is replaced by now.
+        self.nodes = {node.meta.get(_REPLACES, node.name): node for node in self.graph.nodes}
         self.output = self.nodes[decision.site.output.node]
 
-    def replace(self) -> str | None:
+    def replace(self, *, copied: bool) -> str | None:
         """Replace the attention; return a reason instead if its mask cannot be rebuilt."""
         site, op = self.decision.site, self.decision.op
         with self.graph.inserting_before(self.output):
@@ -127,7 +136,9 @@ class _Editor:
             optional = (*masks, slopes, seed)
             results = self._attention((query, key, value), parameters, optional)
             result = self._laid_out(self._call(operator.getitem, (results, 0)), site.result_layout)
-            result.meta = dict(self.output.meta)
+            if copied or site.dtype != site.result_dtype:
+                result = self._call(torch.Tensor.to, (result, site.result_dtype), copy=True)
+            result.meta = {**self.output.meta, _REPLACES: self.output.name}
         self.output.replace_all_uses_with(result)
         _erase_dead(self.graph, self.output)
         return None
@@ -179,7 +190,7 @@ class _Editor:
         node = self.nodes[operand.origin.node]
         node = self._laid_out(node, operand.layout)
         if operand.dtype != self.decision.site.dtype:
-            # Under autocast the product casts its operands; the op computes in what it is given.
+            # Products cast their operands under autocast; the op computes in what it is given.
             node = self._call(torch.Tensor.to, (node, self.decision.site.dtype))
         return node
 
@@ -374,7 +385,8 @@ def _is_erasable(node: fx.Node) -> bool:
         return True
     # Writes to a value that nobody else holds are lost with it.
     base = node.args[0]
-    return isinstance(base, fx.Node) and set(base.users) == {node} and _is_fresh(base)
+    alone = isinstance(base, fx.Node) and set(base.users) == {node} and _function_name(base)
+    return alone in _FRESH_FUNCTIONS
 
 
 def _is_inplace(node: fx.Node) -> bool:
@@ -382,10 +394,6 @@ def _is_inplace(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = _function_name(node)
     return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    return _function_name(node) in _FRESH_FUNCTIONS
 
 
 def _function_name(node: fx.Node) -> str:

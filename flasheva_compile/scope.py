@@ -117,6 +117,10 @@ def guard_rules(scope: Scope, places: Sequence[Place], hybrid: HybridConfig) -> 
 
     All layers of a kind share their code, hence, without a guard, their compiled graph. Each gets
     an attribute that spells the rules in force for its attentions, and the graph is guarded on it.
+
+    Raises:
+        ConfigError: There are more different rules than graphs that Dynamo keeps of one function:
+            the other layers would run uncompiled, with full attention.
     """
     if scope.frame is None or scope.model is None or scope.frame is scope.model:
         return
@@ -126,12 +130,22 @@ def guard_rules(scope: Scope, places: Sequence[Place], hybrid: HybridConfig) -> 
     attribute = f"_flasheva_rules_{tag}"
     modules = [name for name, _ in scope.model.named_modules()]
     inner = [_relative(place, scope.frame) for place in places]
+    spelled: dict[nn.Module, str] = {}
     for name, module in scope.model.named_modules():
         if type(module) is type(scope.frame):
             paths = [".".join(filter(None, (name, path))) for path in inner]
-            rules = [hybrid.resolve(layer) for layer in name_layers(paths, modules)]
-            # Not a parameter or buffer: past nn.Module's bookkeeping, so state_dict is unchanged.
-            module.__dict__[attribute] = repr(rules)
+            spelled[module] = repr([hybrid.resolve(x) for x in name_layers(paths, modules)])
+    different, limit = len(set(spelled.values())), compat.recompile_limit()
+    if different > limit:
+        raise ConfigError(
+            f"{different} different rules for layers that are compiled one by one; Dynamo keeps "
+            f"{limit} graphs of one function",
+            subject="layers",
+            hint="compile the whole model, or raise torch._dynamo.config.recompile_limit",
+        )
+    for module, rules in spelled.items():
+        # Not a parameter or buffer: past nn.Module's bookkeeping, so state_dict is unchanged.
+        module.__dict__[attribute] = rules
     compat.guard_on_attribute(scope.local, attribute)
 
 

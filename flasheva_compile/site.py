@@ -109,11 +109,13 @@ class MaskTerm:
             they are multiplied by it, and where they are visible it has to be 1.
         axes: What the axes of the scores are that it acts on: "b", "h", "q", "k", or "n" for
             ``b * H + h``. It aligns with their last ones.
+        factor: By what scores are multiplied after it is added.
     """
 
     node: fx.Node
     kind: MaskKind
     axes: tuple[str, ...] = ("b", "h", "q", "k")
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +157,9 @@ class AttentionSite:
         same_source: Queries and keys are projected from the same tensor, and the tokens of both and
             of the values stand as they did there.
         learned_mask: What is added to the scores depends on something that is trained.
-        dtype: Of the result.
+        parameter_mask: What is added to the scores depends on a parameter, trained or frozen.
+        dtype: In which it is computed: that of the result, or a wider one that scores have.
+        result_dtype: Of the result.
     """
 
     place: Place
@@ -175,7 +179,9 @@ class AttentionSite:
     appended: bool
     same_source: bool
     learned_mask: bool
+    parameter_mask: bool
     dtype: torch.dtype
+    result_dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

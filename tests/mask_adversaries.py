@@ -133,6 +133,20 @@ def reversed_segments(m):
     return s[b, q] == s[b, k]
 
 
+@adversary(torch.tensor([[1] * K] * B))
+def running_sum_that_wraps(new):
+    b, q, k = index()
+    s = (new != 0).to(torch.int8).cumsum(-1, dtype=torch.int8)
+    return (k <= q) & (s[b, q] == s[b, k])
+
+
+@adversary(torch.tensor([[1] * K] * B))
+def ids_rounded_before_they_are_compared(new):
+    b, q, k = index()
+    s = (new != 0).cumsum(-1).float()  # 2**24 == 2**24 + 1
+    return (k <= q) & (s[b, q] == s[b, k])
+
+
 @adversary(torch.tensor(float("nan")))
 def compared_with_data(x):
     _, q, k = index()

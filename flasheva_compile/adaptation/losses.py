@@ -9,7 +9,11 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from flasheva_compile.adaptation.calibrate import converted_attentions, exact_attention
+from flasheva_compile.adaptation.calibrate import (
+    converted_attentions,
+    exact_attention,
+    running_eagerly,
+)
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ def logit_loss(
     inputs: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return ``KL(teacher || model)`` per token [nats].
+    """Return ``KL(teacher || model)`` per token [nats]. The teacher has no dropout.
 
     Args:
         model: The prepared model.
@@ -50,7 +54,7 @@ def logit_loss(
         _expect_whole_weights(model, "a teacher's weights cannot take the place of sharded ones")
     evas = converted_attentions(model)
     kwargs = {**inputs, "use_cache": False}
-    with torch.no_grad(), exact_attention(evas), torch.compiler.set_stance("force_eager"):
+    with running_eagerly(model), exact_attention(evas):
         teacher = torch.func.functional_call(model, dict(before), kwargs=kwargs).logits
     student = model(**kwargs).logits
     counted = (_labels(inputs) != _IGNORED).flatten()
@@ -90,7 +94,7 @@ def attention_output_loss(
 
     The model runs with exact attention and without gradients; each attention is run again by its
     rule on the same queries, keys and values, and differentiated at once: no layer's activations
-    outlive it.
+    outlive it. There is no dropout: it would differ between the two.
 
     Args:
         model: The prepared model.
@@ -102,12 +106,10 @@ def attention_output_loss(
     """
     _expect_whole_weights(model, "differentiates each attention by itself, unseen by FSDP")
     evas = converted_attentions(model)
-    eager = torch.compiler.set_stance("force_eager")
     with (
         _compared(evas, scale / len(evas)) as errors,
         exact_attention(evas),
-        torch.no_grad(),
-        eager,
+        running_eagerly(model),
     ):
         model(**inputs, use_cache=False)
     return torch.stack(errors).mean()
@@ -117,9 +119,11 @@ def attention_output_loss(
 def _compared(evas: Sequence[EvaAttention], weight: float) -> Iterator[list[Tensor]]:
     errors: list[Tensor] = []
     configs = {id(eva): eva.config for eva in evas}
+    training = {id(eva): eva.training for eva in evas}  # random features are sampled in it
 
     def compare(eva: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
         exact, eva.config = eva.config, configs[id(eva)]
+        eva.training = training[id(eva)]
         try:
             with torch.enable_grad():
                 out, _ = eva.forward(*args, **kwargs)  # past the hooks that make it exact
@@ -128,7 +132,7 @@ def _compared(evas: Sequence[EvaAttention], weight: float) -> Iterator[list[Tens
                 if error.requires_grad:
                     (error * weight).backward()
         finally:
-            eva.config = exact
+            eva.config, eva.training = exact, False
         errors.append(error.detach())
 
     hooks = [eva.register_forward_hook(compare, with_kwargs=True) for eva in evas]

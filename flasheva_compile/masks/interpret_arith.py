@@ -187,7 +187,8 @@ def _comparison(relation: type[sp.core.relational.Relational]) -> Callable[[Call
         operands = [call.tensor("self"), call.tensor("other")]
         dtype = _common_dtype(operands)
         operands = [_as_dtype(t, dtype) for t in operands]
-        return elementwise(lambda a, b: compare(relation, a, b), operands, call.shape)
+        compared = values.compare_floats if dtype.is_floating_point else compare
+        return elementwise(lambda a, b: compared(relation, a, b), operands, call.shape)
 
     return handler
 

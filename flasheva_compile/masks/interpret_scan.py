@@ -57,7 +57,7 @@ def cumsum(call: Call) -> SymbolicTensor:
         summand = summand_at((*index[:dim], anywhere[dim], *index[dim + 1 :]))
         if isinstance(summand, sp.Expr) and anywhere[dim] not in summand.free_symbols:
             return values.multiply(summand, index[dim] + 1)
-        if dim == tensor.ndim - 1 and not call.dtype.is_floating_point:
+        if dim == tensor.ndim - 1 and call.dtype in values.WIDE_INTEGERS:  # others wrap around
             _mark_if_monotone(call, summand_at(tuple(anywhere)))
         raise NotInterpretedError("a running sum of varying summands")
 

@@ -115,7 +115,7 @@ class MaskProver:
         for term in terms:
             if term.kind != "factor":
                 kept, added = _read(interpreter, term, shape, dtype)
-                keep, bias = sp.And(keep, kept), bias + added
+                keep, bias = sp.And(keep, kept), bias + sp.Rational(term.factor) * added
         factors = [term for term in terms if term.kind == "factor"]
         rescaled = not all(_is_one_where(keep, interpreter, term, shape) for term in factors)
         geometry = Geometry(

@@ -171,7 +171,7 @@ def _are_consecutive(moves: Sequence[Any], size: int | torch.SymInt) -> bool:
 
 
 def _multiplies_weight(node: fx.Node) -> bool:
-    if op_name(node) not in {"matmul", "einsum"}:
+    if op_name(node) not in {"matmul", "linalg_matmul", "einsum"}:
         return False
     right = node.args[1]
     return hasattr(right, "op") and right.op in {"placeholder", "get_attr"}

@@ -15,14 +15,13 @@ from flasheva_compile.matching.aten import op_name, shape_of, value_of
 from flasheva_compile.matching.axes import aligned_sources, axis_origin, axis_sources
 from flasheva_compile.matching.products import PRODUCTS, axes_of_product, operands_of
 from flasheva_compile.matching.scores import comes_from_product
+from flasheva_compile.matching.softmax import Softmax
 from flasheva_compile.matching.weights import feeds_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import fx
-
-    from flasheva_compile.matching.softmax import Softmax
 
 _Pair: TypeAlias = "tuple[fx.Node, int, int]"  # a node, its axis of queries, its axis of keys
 _Step: TypeAlias = "tuple[fx.Node, int]"
@@ -40,7 +39,7 @@ def is_attention(softmax: Softmax) -> bool:
     router, or a vocabulary, has weights for features.
     """
     if value_of(softmax.weights).dim() < 3:
-        return False
+        return weighs_tokens(softmax) and comes_from_product(softmax.scores)
     last = softmax.axis == -1
     if last and comes_from_product(softmax.scores) and feeds_product(softmax.weights):
         return True
@@ -48,6 +47,31 @@ def is_attention(softmax: Softmax) -> bool:
     if not last:  # of keys over features it makes weights for a linear attention
         return bool(met) and _pair_of(softmax.scores, softmax.axis) is not None
     return any("tokens" in kinds if kinds else not _is_of_features(softmax.scores) for kinds in met)
+
+
+def weighs_tokens(softmax: Softmax) -> bool:
+    """Return whether the axis certainly meets tokens in a product."""
+    return any("tokens" in axis_origin(*other).kinds for _, other in _meetings(softmax))
+
+
+def is_cut_off(softmax: Softmax) -> bool:
+    """Return whether a graph ends between an attention's softmax and its product with values."""
+    ends = any(user.op == "output" for user in softmax.weights.users)
+    return ends and _pair_of(softmax.scores, softmax.axis) is not None
+
+
+def exponential_problem(node: fx.Node) -> str:
+    """Say of an ``exp`` that is no part of a known softmax why its attention stays full, if any.
+
+    Exponentials of scores that weigh tokens are an attention, however they are normalised.
+    """
+    source: Any = node.args[0]
+    if value_of(node).dim() < 2 or not hasattr(source, "op"):
+        return ""
+    scores = Softmax(source, node, -1)
+    if _pair_of(source, -1) is None or not weighs_tokens(scores):
+        return ""
+    return "exponentials of scores, not normalised in a way that is known"
 
 
 def score_problem(softmax: Softmax) -> str:

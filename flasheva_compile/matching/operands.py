@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flasheva_compile.site import CapturedGraph, Layout, MaskTerm
 
 _PROJECTIONS = frozenset(["linear", "addmm", "mm"])
+_WEIGHT_PRODUCTS = frozenset(["matmul", "linalg_matmul", "bmm", "einsum", "convolution", "conv2d"])
 # What the leading axes of scores are, by their number of axes.
 _LEADING = {3: "n", 4: "bh", 5: "bbh"}
 # Ops whose result is no function of the tokens' values: sources end there.
@@ -265,6 +266,16 @@ def projection_sources(node: fx.Node) -> frozenset[fx.Node]:
 
 def is_learned(captured: CapturedGraph, node: fx.Node) -> bool:
     """Return whether a node is computed from an input of the graph that takes a gradient."""
+    return any(getattr(x, "requires_grad", False) for x in _inputs_behind(captured, node))
+
+
+def is_of_parameters(captured: CapturedGraph, node: fx.Node) -> bool:
+    """Return whether a node is computed from a module's parameter, trained or frozen."""
+    return any(isinstance(x, torch.nn.Parameter) for x in _inputs_behind(captured, node))
+
+
+def _inputs_behind(captured: CapturedGraph, node: fx.Node) -> Iterator[object]:
+    """Yield what the graph is given of which a node reads the values, with data where it has."""
     shadow = captured.shadow.graph.find_nodes(op="placeholder")
     given = dict(zip(shadow, captured.dynamo.graph.find_nodes(op="placeholder"), strict=True))
     stack, seen = [node], set()
@@ -277,10 +288,7 @@ def is_learned(captured: CapturedGraph, node: fx.Node) -> bool:
         if not (name.startswith("new_") or name.endswith("_like")):  # these take a shape only
             stack.extend(current.all_input_nodes)
         if current in given:
-            value = captured.data.get(current, given[current].meta.get("example_value"))
-            if getattr(value, "requires_grad", False):
-                return True
-    return False
+            yield captured.data.get(current, given[current].meta.get("example_value"))
 
 
 def is_appended(key: fx.Node, query: fx.Node) -> bool:
@@ -313,7 +321,7 @@ def is_preallocated(key: fx.Node) -> bool:
 
 
 def _is_weight_product(node: fx.Node) -> bool:
-    return op_name(node) in {"matmul", "bmm", "einsum", "convolution", "conv2d"}
+    return op_name(node) in _WEIGHT_PRODUCTS
 
 
 def _activation(node: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ from flasheva_compile.matching.aten import argument, op_name, scalar_of, shape_o
 if TYPE_CHECKING:
     from torch import fx
 
-PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "mm", "einsum"])
+PRODUCTS = frozenset(["matmul", "linalg_matmul", "bmm", "baddbmm", "mm", "einsum"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,7 @@ def _added(walk: _Walk, addend: fx.Node, beta: float) -> _Walk | str:
     """Take what baddbmm adds for a mask."""
     if beta * walk.factor < _LEAST_FACTOR:
         return "scores are scaled down after the mask"
-    return _masked(walk, walk.node, addend, "additive")
+    return _masked(walk, walk.node, addend, "additive", beta)
 
 
 def keeps_tokens(node: fx.Node) -> bool:
@@ -279,12 +279,14 @@ def _is_masking(fill: object, walk: _Walk) -> bool:
     return value is not None and value * walk.factor <= -1e4
 
 
-def _masked(walk: _Walk, scores: fx.Node, mask: fx.Node, kind: MaskKind) -> _Walk | str:
+def _masked(
+    walk: _Walk, scores: fx.Node, mask: fx.Node, kind: MaskKind, beta: float = 1.0
+) -> _Walk | str:
     if walk.cap:
         return "mask inside the softcap"
     if any(term.kind == "factor" for term, _ in walk.masks):
         return "scores are multiplied by a tensor after they are masked"
-    found = (MaskTerm(node=mask, kind=kind), walk.node)
+    found = (MaskTerm(node=mask, kind=kind, factor=walk.factor * beta), walk.node)
     return replace(walk, node=scores, masks=(*walk.masks, found))
 
 

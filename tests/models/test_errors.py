@@ -101,6 +101,21 @@ def test_inductor_gets_its_own_mode_and_options(monkeypatch, asked, mode, option
     assert seen == [(mode, options)]
 
 
+def test_a_graph_that_cannot_be_traced_is_in_the_report(monkeypatch, caplog):
+    def capture(*_):
+        raise fe.CaptureError("tracing to ATen failed")
+
+    monkeypatch.setattr("flasheva_compile.analysis.capture", capture)
+    torch._dynamo.reset()
+    model = nano().eval()
+    want = model(TOKENS)
+    model.compile(backend="flasheva", options=EAGER)
+    torch.testing.assert_close(model(TOKENS), want)
+    (warning,) = fe.explain(model).warnings
+    assert warning.startswith("graph left as it is: tracing to ATen failed")
+    assert warning in caplog.text
+
+
 def test_strict_names_the_layer_and_the_reason():
     family = BY_NAME["gemma3"]
     # The model's own sliding window is left full by design: strict accepts it.

@@ -90,6 +90,29 @@ def test_layers_compiled_one_by_one_share_options_but_not_rules():
     assert [row.window_size for report in graphs for row in report.layers] == [8, 16, None]
 
 
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_more_rules_than_dynamo_keeps_graphs_are_refused():
+    """Beyond its limit Dynamo runs code as it is: layers without a graph would attend fully."""
+    model = nano()
+    rules = {"default": SMALL, **{n: {"window_size": 8 * (n + 1)} for n in range(len(model.h))}}
+    for block in model.h:
+        block.compile(backend="flasheva", options={"layers": rules, **EAGER})
+    with pytest.raises(fe.ConfigError, match=r"layers: 4 different rules .* keeps 3 graphs"):
+        model(tokens())
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_the_last_graph_that_dynamo_compiles_says_so():
+    model = nano()
+    model.compile(backend="flasheva", dynamic=False, options={**SMALL, **EAGER})
+    with torch.no_grad():
+        for length in (16, 20, 24):
+            model(tokens()[:, :length])
+    first, last = reports_of(model)  # the third length runs uncompiled
+    assert not any("recompile_limit" in warning for warning in first.warnings)
+    assert any("2 graphs of this function" in warning for warning in last.warnings)
+
+
 def test_layers_with_equal_rules_share_one_graph():
     model = nano()
     for block in model.h:

@@ -143,9 +143,106 @@ class TestSharedRegions:
         assert {row.decision for row in fe.explain(model).layers} == {"full"}
         torch.testing.assert_close(ours, model(x))
 
+    def test_a_run_that_is_not_understood_keeps_the_body_for_all(self):
+        """The scale of the second run is a tensor: the body is not edited for the first either."""
+        model, x = Scaled(), torch.randn(2, 24, 32)
+        ours = torch.compile(model, backend="flasheva", options=WHOLE)(x)
+        rows = fe.explain(model).layers
+        assert [row.decision for row in rows] == ["full", "full"]
+        assert "treated differently" in rows[0].reason
+        assert "multiplied by a tensor" in rows[1].reason
+        torch.testing.assert_close(ours, model(x))
+
+
+class Scaled(nn.Module):
+    """Two runs of one region with other scales: a number, and a buffer that may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.9))
+
+    def forward(self, x):
+        qkv = x.view(2, 24, 4, 8).transpose(1, 2)
+        first = scaled_region(qkv.clone(), torch.full((), 0.3))
+        return first + scaled_region(qkv.tanh(), self.scale * 1)
+
+
+@torch.compiler.nested_compile_region
+def scaled_region(qkv, scale):
+    scores = (qkv @ qkv.transpose(-2, -1)) * scale
+    hidden = torch.ones(24, 24, dtype=torch.bool).triu(1)
+    return (scores.masked_fill(hidden, -1e9).softmax(-1) @ qkv).clone()
+
 
 def gradient(out, x):
     return torch.autograd.grad(out.square().sum(), x)[0]
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Tripled(torch.autograd.Function):
+    """Attention with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient * 2, gradient * 3
+
+
+def doubled(x):
+    x.register_hook(lambda gradient: gradient * 2)
+    return x
+
+
+def weighed(q, k, v, change_scores=lambda s: s, change_weights=lambda w: w):
+    scores = change_scores(q @ k.mT).masked_fill(torch.ones(24, 24).triu(1) > 0, -1e9)
+    return change_weights(scores.softmax(-1)) @ v
+
+
+def repeated(x):
+    return x[:, :2].repeat_interleave(2, 1)
+
+
+OWN_GRADIENTS = {
+    "hook on weights": (lambda q, k, v: weighed(q, k, v, change_weights=doubled), "full"),
+    "hook on scores": (lambda q, k, v: weighed(q, k, v, doubled), "full"),
+    "hook on keys": (lambda q, k, v: attend(q, doubled(k), v), "eva"),
+    "hook on repeated keys": (
+        lambda q, k, v: attend(q, doubled(repeated(k)), repeated(v)),
+        "eva",
+    ),
+    "function on weights": (
+        lambda q, k, v: weighed(q, k, v, change_weights=Reversed.apply),
+        "full",
+    ),
+    "function on repeated keys": (
+        lambda q, k, v: attend(q, Reversed.apply(repeated(k)), repeated(v)),
+        "eva",
+    ),
+    "function that attends": (Tripled.apply, "full"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_GRADIENTS)
+def test_gradients_of_hooks_and_functions_are_kept(name):
+    core, decision = OWN_GRADIENTS[name]
+    model, x = Core(core).double(), torch.randn(2, 24, 32, dtype=torch.double, requires_grad=True)
+    ours, theirs = torch.compile(model, backend="flasheva", options=WHOLE)(x), model(x)
+    torch.testing.assert_close(gradient(ours, x), gradient(theirs, x))
+    assert {row.decision for row in fe.explain(model).layers} == {decision}
 
 
 class _Broken(nn.Module):

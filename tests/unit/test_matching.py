@@ -111,6 +111,11 @@ def maximum_over_keys_taken_off(q, k, v):
     return torch.einsum("bhsl,bhsd->bhld", weights, v)
 
 
+def linalg_products(q, k, v):
+    scores = torch.linalg.matmul(q, k.mT).masked_fill(~causal(24), -math.inf)
+    return torch.linalg.matmul(scores.softmax(-1), v)
+
+
 UNGROUPED = (tiled_heads, unevenly_repeated_heads)
 GROUPED = (repeated_heads, interleaved_heads, enable_gqa, *UNGROUPED)
 SPELLINGS = (
@@ -124,6 +129,7 @@ SPELLINGS = (
     multiplied_by_ones_and_zeros,
     keys_before_heads,
     maximum_over_keys_taken_off,
+    linalg_products,
     *GROUPED,
 )
 
@@ -236,6 +242,48 @@ def test_what_shares_operands_or_masks_still_compiles(core):
             assert_as_accurate(ours, [theirs], truth)
 
 
+def one_after_the_other(q, k, v):
+    """Queries that are the result of an attention, with nothing in between."""
+    first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    second = (first @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+    return F.scaled_dot_product_attention(second, first, v, is_causal=True)
+
+
+class Sloped(Core):
+    """ALiBi that is added before the scores are scaled."""
+
+    def __init__(self, product):
+        super().__init__(lambda q, k, v: self.attend(q, k, v, product))
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+
+    def attend(self, q, k, v, product):
+        distance = torch.arange(24) - torch.arange(24)[:, None]
+        scores = product(q, k, self.slopes[:, None, None] * distance)
+        return scores.masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+
+
+def added_by_baddbmm(q, k, bias):
+    bias = bias.expand(2, 4, 24, 24).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=0.3)
+    return scores.view(2, 4, 24, 24)
+
+
+WITHOUT_VALIDATION = {
+    "chained": lambda: Core(one_after_the_other),
+    "bias, then scale": lambda: Sloped(lambda q, k, bias: (q @ k.mT + bias) * 0.3),
+    "bias with a factor": lambda: Sloped(added_by_baddbmm),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VALIDATION)
+def test_what_is_understood_needs_no_validation(name):
+    torch.manual_seed(0)
+    model, x = WITHOUT_VALIDATION[name]().double().eval(), torch.randn(2, 24, 32).double()
+    options = {"window_size": 32, "inner_backend": "eager", "strict": True, "validate": False}
+    ours = torch.compile(model, backend="flasheva", options=options)(x)
+    torch.testing.assert_close(ours, model(x))
+
+
 def test_what_is_proved_of_a_mask_survives_a_declaration():
     class Masked(Core):
         def forward(self, x, opaque):
@@ -252,6 +300,73 @@ def test_what_is_proved_of_a_mask_survives_a_declaration():
     whole = {"window_size": 32, "inner_backend": "eager", "assume_mask": "causal"}
     ours = torch.compile(model, backend="flasheva", options=whole)(x, opaque)
     assert (ours - model(x, opaque))[:, :, 5:].abs().max() < 1e-5 * ours.abs().max()
+
+
+class Biased(Core):
+    """Attention with a position bias, ``[H, N, N]`` or ``[N, N]``, held or given."""
+
+    def __init__(self, bias=None):
+        super().__init__(None)
+        self.bias = bias
+
+    def forward(self, x, given=None):
+        bias = self.bias if given is None else given
+        self.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("declared", ["causal", "bidirectional"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(24, 24), (4, 24, 24)])
+def test_a_declared_mask_is_not_a_position_bias(declared, frozen, shape):
+    """What differs from head to head, or is a parameter, hides nothing: it must not be dropped."""
+    options = {"window_size": 32, "inner_backend": "eager", "assume_mask": declared}
+    bias = torch.randn(shape)
+    held = Biased(torch.nn.Parameter(bias, requires_grad=not frozen)), ()
+    for model, given in (held, *([(Biased(), (bias,))] if len(shape) > 2 else ())):
+        x = torch.randn(2, 24, 32)
+        ours = torch.compile(model, backend="flasheva", options=options)(x, *given)
+        (row,) = fe.explain(model).layers
+        assert (row.decision, "position bias" in row.reason) == ("full", True)
+        torch.testing.assert_close(ours, model(x, *given))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_result_that_is_overwritten_has_the_same_gradient(inner):
+    def core(q, k, v):
+        out = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1) @ v
+        out.mul_(2)
+        return out
+
+    model, x = Core(core).double(), torch.randn(2, 24, 32, dtype=torch.double, requires_grad=True)
+    options = {"window_size": 32, "inner_backend": inner, "strict": True}
+    compiled = torch.compile(model, backend="flasheva", options=options)
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, model))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_scores_wider_than_the_result_lose_nothing(upcast):
+    """Float32 queries and keys beside bfloat16 values; what was only cast up costs nothing."""
+
+    def core(q, k, v):
+        q, k = ((x.bfloat16() if upcast else x).float() * 1 for x in (q * 32, k * 8))
+        weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+        return weights.to(v.dtype) @ v
+
+    def narrow(q, k, v):
+        return core(q, k, v.bfloat16())
+
+    torch.manual_seed(0)
+    x, exact = torch.randn(2, 24, 32), Core(core).double()
+    model = Core(narrow)
+    exact.load_state_dict(model.state_dict())
+    options = {"window_size": 32, "inner_backend": "eager", "strict": True}
+    with torch.no_grad():
+        ours = torch.compile(model, backend="flasheva", options=options)(x)
+        assert ours.dtype == torch.bfloat16
+        own, error = ((y.double() - exact(x.double())).abs().max() for y in (model(x), ours))
+    assert error <= 2 * own
 
 
 def test_autocast_inside_the_graph():

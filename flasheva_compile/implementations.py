@@ -320,8 +320,10 @@ def retrieve(
     if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
         out, lse = attend(qkv, tokens, masks, o)
         return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
-    by = o["retrieve_by"]
-    retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"], by=by)
+    by, weight = o["retrieve_by"], o.get("selector_weight")
+    weight = None if weight is None else weight.contiguous()
+    sizes = {"chunks": o["retrieve_chunks"], "block": o["retrieve_block"]}
+    retrieval = Retrieval(**sizes, by=by, weight=weight)
     if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
         if launch_retrieval.covers(t, rows, settings, retrieval):
@@ -332,7 +334,7 @@ def retrieve(
     )
     selecting = t
     if by == "bounds":
-        bounds = chunk_bounds(k, masks.key_mask, masks.segment_ids, settings.chunk_size)
+        bounds = chunk_bounds(k, masks.key_mask, masks.segment_ids, settings.chunk_size, weight)
         selecting = selecting_by_bounds(t, bounds)
     selected = select_chunks(selecting, geometry, settings, retrieval)
     return *retrieval_forward(t, geometry, settings, retrieval, selected), selected

@@ -122,9 +122,26 @@ def check_retrieval(
     hint = "leave retrieve_chunks out"
     require(o["causal"], "retrieve_chunks with bidirectional attention", op, hint)
     check_attention(tensors, optional, o, op)
+    check_selector(op, tensors[1], o)
     if o["retrieve_block"] > 1:
         message = "retrieve_block > 1 needs the first query of every block: q_offset == 0"
         require(o["q_offset"] == 0, message, op, "use retrieve_block=1")
+
+
+def check_selector(op: str, k: Tensor, o: dict[str, Any]) -> None:
+    """Check the weights of a selector that goes by bounds, if the options hold any."""
+    weight = o.get("selector_weight")
+    if weight is None:
+        return
+    shape, hint = (k.shape[1], 3, k.shape[3]), "pass what calibrate learned for this layer"
+    by = o["retrieve_by"]
+    require(by == "bounds", f"selector_weight with retrieve_by={by!r}", op, "select by bounds")
+    message = f"selector_weight is {tuple(weight.shape)}, not {tuple(shape)}"
+    require(tuple(weight.shape) == tuple(shape), message, op, hint)
+    require(weight.is_floating_point(), f"selector_weight is {weight.dtype}", op, hint)
+    require(weight.device == k.device, f"selector_weight is on {weight.device}", op, hint)
+    message = "selector_weight has no gradient: a selection is a constant"
+    require(not weight.requires_grad, message, op, "detach it")
 
 
 def check_eva_attention(

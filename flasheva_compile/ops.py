@@ -295,6 +295,7 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
     alibi_slopes: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     noise: Tensor | None = None,
+    selector_weight: Tensor | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]:
     """Attend exactly to sinks and window, through chunk tokens to the rest, in one softmax.
@@ -312,8 +313,8 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
         segment_ids: ``[B, S]`` integers, packed documents as runs of equal ids; causal only.
         alibi_slopes: ``[Hq]``; adds ``slope * (key column - query column)``; no gradient.
         dropout_seed: One int64; None draws it from PyTorch's generator.
-        noise: For ``eva`` in training, ``[B, Hkv, C, D]``, added to ``omega`` as it is; recipes
-            draw it from a normal distribution and clamp it to [-1, 1].
+        noise: For ``eva`` in training, ``[B, Hkv, C, D]``, added to ``omega`` as it is.
+        selector_weight: Of ``"bounds"``: see ``chunk_bounds``, ``[Hkv, 3, D]``; no gradient.
         **options: See :class:`AttentionOptions`; ``window_size`` and ``chunk_size`` are required.
 
     Returns:
@@ -337,9 +338,15 @@ def flasheva_attention(  # noqa: PLR0913 - the formula has these inputs
     masks = (key_mask, segment_ids, alibi_slopes, dropout_seed)
     if o["retrieve_chunks"] != 0:
         pooled = tokens(rule, v, parameters)
+        o |= {} if selector_weight is None else {"selector_weight": selector_weight}
         return torch.ops.flasheva.retrieval_attention(q, k, v, *pooled, *masks, **o)[:2]
-    del o["retrieve_chunks"], o["retrieve_block"], o["retrieve_by"]
+    o = _without_retrieval(o, selector_weight)
     return torch.ops.flasheva.eva_attention(q, k, v, list(parameters), *masks, rule=rule, **o)[:2]
+
+
+def _without_retrieval(o: dict[str, Any], selector_weight: Tensor | None) -> dict[str, Any]:
+    require(selector_weight is None, "selector_weight without retrieval", "flasheva_attention")
+    return {name: value for name, value in o.items() if not name.startswith("retrieve_")}
 
 
 def _tokens(

@@ -20,7 +20,7 @@ from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
 from flasheva_compile.lowering import launch_retrieval_decode
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
-from flasheva_compile.op_checks import check_cache, require
+from flasheva_compile.op_checks import check_cache, check_selector, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,8 @@ _STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(Retri
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
 _OPTIONS = (
     "int retrieve_chunks, int retrieve_block, str retrieve_by, str rule, int window_size, "
-    "int chunk_size, int sink_tokens, str window, float scale, float softcap, str version"
+    "int chunk_size, int sink_tokens, str window, float scale, float softcap, str version, "
+    "Tensor? selector_weight=None"
 )
 _ops = torch.library.Library("flasheva", "FRAGMENT")  # registered directly: see cache_ops
 _ops.define(f"retrieval_append({_INPUTS}, *, {_OPTIONS}) -> ()")
@@ -86,16 +87,23 @@ def _check(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     hint = "pass use_cache=False"
     rule = options["rule"]
     require(rule != "eva", "rule 'eva' with retrieve_chunks in a cache", "flasheva::decode", hint)
+    check_selector("flasheva::retrieval_decode", args[1], options)
 
 
 def _arguments(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     q, k, v, parameters, key_mask, *state = args
     _check(args, options)
     names = ("chunks", "block", "by")
-    retrieval = Retrieval(**{name: options[f"retrieve_{name}"] for name in names})
+    given: dict[str, Any] = {name: options[f"retrieve_{name}"] for name in names}
+    retrieval = Retrieval(**given, weight=_weight(options))
     pool = partial(pool_chunks, parameters, options)
     settings = cache_settings(options)
     return q, (k, v), key_mask, RetrievalState(*state), pool, settings, retrieval
+
+
+def _weight(options: dict[str, Any]) -> Tensor | None:
+    weight = options.get("selector_weight")
+    return None if weight is None else weight.contiguous()
 
 
 @torch.library.impl(_ops, "retrieval_append", "CompositeExplicitAutograd")
@@ -119,7 +127,7 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         rule, given = kernel_rule(options["rule"], list(parameters)), tuple(parameters)
         settings = cache_settings(options)
         out, lse, _ = launch_retrieval_decode.retrieval_decode(
-            q, k, v, key_mask, given, state, settings, rule, chunks
+            q, k, v, key_mask, given, state, settings, rule, chunks, _weight(options)
         )
         return out, lse
     return blocked.retrieval_decode(*_arguments(args, options))

@@ -23,10 +23,12 @@ _OPTIONS = (
     "int sink_tokens, str window, bool causal, SymInt q_offset, float scale, float softcap, "
     "float dropout_p, str version"
 )
+_WEIGHT = "Tensor? selector_weight=None"  # by name, without gradient: ``differentiates`` skips it
 
 
 @implements(
-    "retrieval_attention", f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    "retrieval_attention",
+    f"({_TENSORS}, {_OPTIONAL}, *, {_OPTIONS}, {_WEIGHT}) -> (Tensor, Tensor, Tensor)",
 )
 def _retrieval(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_retrieval(args[:6], args[6:], options)
@@ -63,7 +65,8 @@ def _(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     message = "alibi_slopes has no gradient"
     require(not ctx.needs_input_grad[8], message, "flasheva::retrieval_attention", "detach them")
-    ctx.options = keyword_only_inputs
+    # The selection is given to the backward pass: what made it is not needed.
+    ctx.options = {n: x for n, x in keyword_only_inputs.items() if n != "selector_weight"}
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output, *inputs)
 

@@ -146,8 +146,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     columns, room, device = state.mask.shape[1], state.rfa_k.shape[2], q.device
-    count, by_bounds = min(chunks, room), state.bounds.shape[2] > 0
-    weighted = by_bounds and weight is not None
+    count, by_bounds, weighted = min(chunks, room), state.bounds.shape[2] > 0, weight is not None
     stored = (count, by_bounds, weighted, state.near_k.shape[2] > 0)
     made_of = (*stored, q.dtype, device, rule, len(parameters), key_mask is not None)
     with on_device(device):
@@ -159,7 +158,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         values = plan.constants | {
             **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
-            **_token_values(q, k, v),
+            **_call_values((q, k, v), key_mask, weight),
             "scores_ptr": q.new_empty(plan.scores, dtype=torch.float32),
             "selector_ptr": q.new_empty(plan.selectors, dtype=torch.float32),
             "peaks_ptr": q.new_empty(plan.runs, dtype=torch.int32),
@@ -168,21 +167,22 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
             "out_ptr": out,
             "lse_ptr": lse,
         }
-        if key_mask is not None:
-            values["key_mask_ptr"], values["stride_mask"] = key_mask, key_mask.stride(0)
-        if weighted:
-            values["selector_weight_ptr"] = weight
         for step in plan.launches:
             of_step = values | step.own
             step.launch(step.programs, *[of_step[name] for name in step.names])
     return out, lse, selected
 
 
-def _token_values(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    values: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v}
+def _call_values(
+    qkv: tuple[Tensor, Tensor, Tensor], key_mask: Tensor | None, weight: Tensor | None
+) -> dict[str, Any]:
+    q, k, v = qkv
+    values: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "selector_weight_ptr": weight}
     values["stride_qb"], values["stride_qh"], _, _ = q.stride()
     values["stride_kb"], values["stride_kh"], _, _ = k.stride()
     values["stride_vb"], values["stride_vh"], _, _ = v.stride()
+    if key_mask is not None:
+        values["key_mask_ptr"], values["stride_mask"] = key_mask, key_mask.stride(0)
     return values
 
 

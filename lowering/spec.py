@@ -95,7 +95,10 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
     "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
-    "retrieval_decode": ("key_mask", "by_bounds", "weighted_bounds", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "retrieval_decode": (
+        *("key_mask", "by_bounds", "weighted_bounds"),
+        *(*_POOLING_FIELDS, *_DECODE_FIELDS),
+    ),
 }
 _READ_BY_EVA = {  # what others ignore: it keeps the mean queries of groups
     "extend_pool": ("group",),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
-from flasheva_compile.generation.full_cache_layer import FullCacheLayer
 from flasheva_compile.generation.full_layers import (
     device_of,
     exact_layers,
@@ -57,6 +56,7 @@ class FlashEvaCache(Cache):
     def __init__(self, layers: list[Any], **options: Any) -> None:  # noqa: ANN401
         super().__init__(layers=layers, **options)
         self.told: Tensor | None = None
+        self._in_step: list[int] = []  # layers that get the same tokens in every call, in order
 
     @classmethod
     def for_model(  # noqa: PLR0913 - one way to build every kind of cache
@@ -113,9 +113,9 @@ class FlashEvaCache(Cache):
             raise ConfigError(message, subject="offloading", hint=hint)
         quantized = quantized_layers(model, storages, codebooks, max_cache_len)
         layers = [quantized.get(index, layer) for index, layer in enumerate(layers)]
-        if not offloading:  # transformers moves its own layers
-            layers = exact_layers(model, layers)
+        layers = layers if offloading else exact_layers(model, layers)  # moved: transformers' own
         cache = cls(layers, offloading=offloading)
+        cache._in_step = _layers_in_step(model)
         if max_batch_size is not None:
             cache._allocate(model, max_batch_size)
         return cache
@@ -136,6 +136,31 @@ class FlashEvaCache(Cache):
                 k = like.new_empty(batch_size, shape.kv_heads, 0, shape.head_dim)
                 layer.lazy_initialization(k, k.new_empty(*k.shape[:3], shape.value_dim))
 
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,  # noqa: ANN401 - what other layers take
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values to a layer.
+
+        Raises:
+            ConfigError: A call before has failed half-way, so that layers hold different tokens.
+        """
+        if layer_idx in self._in_step[1:] and not torch.compiler.is_compiling():
+            first, own = (_held(self.layers[i]) for i in (self._in_step[0], layer_idx))
+            tokens = key_states.shape[2]
+            if first is not None and own is not None and own + tokens != first:
+                raise ConfigError(
+                    f"layer {layer_idx} holds {own} tokens, layer {self._in_step[0]} held "
+                    f"{first - tokens}: a call has failed half-way",
+                    subject="past_key_values",
+                    hint="reset() it, or build a new one",
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the columns that the mask of a layer covers, and the first one.
 
@@ -145,7 +170,7 @@ class FlashEvaCache(Cache):
             ConfigError: A layer has no room for ``query_length`` tokens.
         """
         for layer in self.layers:
-            if isinstance(layer, FullCacheLayer):
+            if isinstance(layer, StateLayer):
                 layer.expect_room(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -178,10 +203,14 @@ class FlashEvaCache(Cache):
         Raises:
             ConfigError: A layer cannot; see its own ``crop``.
         """
-        for layer in self.layers:
-            if isinstance(layer, EvaCacheLayer | FullCacheLayer):
-                layer.expect_croppable(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        ours = [layer for layer in self.layers if isinstance(layer, StateLayer)]
+        for layer in ours:
+            layer.expect_croppable(tokens_to_remove)
+        # Others raise when they are cropped: windows may, and come before layers that never do.
+        others: list[Any] = [x for x in self.layers if not isinstance(x, StateLayer)]
+        others.sort(key=lambda layer: type(layer) is DynamicLayer)
+        for layer in (*others, *ours):
+            layer.crop(tokens_to_remove)
 
     def save(self, model: nn.Module, path: str | Path) -> None:
         """Write the cache as safetensors; see :meth:`load`."""
@@ -215,8 +244,18 @@ def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: AN
     """Return the layers that transformers would take."""
     text = model.config.get_text_config(decoder=True)
     if max_cache_len is None:
-        return list(DynamicCache(config=text).layers)
-    return list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
+        layers = list(DynamicCache(config=text).layers)
+    else:
+        layers = list(StaticCache(config=text, max_cache_len=max_cache_len).layers)
+    prepared = prepared_of(model)
+    last = max((*prepared.converted, *prepared.full))
+    if last >= len(layers):
+        raise ConfigError(
+            f"its configuration has {len(layers)} layers, {last + 1} were prepared",
+            subject=type(model).__name__,
+            hint="revert(model) before a part of it runs alone (assistant_early_exit does that)",
+        )
+    return layers
 
 
 def _eva_layers(
@@ -241,6 +280,20 @@ def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaC
         message = "no layer has retrieve_chunks, so none keeps exact keys"
         raise ConfigError(message, subject="store", hint="set retrieve_chunks, or drop store")
     return OffloadedCacheLayer
+
+
+def _layers_in_step(model: Any) -> list[int]:  # noqa: ANN401
+    """Return the places of plain causal attentions: each runs once in every call."""
+    prepared = prepared_of(model)
+    plain = [index for index, layer in prepared.full.items() if not layer.reason]
+    return sorted((*prepared.converted, *plain))
+
+
+def _held(layer: Any) -> int | None:  # noqa: ANN401
+    """Return the tokens that a layer holds; None = not known."""
+    if isinstance(layer, StateLayer):
+        return layer.held()
+    return layer.get_seq_length() if type(layer) is DynamicLayer else None
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:  # noqa: ANN401 - any cache layer

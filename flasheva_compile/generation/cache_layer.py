@@ -99,7 +99,8 @@ class EvaCacheLayer(StateLayer):
         """Forget the last ``-tokens_to_remove`` tokens and what recording kept.
 
         Raises:
-            ConfigError: The tokens came before recording began, or before the last ``crop``.
+            ConfigError: The tokens came before recording began, or before the last ``crop``, or
+                there were more than a preallocated cache has room for.
         """
         recorded = self.expect_croppable(tokens_to_remove)
         if tokens_to_remove < 0:
@@ -117,24 +118,36 @@ class EvaCacheLayer(StateLayer):
                 subject=self.path,
                 hint="call activate_past_recording() before the tokens are appended",
             )
+        room = self.max_cache_len
+        if recorded and room is not None and int(self.state.length) > room:
+            message = f"crop({tokens_to_remove}) after more tokens than the {room} that there is"
+            message += " room for"
+            raise ConfigError(message, subject=self.path, hint="prefill a new cache")
         return recorded
 
     def _rewind(self, keep: int) -> None:
         """Restore the snapshot and append the first ``keep`` recorded tokens again."""
         assert self.state is not None
         assert self.replay is not None
-        removed = sum(call[1].shape[2] for call in self.recorded)
+        recorded = sum(call[1].shape[2] for call in self.recorded)
         for name, x in self.snapshot.items():
             getattr(self.state, name).copy_(x)
-        growing = self.max_cache_len is None
-        self.seen -= removed if growing else 0
         q, k, v = (torch.cat([call[i] for call in self.recorded], 2)[:, :, :keep] for i in range(3))
-        masks = [call[3] for call in self.recorded]
         if keep:
-            mask = None if masks[0] is None else torch.cat(masks, 1)[:, :keep]
-            self.replay(q, k, v, mask, self.state)
-            self.seen += keep if growing else 0
-        self.is_empty = growing and self.seen == 0
+            self.replay(q, k, v, self._recorded_mask(keep), self.state)
+        growing = self.max_cache_len is None
+        self.seen = self.seen - recorded + keep if growing else int(self.state.length)
+        self.is_empty = self.seen == 0
+
+    def _recorded_mask(self, keep: int) -> Tensor | None:
+        """Return which of the first ``keep`` recorded tokens are valid; None = all."""
+        if all(call[3] is None for call in self.recorded):
+            return None
+        masks = [
+            k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if mask is None else mask
+            for _, k, _, mask in self.recorded
+        ]
+        return torch.cat(masks, 1)[:, :keep]
 
     def _record(self, call: tuple[Tensor | None, ...], replay: Callable[..., None]) -> None:
         if not self.recorded:
@@ -160,23 +173,23 @@ class EvaCacheLayer(StateLayer):
         assert self.state is not None
         key_mask = self._new_columns(mask, k.shape[2])
         parameters = [x.detach() for x in eva.rule_parameters()]
-        options = self._options(scale, softcap)
+        options = self._options(scale, softcap) | eva.selector_options()
         self._make_room(k.shape[2])
         if self.record_past:
             replay = _Replay(self._append, parameters, options)
             self._record(
                 (q.detach().clone(), k.detach().clone(), v.detach().clone(), key_mask), replay
             )
-        first, self.is_empty = self.is_empty, False
-        self.seen += k.shape[2] if self.max_cache_len is None else 0
-        if not first or k.shape[2] == 1:
+        if self.is_empty and k.shape[2] > 1:
+            exact = self.exact_prefill
+            result = eva.attend_all(qkv, key_mask, None, exact=exact, scale=scale, softcap=softcap)
+            new = (x.detach() for x in qkv)
+            self._append(*new, parameters, key_mask, *self.state, **options)
+        else:
             new = (x.detach() if x.requires_grad else x for x in qkv)
             out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
-            return without_gradient(out, q), lse
-        exact = self.exact_prefill
-        result = eva.attend_all(qkv, key_mask, None, exact=exact, scale=scale, softcap=softcap)
-        new = (x.detach() for x in qkv)
-        self._append(*new, parameters, key_mask, *self.state, **options)
+            result = without_gradient(out, q), lse
+        self._count(k.shape[2])
         return result
 
     def _new_columns(self, mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -191,9 +204,11 @@ class EvaCacheLayer(StateLayer):
     def _make_room(self, tokens: int) -> None:
         """Grow the chunk tokens of a layer that is not preallocated."""
         assert self.state is not None
+        if self.max_cache_len is not None:  # first: no graph of it may depend on `seen`
+            return
         # All that are complete, for some become visible only after the layer has grown further.
         chunks, capacity = (self.seen + tokens) // self.config.chunk_size, self.state.rfa_k.shape[2]
-        if self.max_cache_len is not None or chunks <= capacity:
+        if chunks <= capacity:
             return
         more = max(chunks, capacity + capacity // 4 + FIRST_CHUNKS) - capacity
         self._extend({"rfa_k": more, "rfa_v": more, "rfa_bias": more})

@@ -12,6 +12,7 @@ import torch
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache import FlashEvaCache
+from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.fingerprint import fingerprint
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepare import prepare
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _VERSION = "3"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_TOLD = "told"
 _NUMBERS = ("cumulative_length", "seen", "is_empty")
 
 
@@ -117,9 +119,10 @@ def load_prepared(
 
 def _set_parameters(model: Any, saved: Mapping[str, Tensor], subject: str) -> None:  # noqa: ANN401
     """Copy the saved chunk-rule parameters into a prepared model; all of them, or none."""
-    own = {name: x for name, x in model.named_parameters() if ".flasheva." in name}
     known = {_relative(model, name): x for name, x in saved.items() if ".flasheva." in name}
-    wanted = {_relative(model, _name_on_disk(model, name)): x for name, x in own.items()}
+    own = {name: x for name, x in model.named_parameters() if ".flasheva." in name}
+    wanted = {_relative(model, _name_on_disk(model, name, x)): x for name, x in own.items()}
+    wanted |= _selector_weights(model, known)
     hint = "save the prepared model again with save_pretrained"
     missing, unknown = sorted(set(wanted) - set(known)), sorted(set(known) - set(wanted))
     if missing:
@@ -144,11 +147,24 @@ def _set_parameters(model: Any, saved: Mapping[str, Tensor], subject: str) -> No
             parameter.copy_(known[name])
 
 
-def _name_on_disk(model: Any, name: str) -> str:  # noqa: ANN401
-    """Return the name that a parameter has in checkpoints: transformers renames some modules."""
+def _selector_weights(model: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401
+    """Make room for the selectors' weights that a checkpoint holds: only calibrated ones do."""
+    found: dict[str, Tensor] = {}
+    for path, eva in model.named_modules():
+        if isinstance(eva, EvaAttention) and eva.config.retrieve_by == "bounds":
+            attention = model.get_submodule(path.rpartition(".")[0])
+            weight = eva.new_selector_weight(next(attention.parameters()).device)
+            name = _relative(model, _name_on_disk(model, f"{path}.selector_weight", weight))
+            if name in known:
+                eva.selector_weight = found[name] = weight
+    return found
+
+
+def _name_on_disk(model: Any, name: str, x: Tensor) -> str:  # noqa: ANN401
+    """Return the name that a tensor has in checkpoints: transformers renames some modules."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return next(iter(revert_weight_conversion(model, {name: model.get_parameter(name)})))
+    return next(iter(revert_weight_conversion(model, {name: x})))
 
 
 def _relative(model: Any, name: str) -> str:  # noqa: ANN401
@@ -232,6 +248,8 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
         numbers.append({n: v for n in _NUMBERS if isinstance(v := vars(layer).get(n), int)})
         for name, x in _tensors_of(layer).items():
             tensors[f"{index}.{name}"] = x.contiguous()
+    if cache.told is not None:
+        tensors[_TOLD] = cache.told.contiguous()
     metadata = {
         "version": _VERSION,
         "model": fingerprint(model),
@@ -270,6 +288,7 @@ def load_cache(model: Any, path: str | Path) -> FlashEvaCache:  # noqa: ANN401
         prefix = f"{index}."
         own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
         _restore(layer, own, numbers[index])
+    cache.told = tensors.get(_TOLD)
     return cache
 
 

@@ -155,19 +155,20 @@ def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # n
     if isinstance(layer, StateLayer):
         _expect_our_attention(module)
     if eva is None:
-        getattr(module, KEPT).cache_layer = layer
+        getattr(module, KEPT).announced.set(layer)
         if isinstance(layer, FullCacheLayer):
             layer.announced = True
         return
     if not isinstance(eva, EvaAttention):
         # peft's wrapper hands reading on to the module that runs, but not writing.
         eva = eva.rule_parameters.__self__
-    eva.cache_layer = None  # a call that failed half-way has left its own
+    eva.announced.set(None)  # a call that failed half-way has left its own
     if isinstance(layer, EvaCacheLayer):
         if layer.path != eva.path or layer.config != eva.config:
             message = f"its cache was made for {layer.path} with {layer.config}"
             raise ConfigError(message, subject=eva.path, hint="use FlashEvaCache.for_model(model)")
-        eva.cache_layer, layer.announced = layer, True
+        eva.announced.set(layer)
+        layer.announced = True
     elif layer is not None and type(layer) is not DynamicLayer:
         # Its keys are not the columns so far: a preallocated one returns those to come, too.
         raise ConfigError(

@@ -8,12 +8,14 @@ import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache import FlashEvaCache
+from flasheva_compile.generation.cache_layer import EvaCacheLayer
 
 
 def prepare_cache(
     self: Any,  # noqa: ANN401 - a prepared model
     generation_config: Any,  # noqa: ANN401
     model_kwargs: dict[str, Any],
+    generation_mode: Any,  # noqa: ANN401
     *args: Any,  # noqa: ANN401
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
@@ -21,12 +23,12 @@ def prepare_cache(
     from transformers.cache_utils import DynamicCache, StaticCache
 
     result = type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, *args, **kwargs
+        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
     )
     cache = model_kwargs.get("past_key_values")
     if cache is None or getattr(cache, "_is_user_defined", False):
         if isinstance(cache, FlashEvaCache):
-            _expect_room(cache, generation_config)
+            _expect_room(cache, generation_config, generation_mode)
             _expect_what_was_told(cache, model_kwargs.get("attention_mask"))
         return result
     name = generation_config.cache_implementation
@@ -46,11 +48,17 @@ def prepare_cache(
     return result
 
 
-def _expect_room(cache: FlashEvaCache, generation_config: Any) -> None:  # noqa: ANN401
-    room, needed = cache.get_max_length(), generation_config.max_length
-    if room >= 0 and needed is not None and needed > room + 1:
+def _expect_room(cache: FlashEvaCache, generation_config: Any, mode: Any) -> None:  # noqa: ANN401
+    room, longest = cache.get_max_length(), generation_config.max_length
+    if room < 0 or longest is None:
+        return
+    needed = longest - 1  # the last token is not read
+    if mode == "assisted_generation":
+        # Candidates are: those of a lookup even beyond the last token.
+        needed = longest + max(0, (generation_config.prompt_lookup_num_tokens or 0) - 2)
+    if needed > room:
         raise ConfigError(
-            f"holds {room} tokens, generate may need {needed - 1}",
+            f"holds {room} tokens, generate may need {needed}",
             subject="past_key_values",
             hint="build it with a larger max_cache_len, or lower max_new_tokens",
         )
@@ -60,16 +68,21 @@ def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN
     """Refuse a mask that now hides stored tokens, or shows hidden ones: they are pooled already.
 
     ``generate`` itself makes such a mask from the padding of rows that ended before others, and
-    drops one that hides nothing.
+    drops one that hides nothing. What was appended without ``generate``, or read from a file, is
+    known by where its rows begin.
     """
     if mask is None:
         mask = torch.ones(1, 0, dtype=torch.bool)
     elif mask.dim() != 2:  # refused by the attentions
         return
-    told, seen, mask = cache.told, cache.get_seq_length(), mask.bool()
-    if told is not None and (len(told) == len(mask) or 1 in (len(told), len(mask))):
-        now, before = (_columns(x, seen) for x in (mask, told))
-        changed = (now != before.to(now.device)).any(1)
+    seen, mask = int(cache.get_seq_length()), mask.bool()
+    now, told = _columns(mask, seen), cache.told
+    if told is None:
+        now, before = _first_valid(now), _starts(cache)
+    else:
+        before = _columns(told, seen)
+    if before is not None and (len(before) == len(mask) or 1 in (len(before), len(mask))):
+        changed = (now != before.to(now.device)).flatten(1).any(1)
         if changed.any():
             raise ConfigError(
                 f"attention_mask says of stored tokens of row {int(changed.nonzero()[0])} what it "
@@ -79,6 +92,17 @@ def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN
                 "or start from an empty cache",
             )
     cache.told = mask
+
+
+def _starts(cache: FlashEvaCache) -> torch.Tensor | None:
+    """Return the column where each row began, ``[B, 1]``; None = nothing is stored."""
+    states = (layer.state for layer in cache.layers if isinstance(layer, EvaCacheLayer))
+    return next((state.start[:, None] for state in states if state is not None), None)
+
+
+def _first_valid(mask: torch.Tensor) -> torch.Tensor:
+    """Return the first valid column of each row, ``[B, 1]``; behind all if there is none."""
+    return (~mask).long().cumprod(1).sum(1, keepdim=True)
 
 
 def _columns(told: torch.Tensor, seen: int) -> torch.Tensor:

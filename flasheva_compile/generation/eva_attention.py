@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.announcement import Announcement
 from flasheva_compile.ops import flasheva_attention
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ class EvaAttention(nn.Module):
         kv_heads: ``Hkv``.
         head_dim: ``D``.
         device: Where to create the parameters; they are fp32.
+
+    Attributes:
+        selector_weight: A buffer, what ``calibrate`` learned for selection by bounds,
+            ``[Hkv, 3, D]``; None = 1/2 everywhere.
     """
+
+    selector_weight: Tensor | None
 
     def __init__(
         self, path: str, config: EvaConfig, kv_heads: int, head_dim: int, device: torch.device
@@ -40,19 +47,45 @@ class EvaAttention(nn.Module):
         self.path, self.config = path, config
         for name, value in _initial_parameters(config, kv_heads, head_dim).items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
-        self.cache_layer: EvaCacheLayer | None = None  # set for the time of one forward
+        self.register_buffer("selector_weight", None)
+        self._selector_shape = (kv_heads, 3, head_dim)
+        self.announced = Announcement()  # the cache layer, for the time of one forward
         self.feature_noise = "none"  # of the eva rule, in training; a recipe's phase sets it
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
         c = self.config
         retrieved = f", top-{c.retrieve_chunks}" if c.retrieve_chunks else ""
-        retrieved += " by bounds" * (c.retrieve_by == "bounds")
+        weighted = "" if self.selector_weight is None else "weighted "
+        retrieved += f" by {weighted}bounds" * (c.retrieve_by == "bounds")
         return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}{retrieved}"
 
     def rule_parameters(self) -> list[Tensor]:
         """Return the rule's parameters in the order of the ops."""
         return [p for p in self._parameters.values() if p is not None]
+
+    def new_selector_weight(self, device: torch.device) -> Tensor:
+        """Return weights with which nothing changes, ``[Hkv, 3, D]``."""
+        return torch.full(self._selector_shape, 0.5, device=device)
+
+    def selector_options(self) -> dict[str, Tensor]:
+        """Return what an op that selects chunks gets besides its settings."""
+        weight = self.selector_weight
+        return {} if weight is None else {"selector_weight": weight}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *rest: Any,  # noqa: ANN401
+        **named: Any,  # noqa: ANN401
+    ) -> None:
+        # Only a calibrated module has weights of the selector: make room for saved ones.
+        saved = state_dict.get(f"{prefix}selector_weight")
+        by_bounds = self.config.retrieve_by == "bounds"
+        if saved is not None and self.selector_weight is None and by_bounds:
+            self.selector_weight = self.new_selector_weight(next(self.parameters(), saved).device)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def forward(
         self,
@@ -79,10 +112,17 @@ class EvaAttention(nn.Module):
 
         Returns:
             ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``.
+
+        Raises:
+            ConfigError: Dropout through a compressed cache.
         """
-        layer, self.cache_layer = self.cache_layer, None
+        layer: EvaCacheLayer | None = self.announced.take()
         query, key, value = autocast(query, key, value)
         if layer is not None:
+            if dropout_p:
+                message = "attention through a compressed cache has no dropout"
+                hint = "call model.eval(), or pass use_cache=False"
+                raise ConfigError(message, subject=self.path, hint=hint)
             return layer.attend(self, (query, key, value), mask, scale, softcap)
         key_mask, segment_ids = self.masks(mask, key.shape[2])
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
@@ -120,6 +160,7 @@ class EvaAttention(nn.Module):
             retrieve_chunks=c.retrieve_chunks,
             retrieve_block=c.retrieve_block,
             retrieve_by=c.retrieve_by,
+            selector_weight=self.selector_weight,
             **options,  # pyright: ignore[reportArgumentType]
         )
 

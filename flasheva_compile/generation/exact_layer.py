@@ -111,7 +111,5 @@ class ExactCacheLayer(FullCacheLayer):
             self._expect_columns(mask)
             columns = self.state.length + torch.arange(k.shape[2], device=k.device)
             key_mask = self._columns_of(mask, columns).expand(k.shape[0], -1)
-        self.is_empty = False
-        if not torch.compiler.is_compiling():
-            self.seen += k.shape[2]
+        self._count(k.shape[2])
         return key_mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,13 @@ _SAMPLE = 64  # elements of each parameter that identify a model's weights
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's parameter names, shapes, dtypes and of some of its weights."""
+    """Return a digest of a model's parameter names, shapes, dtypes and of some of its weights.
+
+    What ``calibrate`` learned for selectors counts, too.
+    """
     digest = hashlib.sha256()
-    for name, x in model.named_parameters():
+    learned = ((n, x) for n, x in model.named_buffers() if n.endswith(".flasheva.selector_weight"))
+    for name, x in chain(model.named_parameters(), learned):
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         sample = x.detach().flatten()[:_SAMPLE].float().cpu()
         digest.update(sample.numpy().tobytes())

@@ -10,12 +10,13 @@ The name may not contain "flash": transformers takes such names for FlashAttenti
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.announcement import Announcement
 from flasheva_compile.generation.eva_attention import autocast
 from flasheva_compile.generation.full_cache_layer import FullCacheLayer
 from flasheva_compile.generation.routes import ROUTE
@@ -38,12 +39,12 @@ class KeptAttention:
     Attributes:
         implementation: The name of its own attention function.
         causal: Whether it takes the model's plain causal mask; otherwise it has its own.
-        cache_layer: Its cache layer, for the time of one forward.
+        announced: Its cache layer, for the time of one forward.
     """
 
     implementation: str
     causal: bool
-    cache_layer: Any = None
+    announced: Announcement = field(default_factory=Announcement)
 
 
 def unsupported_inputs(inputs: dict[str, Any]) -> list[str]:
@@ -133,7 +134,7 @@ def _kept_forward(
     if kept is None:
         message = f"{type(module).__name__} was not part of the model when it was prepared"
         raise ConfigError(message, hint="call prepare(model, config) again")
-    layer, kept.cache_layer = kept.cache_layer, None
+    layer = kept.announced.take()
     if isinstance(layer, FullCacheLayer):
         return _stored_forward(module, (query, key, value), mask, inputs, kept, layer)
     # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
@@ -273,9 +274,21 @@ def causal_mask(**inputs: Any) -> Tensor | None:  # noqa: ANN401 - the interface
 
 
 def _of_length(mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-    missing = inputs["kv_length"] + inputs.get("kv_offset", 0) - mask.shape[1]
+    """Hide the columns that a mask does not reach: those to come of a preallocated cache.
+
+    Raises:
+        ConfigError: The cache grows, so that there are no such columns.
+    """
+    columns, before = inputs["kv_length"] + inputs.get("kv_offset", 0), inputs["q_offset"]
+    missing = columns - mask.shape[1]
     if not isinstance(missing, int) or missing <= 0:
         return mask
+    if isinstance(before, int) and 0 < before == columns - inputs["q_length"]:
+        raise ConfigError(
+            f"has {mask.shape[1]} columns for {columns} tokens, {before} of which are in the cache",
+            subject="attention_mask",
+            hint="pass a mask of all tokens, or none if all are valid",
+        )
     return torch.nn.functional.pad(mask, (0, missing), value=False)
 
 

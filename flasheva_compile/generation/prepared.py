@@ -78,6 +78,13 @@ class Prepared:
     implementations: dict[int, tuple[Any, str]]
     codebooks: KvCodebooks | None = None
 
+    def __reduce__(self) -> Any:  # noqa: ANN401 - of pickle
+        # What was replaced on the model's instances would not come back.
+        raise ConfigError(
+            "a prepared model cannot be pickled",
+            hint="use model.save_pretrained and flasheva_compile.from_pretrained, or revert(model)",
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         # A copied model has configurations of its own.
         configs = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ class _Probe:
 
 
 _running: list[_Probe] = []
+_alone = threading.Lock()  # of two threads that prepare models, one waits
 
 
 def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transformers model
@@ -113,7 +115,7 @@ def probe(model: Any) -> tuple[ProbedAttention, ...]:  # noqa: ANN401 - a transf
     run.cache = DynamicCache(config=text)
     _watch_updates(run)
     routes = rerouted(model, _attention, run.updated)
-    with _implementation(model, _NAME), evaluating(model), torch.no_grad(), routes:
+    with _alone, _implementation(model, _NAME), evaluating(model), torch.no_grad(), routes:
         _running.append(run)
         try:
             for inputs in probe_calls(model):

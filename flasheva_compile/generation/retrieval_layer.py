@@ -57,8 +57,10 @@ class RetrievalCacheLayer(EvaCacheLayer):
 
     def _make_room(self, tokens: int) -> None:
         """Grow a layer that is not preallocated."""
+        if self.max_cache_len is not None:
+            return
         needed, room, c = self.seen + tokens, self.state.mask.shape[1], self.config.chunk_size
-        if self.max_cache_len is not None or needed <= room:
+        if needed <= room:
             return
         more = max(needed, room + room // 4 + FIRST_CHUNKS * c) - room
         chunks = -(-(room + more) // c) - self.state.rfa_k.shape[2]

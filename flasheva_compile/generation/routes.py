@@ -115,7 +115,8 @@ def _own_attn(
 
 def _expect_growing_keys(module: Any, key: Tensor) -> None:  # noqa: ANN401
     """Refuse windows that are counted from the last key, if that is one to come."""
-    layer = getattr(getattr(module, KEPT, None), "cache_layer", None)
+    kept = getattr(module, KEPT, None)
+    layer = None if kept is None else kept.announced.get()
     if layer is not None and layer.get_max_length() == key.shape[2]:
         raise ConfigError(
             f"{type(module).__name__} counts its window from the last key, and a preallocated "

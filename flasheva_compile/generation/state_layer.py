@@ -40,7 +40,9 @@ class StateLayer(CacheLayerMixin):
         self.is_compileable = max_cache_len is not None
         self.state: Any = None
         self.is_empty = True
-        self.seen = 0  # columns of a growing layer; a preallocated one counts on its device
+        # Columns. A preallocated layer counts on its device; here, as far as no captured graph
+        # appended them: enough to notice a lack of room before it is too late.
+        self.seen = 0
         self.announced = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,7 +66,12 @@ class StateLayer(CacheLayerMixin):
         *_: Any,  # noqa: ANN401 - what other layers take
         **__: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; the attention that follows appends them."""
+        """Return the new keys and values; the attention that follows appends them.
+
+        Raises:
+            ConfigError: No attention of a prepared model follows, or there is no room. Where a
+                captured graph went on beyond the room, the attention returns NaN instead.
+        """
         if not self.announced:
             raise ConfigError(
                 "its cache was updated outside of a prepared attention",
@@ -72,7 +79,24 @@ class StateLayer(CacheLayerMixin):
                 hint="pass the cache to the model that FlashEvaCache.for_model was called with",
             )
         self.announced = False
+        self.expect_room(key_states.shape[2])
         return key_states, value_states
+
+    def expect_room(self, tokens: int) -> None:
+        """Refuse more new tokens than there is room for."""
+        if self.max_cache_len is None:
+            return
+        if not torch.compiler.is_compiling():
+            tokens += self.seen
+        if tokens > self.max_cache_len:
+            message = f"{tokens} tokens in a cache of {self.max_cache_len}"
+            raise ConfigError(message, subject=self.path, hint="give a larger max_cache_len")
+
+    def _count(self, tokens: int) -> None:
+        """Count new columns, of a preallocated layer those that no graph appends."""
+        self.is_empty = False
+        if self.max_cache_len is None or not torch.compiler.is_compiling():
+            self.seen += tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the columns that the two-dimensional mask covers, and 0."""
@@ -86,6 +110,13 @@ class StateLayer(CacheLayerMixin):
             return self.seen
         columns = self._columns_seen()
         return 0 if columns is None else columns[0]
+
+    def held(self) -> int | None:
+        """Return the tokens seen as far as the host knows; None = its device would have to tell."""
+        columns = self._columns_seen()
+        if columns is not None and columns.device.type == "cpu":
+            return int(columns)
+        return self.seen if self.max_cache_len is None or columns is None else None
 
     def _columns_seen(self) -> Tensor | None:
         """Return how many columns came, counted on the device, ``[1]``."""
@@ -135,6 +166,14 @@ class StateLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Do nothing: the state has not left its device."""
+
+    @abstractmethod
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; later results are as if they never were."""
+
+    @abstractmethod
+    def expect_croppable(self, tokens_to_remove: int) -> Any:  # noqa: ANN401 - what crop needs
+        """Raise what :meth:`crop` raises."""
 
     def _expect_removal(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:

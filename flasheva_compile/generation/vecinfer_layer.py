@@ -188,9 +188,7 @@ class VecInferLayer(FullCacheLayer):
         elif mask is not None:
             key_mask = self._columns_of(mask, columns).expand(k.shape[0], -1)
         self._note(columns, key_mask)
-        self.is_empty = False
-        if self.columns is None or not torch.compiler.is_compiling():
-            self.seen += tokens
+        self._count(tokens)
         self._make_room()
         return key_mask
 

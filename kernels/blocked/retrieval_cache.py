@@ -84,7 +84,7 @@ def retrieval_append(
         s: The layer's settings.
         retrieval: How many chunks, and for how many queries at once.
     """
-    position = _write(kv, key_mask, state, pool, s)
+    position = _write(kv, key_mask, state, pool, s, retrieval.weight)
     if state.selected.shape[-1]:
         # Where the last query's block began: at a negative index, in a call before this one.
         index = position.shape[1] - 1 - position[:, -1:].clamp(min=0) % retrieval.block
@@ -104,7 +104,7 @@ def retrieval_decode(
     retrieval: Retrieval,
 ) -> tuple[Tensor, Tensor]:
     """Append ``L`` tokens and attend from their queries; ``out [B, Hq, L, Dv]`` and ``lse``."""
-    position = _write(kv, key_mask, state, pool, s)
+    position = _write(kv, key_mask, state, pool, s, retrieval.weight)
     step = _block_size(q, state, s, retrieval)
     blocks = [slice(lo, lo + step) for lo in range(0, q.shape[2], step)]
     selected = None
@@ -135,6 +135,7 @@ def _write(
     state: RetrievalState,
     pool: Pool,
     s: AttentionSettings,
+    weight: Tensor | None,
 ) -> Tensor:
     """Append tokens and the chunk tokens that they complete; return positions ``[B, L]``."""
     tokens, room = kv[0].shape[2], state.mask.shape[1]
@@ -145,7 +146,7 @@ def _write(
     state.values.index_copy_(2, column, kv[1])
     valid = torch.ones_like(state.mask[:, :1]).expand(-1, tokens) if key_mask is None else key_mask
     state.mask.index_copy_(1, column, valid)
-    _pool_complete(state, start, (before, after), tokens, pool, s)
+    _pool_complete(state, start, (before, after), tokens, pool, s, weight)
     if state.near_k.shape[2]:
         _write_near(kv, state, before, s)
     state.start.copy_(start)
@@ -172,6 +173,7 @@ def _pool_complete(
     tokens: int,
     pool: Pool,
     s: AttentionSettings,
+    weight: Tensor | None,
 ) -> None:
     """Write the chunk tokens of chunks that end in ``[before, after)``."""
     before, after = counts
@@ -190,7 +192,7 @@ def _pool_complete(
     kept_chunks = [state.rfa_k, state.rfa_v, state.rfa_bias]
     if state.bounds.shape[2]:
         kept_chunks.append(state.bounds)
-        pooled = (*pooled, bounds_of_each(k, state.mask.gather(1, columns), c))
+        pooled = (*pooled, bounds_of_each(k, state.mask.gather(1, columns), c, weight))
     for kept, x in zip(kept_chunks, pooled, strict=True):
         old, flag = _rows(kept, slot), complete[:, None]
         at = slot[:, None].expand(-1, kept.shape[1], -1)

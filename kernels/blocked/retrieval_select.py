@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +28,13 @@ class Retrieval:
         chunks: Chunks that a query attends exactly.
         block: Consecutive positions that share the selection of the first of them.
         by: ``"token"``: chunk tokens' logits select; ``"bounds"``: see ``chunk_bounds``.
+        weight: Of the bounds, ``[Hkv, 3, D]``; None = 1/2 each.
     """
 
     chunks: int
     block: int = 1
     by: str = "token"
+    weight: Tensor | None = field(default=None, compare=False)
 
 
 def group_size(block: int, *, uniform: bool) -> int:

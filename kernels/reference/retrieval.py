@@ -29,6 +29,7 @@ def retrieval_attention(
     retrieve_chunks: int,
     retrieve_block: int = 1,
     retrieve_by: str = "token",
+    selector_weight: Tensor | None = None,
     window_size: int,
     chunk_size: int,
     sink_tokens: int = 0,
@@ -55,6 +56,7 @@ def retrieval_attention(
             than 1 needs ``q_offset == 0``.
         retrieve_by: What scores a chunk: ``"token"``, its chunk token's logit, or ``"bounds"``,
             see :func:`chunk_bounds`.
+        selector_weight: Weights of the bounds, ``[Hkv, 3, D]``; see :func:`chunk_bounds`.
         window_size: As all that follow: see :func:`eva_attention`.
         chunk_size: Keys per chunk [tokens].
         sink_tokens: Exact first tokens.
@@ -111,7 +113,7 @@ def retrieval_attention(
         selector = scores
         if retrieve_by == "bounds":
             magnitudes, wide = torch.cat([q, q.abs()], -1), torch.cat([k, k], -1)
-            bounds = chunk_bounds(k, chunks.members)
+            bounds = chunk_bounds(k, chunks.members, selector_weight)
             selector = score(magnitudes, wide, bounds, torch.zeros_like(rfa_bias))
         selector = selector[..., : rfa_k.shape[2]].unflatten(1, (k.shape[1], group)).amax(2)
         selected = select_chunks(selector, chunk, retrieve_chunks)
@@ -121,16 +123,18 @@ def retrieval_attention(
     return masked_attention(scores, seen.repeat_interleave(group, 1), values)
 
 
-def chunk_bounds(k: Tensor, members: Tensor) -> Tensor:
+def chunk_bounds(k: Tensor, members: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return what scores a chunk halfway from its mean key to its bounds: ``[centre | spread]``.
 
     With ``low`` and ``high`` the smallest and largest value of each channel among the chunk's
     keys, no key scores more than ``s (q.(low + high) + |q|.(high - low)) / 2``. The score is the
-    mean of that and of the mean key's, ``s (q.centre + |q|.spread)``.
+    mean of that and of the mean key's, ``s (q.centre + |q|.spread)``. Weights take the place of
+    its halves: ``centre = w0 mean + w1 (low + high) / 2``, ``spread = w2 (high - low) / 2``.
 
     Args:
         k: Keys, ``[B, Hkv, S, D]``.
         members: ``[B, C, S]``, which keys each chunk has.
+        weight: ``w``, ``[Hkv, 3, D]``; None = 1/2 everywhere.
 
     Returns:
         ``[B, Hkv, C, 2 D]``; 0 for an empty chunk.
@@ -144,7 +148,10 @@ def chunk_bounds(k: Tensor, members: Tensor) -> Tensor:
     low = keys.masked_fill(~flag, torch.inf).amin(3).masked_fill(count == 0, 0)
     high = keys.masked_fill(~flag, -torch.inf).amax(3).masked_fill(count == 0, 0)
     mean = keys.masked_fill(~flag, 0).sum(3) / count.clamp(min=1)
-    return torch.cat([mean / 2 + (low + high) / 4, (high - low) / 4], -1)
+    w = k.new_full((k.shape[1], 3, k.shape[3]), 0.5) if weight is None else weight.to(k.dtype)
+    of_mean, of_middle, of_range = w[:, :, None].unbind(1)
+    centre = of_mean * mean + of_middle * (low + high) / 2
+    return torch.cat([centre, of_range * (high - low) / 2], -1)
 
 
 def select_chunks(scores: Tensor, visible: Tensor, count: int) -> Tensor:

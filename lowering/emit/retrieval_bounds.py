@@ -73,9 +73,9 @@ def centre_and_spread(spec: KernelSpec, d: Dim) -> list[str]:
 
 def _weighted(d: Dim) -> list[str]:
     """Compute both with the weights of mean, middle and half the range, ``[Hkv, 3, D]``."""
-    row, lines = f"selector_weight_ptr + hk * {3 * d.size}", []
+    lines = [f"weight_row = selector_weight_ptr + hk * {3 * d.size}"]
     for place, name in enumerate(("of_mean", "of_middle", "of_range")):
-        own = f"{row} + {place * d.size}" if place else row
+        own = f"weight_row + {place * d.size}" if place else "weight_row"
         lines += d.load_row(name, own, cast=".to(tl.float32)")
     for n in d.indices:
         lines += [

@@ -247,6 +247,27 @@ def test_a_rollback_leaves_no_trace(length, config):
 # --- caches of others -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("config", [SMALL, RETRIEVING], ids=KINDS[::2])
+@pytest.mark.parametrize("unmasked", ["first", "last"])
+def test_a_rollback_keeps_masks_that_not_every_call_had(config, unmasked):
+    model, ids = fe.prepare(llama(), config), tokens(1, 30)
+    mask = torch.ones_like(ids)
+    mask[0, 22 if unmasked == "first" else 14] = 0
+    places = mask.cumsum(1) - 1
+    cache = fe.FlashEvaCache.for_model(model)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for start, stop, has_none in ((0, 20, "first"), (20, 28, "last")):
+            given = {"attention_mask": None if unmasked == has_none else mask[:, :stop]}
+            part = {"position_ids": places[:, start:stop], **given}
+            model(ids[:, start:stop], past_key_values=cache, **part)
+        cache.crop(-2)
+        last = {"attention_mask": mask, "position_ids": places[:, 26:]}
+        ours = model(ids[:, 26:], past_key_values=cache, **last).logits
+        whole = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(ours, whole[:, 26:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_growing_cache_of_transformers_computes_the_same():
     model = fe.prepare(llama(), SMALL)
     cache = DynamicCache(config=model.config)

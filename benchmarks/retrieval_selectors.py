@@ -34,6 +34,7 @@ RESULT = Path(__file__).parent / "results" / "retrieval_selectors.json"
 WINDOW = 256
 SOURCES = ("austen", "faq", "linux")
 ORACLE = "largest true mass"
+COMPARED = ("bounds (mean and Quest)", "keys in 2 bits", ORACLE)  # with weights that were learned
 LEAST_MASS = 0.1  # of a head's attention: then it looks for the key's sentence
 NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
 
@@ -107,6 +108,14 @@ def halfway(q: Tensor, keys: Tensor) -> Tensor:
     return times(q, centre) + times(q.abs(), spread)
 
 
+def weighted(q: Tensor, keys: Tensor, weight: Tensor) -> Tensor:
+    """Score by bounds with weights ``[Hkv, 3, D]`` of mean, middle and half the range."""
+    low, high = torch.aminmax(keys, dim=2)
+    of_mean, of_middle, of_range = weight[:, :, None].unbind(1)
+    centre = of_mean * keys.mean(2) + of_middle * (low + high) / 2
+    return times(q, centre) + times(q.abs(), of_range * (high - low) / 2)
+
+
 def tangent(q: Tensor, keys: Tensor, phi: Tensor, scale: float) -> Tensor:
     """Return chunk logits of the ``tangent`` rule; ``q`` times the scale."""
     pooled, bias, _ = tangent_tokens(keys, phi, scale)
@@ -155,8 +164,12 @@ def measure(
     c: int,
     counts: list[int],
     needle: slice | None,
+    weights_of_bounds: dict[str, Tensor] | None = None,
 ) -> dict[tuple[str, int], list[float]]:
-    """Return sums for each selector and count: mass, all mass, squared error, size, needle, all."""
+    """Return sums for each selector and count: mass, all mass, squared error, size, needle, all.
+
+    With ``weights_of_bounds``, ``[Hkv, 3, D]`` by name, of bounds so weighted and of few others.
+    """
     q, k, v = kept
     scale, chunks = q.shape[-1] ** -0.5, k.shape[1] // c
     n = chunks * c
@@ -175,6 +188,10 @@ def measure(
     tokens = (scale * times(q, pooled) + bias[:, None, None] - lse).exp()
     token_values = torch.einsum("hcm,hcmd->hcd", shares, values)
     selectors = over_heads(logits_of(q, keys, phis), visible) | {ORACLE: mass.sum(1)}
+    if weights_of_bounds is not None:
+        selectors = {name: selectors[name] for name in COMPARED}
+        for name, w in weights_of_bounds.items():
+            selectors[name] = weighted(q * scale, keys, w).amax(1)
     sums: dict[tuple[str, int], list[float]] = {}
     for name, score in selectors.items():
         order = score.masked_fill(~visible, -torch.inf).topk(max(counts), -1).indices

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 ALL = 1000  # chunks, more than any case has
 
 
+def selector(case: AttentionCase, by: str) -> dict[str, object]:
+    """Return the options of a selector: ``token``, ``bounds``, or ``weighted`` bounds."""
+    if by != "weighted":
+        return {"retrieve_by": by}
+    weight = case._normal(9, case.kv_heads, 3, case.head_dim)
+    return {"retrieve_by": "bounds", "selector_weight": weight}
+
+
 def op_arguments(case: AttentionCase, dtype: torch.dtype, chunks: int, block: int, **changes):
     """Return the positional and keyword arguments of ``flasheva::retrieval_attention``."""
     q, k, v, *parameters = (x.to(dtype) for x in case.leaves)
@@ -41,7 +49,7 @@ def selection(
     case: AttentionCase, dtype: torch.dtype, chunks: int, block: int = 1, by: str = "token"
 ):
     """Return what the op selects, ``[B, Hkv, L, C]`` bool."""
-    arguments, options = op_arguments(case, dtype, chunks, block, retrieve_by=by)
+    arguments, options = op_arguments(case, dtype, chunks, block, **selector(case, by))
     slots = torch.ops.flasheva.retrieval_attention(*arguments, **options)[2].long()
     count = arguments[5].shape[2]
     found = torch.zeros(*slots.shape[:3], count + 1, dtype=torch.bool)
@@ -63,7 +71,7 @@ def reference(
     precision stands. Other precisions always get one, or rounding would choose other chunks.
     """
     chosen = selection(case, own or torch.float64, chunks, block, by)
-    options = {"retrieve_chunks": chunks, "retrieve_block": block, "retrieve_by": by}
+    options = {"retrieve_chunks": chunks, "retrieve_block": block, **selector(case, by)}
 
     def formula(dtype: torch.dtype):
         given = None if dtype == torch.float64 and own is None else chosen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flasheva_compile.adaptation.calibrate_selector import learns_selector, lessons_of, listening
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.eva_attention import EvaAttention, covering
 from flasheva_compile.generation.prepared import prepared_of
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
+
+    from flasheva_compile.adaptation.calibrate_selector import LearnedSelector
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +42,10 @@ class LayerCalibration:
         path: Its module path.
         rule: Its chunk rule.
         tokens: How many valid tokens' queries reached it.
-        calibrated: Whether a parameter was set.
+        calibrated: Whether a parameter was set, or the selector's weights.
         parameter: The name of that parameter; empty if none was.
         norm: Its Euclidean norm, averaged over kv heads; None if none was set.
+        selector_queries: How many queries the selector's weights were learned from; 0 if they stay.
         note: What was left alone, and why.
     """
 
@@ -51,6 +55,7 @@ class LayerCalibration:
     calibrated: bool = False
     parameter: str = ""
     norm: float | None = None
+    selector_queries: int = 0
     note: str = ""
 
 
@@ -66,7 +71,7 @@ class CalibrationReport:
 
     @property
     def calibrated(self) -> tuple[LayerCalibration, ...]:
-        """The attentions of which a parameter was set."""
+        """The attentions of which a parameter or the selector's weights were set."""
         return tuple(layer for layer in self.layers if layer.calibrated)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +85,7 @@ class CalibrationReport:
                 layer.rule,
                 str(layer.tokens),
                 "-" if layer.norm is None else f"{layer.norm:.3g}",
-                "; ".join(filter(None, (f"{layer.parameter} set" * layer.calibrated, layer.note))),
+                "; ".join(filter(None, (_what_was_set(layer), layer.note))),
             )
             for layer in self.layers
         ]
@@ -88,7 +93,21 @@ class CalibrationReport:
         return "\n".join([title, "", *aligned([_HEADER, *rows])])
 
 
-def calibrate(model: Any, batches: Iterable[Any]) -> CalibrationReport:  # noqa: ANN401
+def _what_was_set(layer: LayerCalibration) -> str:
+    learned = f"selector_weight set from {layer.selector_queries} queries"
+    found = (
+        f"{layer.parameter} set" * bool(layer.parameter),
+        learned * bool(layer.selector_queries),
+    )
+    return "; ".join(filter(None, found))
+
+
+def calibrate(
+    model: Any,  # noqa: ANN401
+    batches: Iterable[Any],
+    *,
+    context_length: int | None = None,
+) -> CalibrationReport:
     """Set chunk-rule parameters to what the queries of a prepared model say, without training.
 
     Runs the model on the batches with every converted attention exact, so that the queries are
@@ -101,43 +120,99 @@ def calibrate(model: Any, batches: Iterable[Any]) -> CalibrationReport:  # noqa:
       weights, so ``p`` and ``b`` stay;
     - ``mean`` and ``eva`` stay: the one has no parameters, the other pools queries itself.
 
-    A few sequences of a few thousand tokens are enough. Nothing changes if an error occurs.
+    A few sequences of a few thousand tokens are enough for that. Attentions that select chunks by
+    bounds also learn weights of these bounds, ``selector_weight``: from documents of at least
+    ``context_length`` tokens alone, for weights of short ones select worse than none in long ones.
+    Nothing changes if an error occurs.
 
     Args:
         model: A model that went through ``prepare``. It runs uncompiled, in evaluation mode.
         batches: An iterable of token ids ``[B, N]``, or of dicts of the model's inputs; tokens
             that an ``attention_mask`` hides are left out.
+        context_length: The longest context that the model will see [tokens]; None = its
+            ``max_position_embeddings``.
 
     Returns:
         What was set, layer by layer; print it.
 
     Raises:
         ConfigError: The model is not prepared, or the batches are none, of the wrong type, too
-            short, or give queries that are not finite.
+            short, or give queries that are not finite; ``context_length`` is not positive.
 
     Example:
         >>> fe.prepare(model)
         >>> print(fe.calibrate(model, [tokenizer(text, return_tensors="pt")]))
     """
     evas = converted_attentions(model)
+    context = _context_length(model, context_length)
+    long: list[dict[str, Any]] = []
     with running_eagerly(model), exact_attention(evas), _recording(evas) as seen:
         for inputs in model_inputs(model, batches):
             model(**inputs, use_cache=False)
+            long += [inputs] * (0 < context <= inputs["input_ids"].shape[1])
     values = {eva.path: _values(eva, seen[eva.path]) for eva in evas}
     if not any(record.tokens for record in seen.values()):
         raise ConfigError("hold no valid token", subject="batches")
+    learned = _learned_selectors(model, evas, values, long, context)
     with torch.no_grad():
         for eva in evas:
             for name, value in values[eva.path].items():
                 eva.get_parameter(name).copy_(value)
-    report = CalibrationReport(
-        layers=tuple(_row(eva, seen[eva.path], values[eva.path]) for eva in evas)
-    )
+            if eva.path in learned and learned[eva.path].queries:
+                eva.selector_weight = learned[eva.path].weight
+    rows = [_row(eva, seen[eva.path], values[eva.path]) for eva in evas]
+    return _reported([_with_selector(row, learned.get(row.path), context) for row in rows])
+
+
+def _reported(rows: Iterable[LayerCalibration]) -> CalibrationReport:
+    """Return and log the report."""
+    report = CalibrationReport(layers=tuple(rows))
     for row in report.layers:
-        log.info("%s: %s", row.path, f"{row.parameter} set" if row.calibrated else row.note)
+        log.info("%s: %s", row.path, _what_was_set(row) or row.note)
     if not report.calibrated:
         log.warning("nothing to calibrate: %s", "; ".join(sorted({r.note for r in report.layers})))
     return report
+
+
+# --- selectors ------------------------------------------------------------------------------------
+
+
+def _learned_selectors(
+    model: Any,  # noqa: ANN401
+    evas: Sequence[EvaAttention],
+    values: Mapping[str, Mapping[str, Tensor]],
+    batches: Sequence[dict[str, Any]],
+    context: int,
+) -> dict[str, LearnedSelector]:
+    """Learn the weights of selectors by bounds, given the rules' parameters as they will be."""
+    learning = [eva for eva in evas if learns_selector(eva.config)]
+    lessons = {eva.path: lessons_of(eva, values[eva.path]) for eva in learning}
+    with running_eagerly(model), listening(learning, lessons, context), exact_attention(evas):
+        for inputs in batches if learning else ():
+            model(**inputs, use_cache=False)
+    return {path: lesson.learned(path) for path, lesson in lessons.items()}
+
+
+def _context_length(model: Any, given: int | None) -> int:  # noqa: ANN401
+    """Return the tokens that a document needs to teach selectors; 0 = not known."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        message = f"must be a positive number of tokens, got {given!r}"
+        raise ConfigError(message, subject="context_length")
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    return given or own or 0
+
+
+def _with_selector(
+    row: LayerCalibration, learned: LearnedSelector | None, context: int
+) -> LayerCalibration:
+    """Add to a row what became of its selector, if it has one that can be learned."""
+    if learned is None:
+        return row
+    if learned.queries:
+        return dataclasses.replace(row, selector_queries=learned.queries, calibrated=True)
+    why = f"no document of {context} tokens" if context else "no context_length"
+    note = "; ".join(filter(None, (row.note, f"selector_weight as it was: {why}")))
+    return dataclasses.replace(row, note=note)
 
 
 # --- running a prepared model as another -------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from flasheva_compile.adaptation.losses import (
 )
 from flasheva_compile.adaptation.recipes import Phase, distill
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.prepared import prepared_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -93,7 +94,8 @@ def adapt(
 ) -> AdaptationReport:
     """Train a prepared model to do with FlashEVA what it did with full attention.
 
-    Trained in place; weights that a phase does not train get no gradient in it. A step whose loss
+    Trained in place; weights that a phase does not train get no gradient in it, and afterwards the
+    model is in training or evaluation mode as it was. A step whose loss
     or gradient is not finite, or whose gradient norm is far above the others', is skipped, and that
     is logged. New parameters are fp32 and so is the optimizer's state for them.
 
@@ -110,27 +112,36 @@ def adapt(
 
     Raises:
         ConfigError: The model is not prepared, a batch is malformed, or ``out`` holds the state of
-            another recipe.
+            another recipe, configuration or model.
     """
     phases = tuple(distill() if recipe is None else recipe)
     run = _Run(model, phases, batches, max_grad_norm)
-    if out is not None:
-        run.resume(Path(out))
-    bar = _progress(run, shown=progress)
+    with _restored(model):
+        if out is not None:
+            run.resume(Path(out))
+        with _progress(run, shown=progress) as bar:
+            while not run.finished:
+                step = run.step()
+                _show(bar, step)
+                if out is not None and (run.done % save_every == 0 or run.finished):
+                    run.save(Path(out))
+    return run.report
+
+
+@contextmanager
+def _restored(model: Any) -> Iterator[None]:  # noqa: ANN401 - a prepared model
+    """Leave which parameters need gradients, and which modules train, as they were."""
     requires = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = {module: module.training for module in model.modules()}
     try:
-        while not run.finished:
-            step = run.step()
-            _show(bar, step)
-            if out is not None and (run.done % save_every == 0 or run.finished):
-                run.save(Path(out))
+        yield
     finally:
-        bar.close()
         set_feature_noise(model, "none")
         for name, p in model.named_parameters():
             p.requires_grad_(requires[name])
             p.grad = None
-    return run.report
+        for module, before in training.items():
+            module.training = before
 
 
 def trained_parameters(model: Any, phase: Phase) -> dict[str, nn.Parameter]:  # noqa: ANN401
@@ -266,8 +277,12 @@ class _Run:
         assert self.optimizer is not None
         state = {
             "recipe": [asdict(phase) for phase in self.phases],
+            "configuration": prepared_of(self.model).hybrid.to_dict(),
             "weights": weights,
             "optimizer": self.optimizer.state_dict(),
+            "selectors": {
+                eva.path: eva.selector_weight for eva in converted_attentions(self.model)
+            },
             "before": self.before,
             "done": self.done,
             "taken": self.taken,
@@ -285,10 +300,12 @@ class _Run:
         if not path.is_file():
             return
         state = torch.load(path, weights_only=True)
-        if state["recipe"] != [asdict(phase) for phase in self.phases]:
-            message = "holds the state of another recipe"
-            raise ConfigError(message, subject=str(path), hint="choose another folder")
         own = dict(self.model.named_parameters())
+        self._expect_own(state, {name: p.shape for name, p in own.items()}, str(path))
+        for eva in converted_attentions(self.model):
+            weight = state.get("selectors", {}).get(eva.path)
+            if weight is not None:
+                eva.selector_weight = weight.to(next(self.model.parameters()).device)
         self.before = state["before"]
         self.done = state["done"]
         if not self.finished:
@@ -304,6 +321,20 @@ class _Run:
         self.report.steps = [Step(**step) for step in state["steps"]]
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _expect_own(
+        self, state: dict[str, Any], shapes: dict[str, torch.Size], subject: str
+    ) -> None:
+        """Refuse the state of another recipe, configuration or model."""
+        fits = {
+            "recipe": state["recipe"] == [asdict(phase) for phase in self.phases],
+            "configuration": state.get("configuration") == prepared_of(self.model).hybrid.to_dict(),
+            "model": all(shapes.get(n) == x.shape for n, x in state["weights"].items()),
+        }
+        for what, right in fits.items():
+            if not right:
+                message = f"holds the state of another {what}"
+                raise ConfigError(message, subject=subject, hint="choose another folder")
 
 
 def _teacher_weights(model: Any, phases: Sequence[Phase]) -> dict[str, Tensor]:  # noqa: ANN401

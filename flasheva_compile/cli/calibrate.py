@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         if config is not None or not source.adapted:
             prepare(model, config)
-        reports.append(calibrate(model, batches))
+        reports.append(calibrate(model, batches, context_length=arguments.context_length))
     if arguments.kv is not None:
         options = LearningOptions(per_head=arguments.kv_per_head)
         rows = _rows_for_codebooks(model, tokenizer, arguments)

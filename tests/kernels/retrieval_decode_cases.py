@@ -28,7 +28,8 @@ from tests.kernels.decode_cases import DecodeCase, decode_cases, steps_of
 class RetrievalDecodeCase(DecodeCase):
     """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal.
 
-    ``near_store``: sinks and the latest tokens have copies of their own.
+    ``near_store``: sinks and the latest tokens have copies of their own. ``weighted``: bounds have
+    weights.
     """
 
     retrieve_chunks: int = 2
@@ -36,6 +37,7 @@ class RetrievalDecodeCase(DecodeCase):
     room: int = 0
     ties: bool = False
     near_store: bool = False
+    weighted: bool = False
 
     @cached_property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +46,11 @@ class RetrievalDecodeCase(DecodeCase):
 
     @property
     def retrieval(self) -> Retrieval:
-        return Retrieval(chunks=self.retrieve_chunks)
+        return Retrieval(chunks=self.retrieve_chunks, weight=self.weight)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self._normal(46, self.kv_heads, 3, self.head_dim).float() if self.weighted else None
 
     def new_state(self, dtype: torch.dtype) -> RetrievalState:
         _, k, v = self.qkv
@@ -95,7 +101,8 @@ def run_kernels(
     with as_scheduled(case):
         for q, k, v, mask in steps_of(case, case.dtype):
             out, lse, selected = launch_retrieval_decode.retrieval_decode(
-                q, k, v, mask, parameters, state, case.settings, rule, case.retrieve_chunks
+                *(q, k, v, mask, parameters, state, case.settings, rule, case.retrieve_chunks),
+                case.weight,
             )
             found.append((out, lse, selected[:, :, None]))
             states.append(RetrievalState(*(x.clone() for x in state)))
@@ -171,5 +178,6 @@ def retrieval_decode_cases(draw, **fixed):
         "retrieve_by": draw(st.sampled_from(["token", "bounds"])),
         "room": draw(st.sampled_from([0, 0, 7])),
         "near_store": draw(st.booleans()),
+        "weighted": draw(st.booleans()),
     }
     return RetrievalDecodeCase(**{**drawn, **fixed})

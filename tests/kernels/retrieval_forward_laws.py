@@ -65,7 +65,10 @@ def retrievals(draw, by: str = "", **fixed):
     block = draw(blocks)
     offset = {"q_offset": 0} if block > 1 else {}
     case = dataclasses.replace(case, head_dim=head_dim, value_dim=value_dim, **shape, **offset)
-    return case, Retrieval(chunks=draw(counts), block=block, by=by or draw(selectors))
+    by, weight = by or draw(selectors), None
+    if by == "bounds" and draw(st.booleans()):
+        weight = case._normal(46, case.kv_heads, 3, head_dim).float()
+    return case, Retrieval(chunks=draw(counts), block=block, by=by, weight=weight)
 
 
 def tokens(case: KernelCase, dtype: torch.dtype):
@@ -209,7 +212,7 @@ def test_bounds_are_the_reference_and_the_largest_scores_by_them_are_selected(dr
     for bounds in made:  # none where there are no queries
 
         def reference(dtype):
-            return [reference_bounds(case.qkv[1].to(dtype), members) * filled]
+            return [reference_bounds(case.qkv[1].to(dtype), members, retrieval.weight) * filled]
 
         assert_as_accurate_as_pytorch([bounds * filled], reference, case.dtype)
         scores, error, visible = scores_by_bounds(case, bounds.double() * filled)

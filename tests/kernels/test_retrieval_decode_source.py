@@ -41,6 +41,8 @@ def specs():
         count = rule.get("parameters", 1)
         by_bounds = {kind: spec_of(kind, by_bounds=True, **rule) for kind in KINDS[:2]}
         found |= {f"{kind}-bounds-{count}": spec for kind, spec in by_bounds.items()}
+        weighted = {"by_bounds": True, "weighted_bounds": True}
+        found[f"weighted-{count}"] = spec_of(KINDS[0], **weighted, **rule)
     found |= {f"{kind}-near": spec_of(kind, near_store=True) for kind in KINDS}
     return found
 
@@ -93,7 +95,8 @@ def test_one_kernel_selects_for_all_layers_that_see_the_same_chunks():
 
 
 def test_one_kernel_attends_under_all_rules():
-    for other in ({**_EVABYTE, "softcap": False}, {"by_bounds": True}):
+    weighted = {"by_bounds": True, "weighted_bounds": True}
+    for other in ({**_EVABYTE, "softcap": False}, {"by_bounds": True}, weighted):
         assert spec_of("retrieval_decode", **other) == spec_of("retrieval_decode")
 
 
@@ -161,7 +164,9 @@ COMPILED = {
 }
 BY_BOUNDS = ["bf16-d64", "bf16-d128", "fp16-d80", "bf16-d256", "fp32-d128", "bf16-d64-g40"]
 for _size in BY_BOUNDS:
-    COMPILED[f"bounds-{_size}"] = spec_of("retrieval_scores", **SIZES[_size], by_bounds=True)
+    _bounds = {**SIZES[_size], "by_bounds": True}
+    COMPILED[f"bounds-{_size}"] = spec_of("retrieval_scores", **_bounds)
+    COMPILED[f"weighted-{_size}"] = spec_of("retrieval_scores", **_bounds, weighted_bounds=True)
 for _kind in KINDS[::2]:
     COMPILED[f"near-{_kind}"] = spec_of(_kind, **SIZES["bf16-d128"], near_store=True)
 COMPILED["bounds-select"] = spec_of("retrieval_select", by_bounds=True)

@@ -81,12 +81,14 @@ def specs():
     }
     found = {}
     for name, ((t, s), (chunks, block)) in calls.items():
-        for by in ("token", "bounds"):
-            retrieval = Retrieval(chunks=chunks, block=block, by=by)
+        for by in ("token", "bounds", "weighted"):
+            weight = torch.empty(2, 3, t.k.shape[3], device="meta") if by == "weighted" else None
+            kind = "token" if by == "token" else "bounds"
+            retrieval = Retrieval(chunks=chunks, block=block, by=kind, weight=weight)
             of_call = launch_retrieval.specs(t, Rows(documents="dense"), s, retrieval)
             added = {f"{name}-{kind}": spec for kind, spec in of_call.items()}
             own = {f"{x}-{by}": spec for x, spec in added.items() if spec not in found.values()}
-            found |= own if by == "bounds" else added
+            found |= added if by == "token" else own
     return found
 
 

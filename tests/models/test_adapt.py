@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import flasheva_compile as fe
 from flasheva_compile import ops
@@ -83,6 +84,25 @@ def test_a_window_over_everything_has_nothing_to_learn():
     assert float(logit_loss(model, {"input_ids": ids}, {})) < 1e-6
 
 
+def test_dropout_does_not_come_between_a_model_and_its_teacher():
+    """Exact attention is compared without dropout, and the teacher of logits has none."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 128, "n_positions": 64}
+    rates = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.5)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **rates, **ends))
+    fe.prepare(model, {"window_size": 64, "chunk_size": 4})
+    inputs = {"input_ids": tokens(2, 48)}
+    teacher = model.eval()(**inputs).logits.log_softmax(-1)
+    assert float(attention_output_loss(model.train(), inputs)) < 1e-9
+    torch.manual_seed(1)
+    student = model(**inputs, use_cache=False).logits.log_softmax(-1)
+    want = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    torch.manual_seed(1)
+    assert float(logit_loss(model, inputs, {})) == pytest.approx(float(want), rel=1e-4)
+    assert all(module.training for module in model.modules())
+
+
 def test_padding_has_no_loss():
     model, ids = prepared(), tokens(1, 48)
     mask = torch.ones(1, 60, dtype=torch.long)
@@ -146,10 +166,25 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fe.adapt(model, Interrupted(), [RULES, LOGITS], out=tmp_path, save_every=4, progress=False)
-    again = run(prepared(), [RULES, LOGITS], out=tmp_path, save_every=4).steps
+    assert not model.training
+    resumed = prepared()
+    again = run(resumed, [RULES, LOGITS], out=tmp_path, save_every=4).steps
     assert [s.loss for s in again] == pytest.approx([s.loss for s in want], rel=1e-5)
+    assert all(p.requires_grad for p in resumed.parameters())
     with pytest.raises(ConfigError, match="another recipe"):
         run(prepared(), [RULES], out=tmp_path)
+    other = fe.prepare(llama(), {**SMALL, "window_size": 2 * SMALL["window_size"]})
+    with pytest.raises(ConfigError, match="another configuration"):
+        run(other, [RULES, LOGITS], out=tmp_path)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_trains_as_before_afterwards(training):
+    model = prepared().train(training)
+    model.model.layers[0].train(not training)
+    before = {module: module.training for module in model.modules()}
+    run(model, [LOGITS])
+    assert {module: module.training for module in model.modules()} == before
 
 
 def test_steps_that_are_not_finite_are_skipped():

@@ -13,14 +13,14 @@ from flasheva_compile.errors import LoweringError
 from flasheva_compile.retrieval_cache_ops import new_retrieval_state, retrieval_options
 from tests.attention_cases import AttentionCase
 from tests.property.test_decode_laws import FP64, cached_calls, eva_config
-from tests.retrieval_cases import ALL, reference
+from tests.retrieval_cases import ALL, reference, selector
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 laws = settings(deadline=None, derandomize=True, max_examples=150, database=None)
 calls = cached_calls(rules=("mean", "tangent", "evabyte"))
 counts = st.sampled_from([1, 2, 3, ALL])
 blocks = st.sampled_from([1, 2, 3, 8])
-selectors = st.sampled_from(["token", "bounds"])
+selectors = st.sampled_from(["token", "bounds", "weighted"])
 
 
 def in_portions(
@@ -40,8 +40,10 @@ def in_portions(
     parameters = [p.to(dtype) for p in case.parameters]
     key_mask = case.masks["key_mask"]
     config = eva_config(case)
-    config = config.replace(retrieve_chunks=chunks, retrieve_block=block, retrieve_by=by)
-    options = retrieval_options(config, case.head_dim**-0.5, case.softcap)
+    chosen = selector(case, by)
+    kind = chosen.pop("retrieve_by")
+    config = config.replace(retrieve_chunks=chunks, retrieve_block=block, retrieve_by=kind)
+    options = retrieval_options(config, case.head_dim**-0.5, case.softcap) | chosen
     state = new_retrieval_state(k, v, room or case.keys, options)
     outs, lses, lo = [], [], 0
     for size in sizes:
@@ -84,7 +86,7 @@ def test_rows_do_not_see_each_other(call, chunks, block):
     assert_as_accurate_as_pytorch(alone, formula, FP64)
 
 
-@pytest.mark.parametrize("by", ["token", "bounds"])
+@pytest.mark.parametrize("by", ["token", "bounds", "weighted"])
 @pytest.mark.parametrize("block", [1, 4])
 def test_low_precision_is_as_accurate_as_pytorch(block, by):
     case = AttentionCase(queries=45, keys=45, rule="tangent")

@@ -9,6 +9,7 @@ import torch
 from flasheva_compile.kernels.blocked import block
 from flasheva_compile.kernels.blocked.dropout import keep_mask
 from flasheva_compile.kernels.reference.attention import eva_attention
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from flasheva_compile.errors import LoweringError
@@ -242,6 +243,17 @@ def test_dropout_seed_comes_from_pytorch_when_not_given():
 def test_dropping_everything_gives_zero():
     options = {**CASE.options, "dropout_p": 1.0, "dropout_seed": torch.tensor([3])}
     assert not flasheva_attention(*CASE.qkv, **options)[0].any()
+
+
+def test_second_derivatives_and_forward_mode_are_refused():
+    """Neither has a formula; without one a tangent would be lost on the way."""
+    q, k, v = CASE.qkv
+    leaf = q.clone().requires_grad_()
+    squares = flasheva_attention(leaf, k, v, **CASE.options)[0].square().sum()
+    with pytest.raises(LoweringError, match="no second derivative"):
+        torch.autograd.grad(squares, leaf, create_graph=True)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        flasheva_attention(forward_ad.make_dual(q, q), k, v, **CASE.options)
 
 
 # --- complaints -----------------------------------------------------------------------------------

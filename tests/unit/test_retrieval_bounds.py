@@ -9,11 +9,12 @@ import torch
 from flasheva_compile.kernels.blocked.chunk_bounds import chunk_bounds, with_magnitudes
 from flasheva_compile.kernels.reference.positions import chunks_of, key_positions
 from flasheva_compile.kernels.reference.retrieval import chunk_bounds as reference_bounds
+from torch.library import opcheck
 
 from flasheva_compile.errors import LoweringError
 from flasheva_compile.ops import flasheva_attention
 from tests.attention_cases import MASKS, RULES, AttentionCase
-from tests.retrieval_cases import ALL, reference, selection
+from tests.retrieval_cases import ALL, op_arguments, reference, selection, selector
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 CASE = AttentionCase(queries=45, keys=45)
@@ -21,20 +22,22 @@ LONG = dataclasses.replace(CASE, queries=200, keys=200, head_dim=32, window_size
 FP64 = torch.float64
 
 
-def op(case: AttentionCase, chunks: int, block: int = 1, dtype=FP64, **options):
-    retrieve = {"retrieve_chunks": chunks, "retrieve_block": block, "retrieve_by": "bounds"}
-    return case.op(dtype, **retrieve, **options)
+def op(case: AttentionCase, chunks: int, block: int = 1, dtype=FP64, by: str = "bounds"):
+    retrieve = {"retrieve_chunks": chunks, "retrieve_block": block}
+    return case.op(dtype, **retrieve, **selector(case, by))
 
 
+@pytest.mark.parametrize("by", ["bounds", "weighted"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_bounds_are_the_reference(mask):
+def test_bounds_are_the_reference(mask, by):
     case = dataclasses.replace(CASE, mask=mask, batch=3)
     k, masks = case.qkv[1].double(), tuple(case.masks.values())
     members = chunks_of(key_positions(k, *masks), case.chunk_size).members
     # A slot that no chunk fills is never visible; its bounds are not compared.
     filled = members.any(-1)[:, None, :, None]
-    ours = chunk_bounds(k, *masks, case.chunk_size)
-    formula = lambda dtype: [reference_bounds(k.to(dtype), members) * filled]  # noqa: E731
+    weight = selector(case, by).get("selector_weight")
+    ours = chunk_bounds(k, *masks, case.chunk_size, weight)
+    formula = lambda dtype: [reference_bounds(k.to(dtype), members, weight) * filled]  # noqa: E731
     assert_as_accurate_as_pytorch([ours * filled], formula, FP64)
 
 
@@ -57,20 +60,52 @@ def test_a_chunk_of_one_key_scores_as_its_key():
     assert_as_accurate_as_pytorch([score], formula, FP64)
 
 
+@pytest.mark.parametrize("by", ["bounds", "weighted"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("chunks", "block"), [(2, 1), (3, 4)])
-def test_op_and_gradients_are_the_reference(rule, mask, chunks, block):
+def test_op_and_gradients_are_the_reference(rule, mask, chunks, block, by):
     case = dataclasses.replace(CASE, rule=rule, mask=mask, softcap=2.0, alibi=True)
-    formula = reference(case, chunks, block, by="bounds")
-    assert_as_accurate_as_pytorch(op(case, chunks, block), formula, FP64)
+    formula = reference(case, chunks, block, by=by)
+    assert_as_accurate_as_pytorch(op(case, chunks, block, by=by), formula, FP64)
+
+
+@pytest.mark.parametrize("by", ["bounds", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 16])
+def test_low_precision_loses_no_more_than_pytorch(dtype, block, by):
+    formula = reference(LONG, 3, block, own=dtype, by=by)
+    assert_as_accurate_as_pytorch(op(LONG, 3, block, dtype, by), formula, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", [1, 16])
-def test_low_precision_loses_no_more_than_pytorch(dtype, block):
-    formula = reference(LONG, 3, block, own=dtype, by="bounds")
-    assert_as_accurate_as_pytorch(op(LONG, 3, block, dtype), formula, dtype)
+def test_weights_of_a_half_are_no_weights(dtype):
+    k = LONG.qkv[1].to(dtype)
+    halves = torch.full((LONG.kv_heads, 3, LONG.head_dim), 0.5)
+    plain = chunk_bounds(k, None, None, LONG.chunk_size)
+    assert torch.equal(chunk_bounds(k, None, None, LONG.chunk_size, halves), plain)
+
+
+def test_weights_pass_opcheck():
+    arguments, options = op_arguments(CASE, FP64, 2, 1, **selector(CASE, "weighted"))
+    tensors = [x.detach().requires_grad_() for x in arguments[:6]]
+    opcheck(torch.ops.flasheva.retrieval_attention.default, (*tensors, *arguments[6:]), options)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    weight = selector(CASE, "weighted")["selector_weight"]
+    options = {**CASE.options, "retrieve_chunks": 2, "retrieve_by": "bounds"}
+    for wrong, complaint in (
+        (weight[:, :2], "selector_weight is"),
+        (weight.long(), "selector_weight is torch.int64"),
+        (weight.to("meta"), "selector_weight is on meta"),
+        (weight.clone().requires_grad_(), "no gradient"),
+    ):
+        with pytest.raises(LoweringError, match=complaint):
+            flasheva_attention(*CASE.qkv, selector_weight=wrong, **options)
+    for other in ({"retrieve_by": "token"}, {"retrieve_chunks": 0}):
+        with pytest.raises(LoweringError, match="selector_weight with"):
+            flasheva_attention(*CASE.qkv, selector_weight=weight, **{**options, **other})
 
 
 def test_all_chunks_are_all_chunks_whatever_selects():
@@ -93,8 +128,11 @@ def test_it_selects_a_chunk_whose_mean_hides_its_key():
 
 
 def test_the_selectors_differ():
-    chosen = [selection(LONG, FP64, 2, by=by) for by in ("token", "bounds")]
-    assert not torch.equal(*chosen)
+    token, bounds, weighted = (
+        selection(LONG, FP64, 2, by=by) for by in ("token", "bounds", "weighted")
+    )
+    assert not torch.equal(token, bounds)
+    assert not torch.equal(bounds, weighted)
 
 
 def test_an_unknown_selector_is_refused():

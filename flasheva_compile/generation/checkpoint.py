@@ -30,7 +30,7 @@ _VERSION = "3"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _TOLD = "told"
-_NUMBERS = ("cumulative_length", "seen", "is_empty")
+_NUMBERS = ("cumulative_length", "seen", "all_seen", "is_empty")
 
 
 # --- models ---------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class StateLayer(CacheLayerMixin):
         # Columns. A preallocated layer counts on its device; here, as far as no captured graph
         # appended them: enough to notice a lack of room before it is too late.
         self.seen = 0
+        self.all_seen = True  # whether those are all
         self.announced = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -97,6 +98,8 @@ class StateLayer(CacheLayerMixin):
         self.is_empty = False
         if self.max_cache_len is None or not torch.compiler.is_compiling():
             self.seen += tokens
+        else:
+            self.all_seen = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the columns that the two-dimensional mask covers, and 0."""
@@ -112,11 +115,8 @@ class StateLayer(CacheLayerMixin):
         return 0 if columns is None else columns[0]
 
     def held(self) -> int | None:
-        """Return the tokens seen as far as the host knows; None = its device would have to tell."""
-        columns = self._columns_seen()
-        if columns is not None and columns.device.type == "cpu":
-            return int(columns)
-        return self.seen if self.max_cache_len is None or columns is None else None
+        """Return the tokens seen as far as the host knows; None = the device would have to tell."""
+        return self.seen if self.all_seen else None
 
     def _columns_seen(self) -> Tensor | None:
         """Return how many columns came, counted on the device, ``[1]``."""
@@ -128,7 +128,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.is_empty, self.seen, self.announced = True, 0, False
+        self.is_empty, self.seen, self.all_seen, self.announced = True, 0, True, False
         if self.state is not None:
             for x in self.state:
                 x.zero_()

@@ -26,6 +26,7 @@ QUERIES = 256
 
 _STEPS, _BATCH, _RATE = 200, 64, 0.03  # of learning; queries of a step; Adam's largest rate
 _START = (1.0, 0.5, 0.5)  # of mean, middle less mean, half the range: 1/2 for each of three
+_MOST_CLAIMED = 30.0  # logarithm of a token's weight relative to the true sum of all
 _CPU_BUDGET, _GPU_BUDGET = 1 << 23, 1 << 27  # numbers held at once
 
 
@@ -126,7 +127,9 @@ def _worth_of_block(
     members = weights[..., : chunks * size].unflatten(-1, (chunks, size))
     values = v[:, : chunks * size].unflatten(1, (chunks, size))
     exact = torch.einsum("hgpcm,hcmd->hgpcd", members, values) - members.sum(-1, keepdim=True) * out
-    token = (_capped(q @ rfa_k[:, None].mT, s) + rfa_bias[:, None, None] - lse).exp()
+    token = _capped(q @ rfa_k[:, None].mT, s) + rfa_bias[:, None, None] - lse
+    # A token may claim any multiple of the true mass; that much already is all of the worth.
+    token = token.clamp(max=_MOST_CLAIMED).exp()
     compressed = token[..., None] * (rfa_v[:, None, None] - out)
     return (exact - compressed).norm(dim=-1).sum(1)
 

@@ -111,6 +111,21 @@ def test_keys_that_are_not_finite_are_refused():
     assert weights(model) == [None, None]
 
 
+def test_a_chunk_token_that_claims_any_mass_is_still_a_finite_lesson():
+    """Biases of chunks whose keys differ much can be hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 96, 8, generator=generator) for _ in range(3))
+    options = {"window_size": 16, "chunk_size": 4, "sink_tokens": 4, "window": "sliding"}
+    settings = calibrate_selector.cache_settings({**options, "scale": 0.5, "softcap": 0.0})
+    keys, values = (x.unflatten(1, (24, 4)).mean(2) for x in (k, v))
+    bias = torch.zeros(2, 24)
+    bias[:, 5] = 400.0
+    sample = selector.selector_sample((q, k, v), (keys, values, bias), settings, 3)
+    assert sample.worth.isfinite().all()
+    assert (sample.worth.argmax(-1)[sample.visible[:, 5].expand(2, -1)] == 5).all()
+    assert selector.learn_selector_weight([sample]).isfinite().all()
+
+
 @pytest.mark.parametrize("block", [1, 4])
 def test_decoding_is_the_formula(block):
     model, _ = calibrated({**BY_BOUNDS, "retrieve_block": block})

@@ -54,7 +54,7 @@ class SelectorLessons:
             return LearnedSelector(weight=None, queries=0)
         weight = learn_selector_weight(self.samples)
         if not torch.isfinite(weight).all():
-            message = "its queries or keys are not finite"
+            message = "the weights that its selector learned are not finite"
             raise ConfigError(message, subject=path, hint="check the model's weights and dtype")
         return LearnedSelector(weight=weight, queries=sum(x.q.shape[2] for x in self.samples))
 

@@ -22,7 +22,7 @@ from flasheva_compile.lowering.kernel_arguments import (
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.pooled_chunks import with_vectors
 from flasheva_compile.lowering.schedule import choose
-from flasheva_compile.lowering.spec import STATE_BLOCK, KernelSpec
+from flasheva_compile.lowering.spec import BIAS_COLUMNS, STATE_BLOCK, KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +93,7 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
         return
     device = values["k_ptr"].device
     with on_device(device):
-        schedule = choose(spec)
+        schedule = _with_what_is_there(choose(spec), spec, values)
         count = programs(schedule)
         if not count:
             return
@@ -107,6 +107,34 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
         arguments = tuple(values[name] for name in kernel.generated.arguments)
         if not first_calls.collect(device, kernel.launch, arguments):
             kernel.launch(count, *arguments)
+
+
+_LEAST_SCALE = 1e-10  # biases are divided by it, and must stay numbers
+
+
+def _with_what_is_there(schedule: Schedule, spec: KernelSpec, values: dict[str, Any]) -> Schedule:
+    """Leave biases to the scores where the products cannot add them."""
+    if not schedule.product_bias:
+        return schedule
+    has_columns = spec.kind != "forward" or "bias_columns_ptr" in values
+    fits = has_columns and values["scale"] >= _LEAST_SCALE
+    return schedule if fits else dataclasses.replace(schedule, product_bias=False)
+
+
+def with_bias_columns(spec: KernelSpec, values: dict[str, Any]) -> dict[str, Any]:
+    """Add the columns of biases that a ``forward`` kernel reads, if it reads any; runs a launch."""
+    if not _schedule(spec, values).product_bias or values["scale"] < _LEAST_SCALE:
+        return values
+    bias = values["rfa_bias_ptr"]
+    columns = bias.new_empty((*bias.shape, BIAS_COLUMNS), dtype=torch.bfloat16)
+    count = bias.numel()
+    found = {**values, "bias_columns_ptr": columns}
+    run(
+        of_kind(spec, "bias_columns"),
+        lambda how: -(-count // how.block_n),
+        {**found, "chunks": count},
+    )
+    return found
 
 
 def _schedule(spec: KernelSpec, values: dict[str, Any]) -> Schedule:
@@ -125,8 +153,9 @@ def attention_forward(
     batch, heads, length, _ = t.q.shape
     out = t.q.new_empty(batch, heads, length, t.v.shape[3])
     lse = t.q.new_empty((batch, heads, length), dtype=torch.float32)
+    spec = attention_spec(t, s, rows, pooled)
     values = {**call_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
-    run(attention_spec(t, s, rows, pooled), query_programs(t), values)
+    run(spec, query_programs(t), with_bias_columns(spec, values))
     return out, lse
 
 

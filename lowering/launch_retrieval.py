@@ -6,6 +6,7 @@ Three launches, with bounds a fourth before them; no atomics: every run gives th
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,12 @@ def _steps(
         "forward": (programs_of_forward, values),
         "retrieve": (programs_of_retrieve, values),
     }
-    return {kind: lambda kind=kind: launch.run(of[kind], *launched[kind]) for kind in of}
+
+    def step(kind: str) -> None:
+        programs, read = launched[kind]
+        launch.run(of[kind], programs, launch.with_bias_columns(of[kind], read))
+
+    return {kind: partial(step, kind) for kind in of}
 
 
 def specs(

@@ -24,7 +24,7 @@ from flasheva_compile.lowering.emit.arguments import (
     STRIDES,
 )
 from flasheva_compile.lowering.load import load
-from flasheva_compile.lowering.spec import parts
+from flasheva_compile.lowering.spec import BIAS_COLUMNS, parts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -109,6 +109,7 @@ _OTHER = {
     "valid_ptr": "*u8",
     "seed_ptr": "*i64",
     "peaks_ptr": "*i32",
+    "bias_columns_ptr": "*bf16",
     "drop_below": "i64",
     **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
     **dict.fromkeys(("row_start_ptr", "length_ptr", "written_ptr"), "*i64"),
@@ -127,6 +128,8 @@ def argument_type(name: str, spec: KernelSpec, schedule: Schedule) -> str:
     """Return the Triton type of an argument of a kernel's entry point."""
     if name in DESCRIPTORS:
         tensor, part = name.split("_desc")
+        if tensor == "bias_columns":
+            return f"tensordesc<bf16[1, 1, {schedule.block_n}, {BIAS_COLUMNS}]>"
         size = spec.value_dim if tensor in _VALUES else spec.head_dim
         rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
         return f"tensordesc<{spec.dtype}[1, 1, {rows}, {parts(size)[int(part)][1]}]>"

@@ -28,7 +28,7 @@ from flasheva_compile.lowering.schedule_retrieval_decode import (
     selecting_schedule,
 )
 from flasheva_compile.lowering.schedule_vecinfer import vecinfer_schedule
-from flasheva_compile.lowering.spec import Schedule, parts
+from flasheva_compile.lowering.spec import Schedule, adds_bias_by_product, parts
 from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _by_rule(spec: KernelSpec, target: Target) -> Schedule | None:
         return vecinfer_schedule(spec)
     if spec.kind in SELECTING_KINDS:
         return selecting_schedule(spec)
+    if spec.kind == "bias_columns":
+        return _SMALL_ROWS
     if spec.kind == "retrieval_decode":
         decode = dataclasses.replace(spec, kind="decode", retrieve_chunks=0)
         return gathering_schedule(spec, _choose(decode, target))
@@ -99,6 +101,7 @@ def _by_rule(spec: KernelSpec, target: Target) -> Schedule | None:
 
 
 _SMALLEST = Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1)
+_SMALL_ROWS = Schedule(block_m=16, block_n=128, num_warps=4, num_stages=1)
 
 
 @contextmanager
@@ -226,6 +229,10 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         schedule = dataclasses.replace(schedule, max_registers=most)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):
         schedule = dataclasses.replace(schedule, tma=False)
+    # Measured on sm_90, through descriptors.
+    measured = schedule.tma and target.capability == 90
+    if schedule.product_bias and not (measured and adds_bias_by_product(spec)):
+        schedule = dataclasses.replace(schedule, product_bias=False)
     return schedule
 
 

@@ -12,7 +12,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import sympy
-from flasheva_compile.lowering.spec import STATE_BLOCK, Schedule, group_rows, padded, parts
+from flasheva_compile.lowering.spec import (
+    BIAS_COLUMNS,
+    STATE_BLOCK,
+    Schedule,
+    adds_bias_by_product,
+    group_rows,
+    padded,
+    parts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -140,7 +148,9 @@ def threads(schedule: Schedule, target: Target) -> int:
 
 def shared_bytes(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
     """Return the shared memory of one program [bytes]."""
-    return int(_evaluate(shared_memory, spec, schedule, target))
+    biases = 2 * BIAS_COLUMNS * schedule.block_n if schedule.product_bias else 0
+    biases *= schedule.num_stages if spec.kind == "forward" else 1
+    return int(_evaluate(shared_memory, spec, schedule, target)) + biases
 
 
 def registers(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
@@ -178,6 +188,8 @@ def _bad_features(spec: KernelSpec, schedule: Schedule, target: Target) -> str |
         return f"tma: {reason}"
     if schedule.split_window and spec.kind not in QUERY_KINDS:
         return f"split_window: {spec.kind} walks over no window"
+    if schedule.product_bias and not adds_bias_by_product(spec):
+        return "product_bias: scores are no products, or have no biases"
     return None
 
 
@@ -264,11 +276,7 @@ def _rates(target: Target) -> _Rates:
 
 
 def cost(spec: KernelSpec, schedule: Schedule, target: Target) -> float:
-    """Estimate the clocks of a multiprocessor per useful (query, key) pair.
-
-    Matrix products, exponentials and the rest of a tile run one after the other in a program;
-    programs that share a multiprocessor overlap. Waste counts what is computed and masked.
-    """
+    """Estimate the clocks of a multiprocessor per useful pair; programs overlap, tiles do not."""
     m, n = schedule.block_m, schedule.block_n
     if spec.kind in (*_POOLING, "decode_combine"):
         return abs(registers(spec, schedule, target) - 16) + abs(schedule.num_warps - 4)

@@ -7,10 +7,13 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-KernelKind = Literal["chunk_tokens", "forward", "dq", "dchunk", "dsink", "dkv", "dpool", "domega"]
+KernelKind = Literal[
+    "chunk_tokens", "bias_columns", "forward", "dq", "dchunk", "dsink", "dkv", "dpool", "domega"
+]
 """Kernels of one attention.
 
-``chunk_tokens`` pools keys and values; ``forward`` and ``dq`` keep a block of queries and walk over
+``chunk_tokens`` pools keys and values; ``bias_columns`` writes its biases as columns of keys, for a
+``forward`` whose products add them; ``forward`` and ``dq`` keep a block of queries and walk over
 what it sees; ``dchunk``, ``dsink`` and ``dkv`` keep a block of chunk tokens, sinks or keys and walk
 over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling;
 ``domega`` keeps a block of chunks of the ``eva`` rule, for the gradient of what it pools around.
@@ -70,6 +73,9 @@ AnyKind = Literal[
 Documents = Literal["dense", "padded", "packed"]
 """``dense``: every key is valid; ``padded``: a key mask per row; ``packed``: several documents."""
 
+BIAS_COLUMNS = 16
+"""Columns that hold a bias in three pieces: the least that a product of matrices takes."""
+
 STATE_BLOCK = 128
 """Largest tile of queries; the states of queries are padded to a multiple and one block more."""
 
@@ -91,6 +97,7 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "dkv": (),
     **dict.fromkeys(("decode", "retrieval_scores"), _DECODE_FIELDS),
     **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
+    "bias_columns": _COMBINE_FIELDS,
     "extend_pool": ("group", "softcap", *_DECODE_FIELDS),
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
     "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
@@ -202,8 +209,9 @@ class KernelSpec:
         neutral = {name: _NEUTRAL[name] for name in ignored if name not in reads}
         if kind in ("decode_combine", "extend_combine"):
             neutral["head_dim"] = self.value_dim  # it reads values alone
-        elif kind == "retrieval_select":
-            neutral |= {"dtype": "fp32", "head_dim": 1, "value_dim": 1}  # it reads scores alone
+        elif kind in ("retrieval_select", "bias_columns"):
+            # They read scores or biases alone.
+            neutral |= {"dtype": "fp32", "head_dim": 1, "value_dim": 1, "selection_group": 0}
         return dataclasses.replace(self, kind=kind, **neutral)
 
 
@@ -220,6 +228,7 @@ class Schedule:
         tma: Tiles of the loops come through tensor descriptors (sm_90 and later).
         split_window: Separate loops for the parts of the window that need no mask.
         max_registers: Registers a thread may use, so that more programs fit; 0 = no limit.
+        product_bias: Products add the biases of chunk tokens, see ``emit/product_bias.py``.
     """
 
     block_m: int
@@ -229,6 +238,14 @@ class Schedule:
     tma: bool = False
     split_window: bool = False
     max_registers: int = 0
+    product_bias: bool = False
+
+
+def adds_bias_by_product(spec: KernelSpec) -> bool:
+    """Whether biases may go through the products: they are scaled there as products are."""
+    scaled_alone = not (spec.softcap or spec.alibi or spec.negative_scale)
+    has_biases = spec.kind in ("forward", "dq") and not spec.whole_chunks
+    return has_biases and scaled_alone and spec.dtype != "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

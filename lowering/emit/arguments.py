@@ -12,7 +12,7 @@ FEATURES = tuple(
 """Parameters of the ``eva`` rule's two feature maps, in the order of the ops."""
 
 POINTERS = (
-    *("q_ptr", "k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
+    *("q_ptr", "k_ptr", "v_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr", "bias_columns_ptr"),
     *("mass_k_ptr", "mass_v_ptr", "phi_ptr", "p_ptr", "b_ptr", "omega_ptr"),
     *("out_ptr", "lse_ptr", "do_ptr", "lse2_ptr", "delta_ptr"),
     *("dq_ptr", "dk_ptr", "dv_ptr", "drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr"),
@@ -40,8 +40,9 @@ POINTERS = (
     *("dk_parts_ptr", "dv_parts_ptr"),
 )
 
-DESCRIPTORS = tuple(
-    f"{tensor}_desc{n}" for tensor in ("q", "k", "v", "rfa_k", "rfa_v", "do") for n in range(4)
+DESCRIPTORS = (
+    *(f"{x}_desc{n}" for x in ("q", "k", "v", "rfa_k", "rfa_v", "do") for n in range(4)),
+    "bias_columns_desc0",
 )
 """Tensor descriptors ``[B, H, rows, D]``, one for each part of the head dimension."""
 

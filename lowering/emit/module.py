@@ -20,6 +20,11 @@ from flasheva_compile.lowering.emit.pooling import (
     emit_chunk_tokens,
     emit_pool_gradient,
 )
+from flasheva_compile.lowering.emit.product_bias import (
+    PIECES_FUNCTION,
+    ROWS_FUNCTION,
+    emit_bias_columns,
+)
 from flasheva_compile.lowering.emit.queries import emit_query_kernel
 from flasheva_compile.lowering.emit.retrieval_backward_bits import emit_selection_bits
 from flasheva_compile.lowering.emit.retrieval_backward_keys import emit_retrieved_dkv
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
 _PURPOSE = {
     "chunk_tokens": "pool keys and values into chunk tokens",
+    "bias_columns": "biases of chunk tokens as columns of keys",
     "forward": "attend to chunk tokens, sinks and window in one softmax",
     "dq": "gradient of queries, and delta for the kernels after it",
     "dchunk": "gradient of chunk tokens",
@@ -83,6 +89,8 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
         source += "\n\n" + DROPOUT_FUNCTIONS + "\n\n"
     if "feature_map(" in body:
         source += ("\n\n" if constants else "\n") + FEATURE_FUNCTION + "\n\n"
+    if "bias_rows(" in body:
+        source += "\n\n" + PIECES_FUNCTION + "\n\n" + ROWS_FUNCTION + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)
     return GeneratedKernel(
         spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
@@ -93,6 +101,7 @@ _BODIES: dict[str, Callable[[Any], str]] = {  # a kind has its own class of spec
     "chunk_tokens": emit_chunk_tokens,
     "dpool": emit_pool_gradient,
     "domega": emit_centre_gradient,
+    "bias_columns": emit_bias_columns,
     "chunk_bounds": emit_chunk_bounds,
     "select": emit_select,
     "selection_bits": emit_selection_bits,

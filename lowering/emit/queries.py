@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import loops, positions, scores
+from flasheva_compile.lowering.emit.product_bias import bias_product, bias_setup
 from flasheva_compile.lowering.emit.selection_bits import selection_setup, unselected
 from flasheva_compile.lowering.emit.source import Dim, Source
-from flasheva_compile.lowering.spec import STATE_BLOCK
+from flasheva_compile.lowering.spec import BIAS_COLUMNS, STATE_BLOCK
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.loops import Loop
@@ -23,6 +24,7 @@ def emit_query_kernel(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*loops.query_setup(spec), "")
     if spec.selection_group:
         out.lines(*selection_setup(spec), "")
+    out.lines(*(bias_setup(spec) if schedule.product_bias else ()))
     out.lines(*_initial(spec, d, e))
     for bounds, loop in loops.query_loops(spec, schedule):
         out.line()
@@ -82,6 +84,7 @@ def row_pointers(spec: KernelSpec, *, chunks: bool) -> list[str]:
             f"rfa_k_ptr += chunk_row * {spec.head_dim}",
             f"rfa_v_ptr += chunk_row * {spec.value_dim}",
             "rfa_bias_ptr += chunk_row",
+            f"bias_columns_ptr += chunk_row * {BIAS_COLUMNS}",
         ]
         if spec.alibi:
             lines.append(f"chunk_mean_ptr += b64 * stride_mean{first}")
@@ -167,10 +170,11 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> l
         else ("k_ptr", "v_ptr", "stride_kn", "stride_vn")
     )
     lines = [f"offs_t = tl.arange(0, {loop.step})", "offs_n = offset + offs_t"]
+    product_bias = schedule.product_bias and loop.source == "chunk"
+    origin = "first_slot" if loop.source == "chunk" else "start"
+    at = f"b, hk, offset{f' + {origin}' if spec.documents == 'padded' else ''}"
     if schedule.tma and loop.step == "BLOCK_N":
         prefix = "rfa_" if loop.source == "chunk" else ""
-        origin = "first_slot" if loop.source == "chunk" else "start"
-        at = f"b, hk, offset{f' + {origin}' if spec.documents == 'padded' else ''}"
         lines += d.fetch("k", f"{prefix}k", at, loop.step)
         value_load = e.fetch("v", f"{prefix}v", at, loop.step)
     else:
@@ -180,8 +184,9 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> l
             f"v_tile = {v_ptr} + offset * tl.cast({v_stride}, tl.int64)",
             *e.load("v", "v_tile", "offs_t", v_stride, bound),
         ]
-    lines += key_side(spec, loop.source, bound)
-    lines += d.contract("s", "q", "k", dot)
+    lines += key_side(spec, loop.source, bound, "bias_scale" if product_bias else scores.LOG2E)
+    lines += bias_product(spec, schedule, at, bound) if product_bias else []
+    lines += d.contract("s", "q", "k", dot, more=product_bias)
     text = scores.mask_text(loop.mask, valid_flags(spec, loop.source), keys_first=False)
     if spec.selection_group and loop.source == "chunk":
         bits, is_left = unselected(spec, schedule.block_n)
@@ -190,20 +195,23 @@ def _tile(spec: KernelSpec, schedule: Schedule, loop: Loop, d: Dim, e: Dim) -> l
     if spec.kind == "forward":
         return (
             lines
-            + _softmax_step(spec, loop, text)
+            + _softmax_step(spec, loop, text, product_bias=product_bias)
             + value_load
             + e.accumulate("acc", "p", "v", dot)
         )
-    return lines + value_load + _dq_step(spec, loop, text, d, e)
+    scored = scores.scores(spec, loop.source, keys_first=False, product_bias=product_bias)
+    return lines + value_load + scored + _dq_step(spec, loop, text, d, e)
 
 
-def key_side(spec: KernelSpec, source: scores.KeySource, bound: str | None) -> list[str]:
+def key_side(
+    spec: KernelSpec, source: scores.KeySource, bound: str | None, bias_scale: str = scores.LOG2E
+) -> list[str]:
     """Load what scores and masks need of a tile of keys or chunk tokens at ``offs_n``."""
     guard = f", mask={bound}, other=" if bound else ""
     lines = []
     if source == "chunk" and not spec.whole_chunks:
         other = f'{guard}float("-inf")' if guard else ""
-        lines.append(f"bias = tl.load(rfa_bias_ptr + offs_n{other}) * {scores.LOG2E}")
+        lines.append(f"bias = tl.load(rfa_bias_ptr + offs_n{other}) * {bias_scale}")
     if source == "chunk" and spec.documents == "packed":
         other = f"{guard}-1" if guard else ""
         lines += [
@@ -221,9 +229,11 @@ def valid_flags(spec: KernelSpec, source: scores.KeySource) -> str | None:
     return "valid" if spec.key_mask and source == "key" else None
 
 
-def _softmax_step(spec: KernelSpec, loop: Loop, mask: str | None) -> list[str]:
+def _softmax_step(
+    spec: KernelSpec, loop: Loop, mask: str | None, *, product_bias: bool
+) -> list[str]:
     shift = scores.constant_bias(spec, loop.source)
-    if scores.is_plain(spec, loop.source):
+    if scores.is_plain(spec, loop.source, product_bias=product_bias):
         peak = f"tl.max(s, 1) * score_scale{shift.replace('-', '+')}"
         lines = [
             *scores.masked(mask),
@@ -248,7 +258,6 @@ def _softmax_step(spec: KernelSpec, loop: Loop, mask: str | None) -> list[str]:
 def _dq_step(spec: KernelSpec, loop: Loop, mask: str | None, d: Dim, e: Dim) -> list[str]:
     dot = scores.precision(spec)
     lines = [
-        *scores.scores(spec, loop.source, keys_first=False),
         f"p = tl.exp2(s - (lse{scores.constant_bias(spec, loop.source)})[:, None])",
         *scores.masked_weights(mask),
         *e.contract("dp", "do", "v", dot),

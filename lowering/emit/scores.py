@@ -40,9 +40,9 @@ def precision(spec: KernelSpec) -> str:
     return f', input_precision="{"tf32" if spec.tf32 else "ieee"}"'
 
 
-def is_plain(spec: KernelSpec, source: KeySource) -> bool:
+def is_plain(spec: KernelSpec, source: KeySource, *, product_bias: bool = False) -> bool:
     """Whether a score is a positive multiple of the product, so that maxima commute with it."""
-    unbiased = source == "key" or spec.whole_chunks
+    unbiased = source == "key" or spec.whole_chunks or product_bias
     return unbiased and not (spec.softcap or spec.alibi or spec.negative_scale)
 
 
@@ -60,7 +60,9 @@ def mask_text(mask: Mask, flags: str | None, *, keys_first: bool) -> str | None:
     return " & ".join(terms) or None
 
 
-def scores(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
+def scores(
+    spec: KernelSpec, source: KeySource, *, keys_first: bool, product_bias: bool = False
+) -> list[str]:
     """Turn ``s`` into scores times ``log2(e)``; with a softcap, ``tanh`` stays for the backward."""
     key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
     lines = []
@@ -69,7 +71,7 @@ def scores(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str
         value = "tanh * softcap"
     else:
         value = "s * score_scale"
-    if source == "chunk" and not spec.whole_chunks:
+    if source == "chunk" and not spec.whole_chunks and not product_bias:
         value += f" + bias{key}"
     if spec.alibi:
         value += f" + slope * (key_position{key} - query_position{query})"

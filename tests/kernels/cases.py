@@ -18,7 +18,7 @@ from flasheva_compile.kernels.reference.positions import chunks_of, key_position
 from flasheva_compile.lowering import launch, launch_pooling, offline
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.rows import rows_of
-from flasheva_compile.lowering.spec import Schedule
+from flasheva_compile.lowering.spec import Schedule, adds_bias_by_product
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -130,7 +130,10 @@ def as_scheduled(case: KernelCase):
     """Launch with the case's schedule; check that arguments have the types of offline compiles."""
 
     def choose(spec, *_):
-        plain = {"tma": False} if spec.kind in ("chunk_tokens", "dpool", "domega") else {}
+        pointwise = spec.kind in ("chunk_tokens", "bias_columns", "dpool", "domega")
+        plain = {"tma": False} if pointwise else {}
+        if not adds_bias_by_product(spec):
+            plain["product_bias"] = False
         return dataclasses.replace(case.schedule, **plain)
 
     def load(spec, schedule):

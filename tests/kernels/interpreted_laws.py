@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from flasheva_compile.kernels.blocked.block import Operands
 from flasheva_compile.lowering import launch, launch_pooling
 from flasheva_compile.lowering.rows import rows_of
 from hypothesis import HealthCheck, Phase, given, settings
@@ -131,6 +132,35 @@ def test_a_schedule_never_changes_a_result_beyond_rounding(case):
                 found.append(run_kernels(tried))
     for got in found:
         assert_right(case, got, cases.compared(case))
+
+
+@pytest.mark.parametrize(("mask", "tma"), [("none", True), ("left_padding", False)])
+def test_products_add_biases_of_any_size(mask, tma):
+    """As the scores do, to fp32's rounding; -inf hides a chunk token, and all of them nothing."""
+    shape = {"batch": 2, "keys": 45, "queries": 45, "window_size": 8, "chunk_size": 4}
+    case = KernelCase(**shape, dtype=torch.bfloat16, rule="tangent", mask=mask, head_dim=16)
+    size = torch.tensor([0.1, 300.0])[:, None, None]
+    made = torch.Generator().manual_seed(0)
+    bias = torch.randn(case.batch, case.kv_heads, case.slots, generator=made) * size
+    bias[:, :, ::3], bias[:, 0] = -torch.inf, -torch.inf
+    found = []
+    for product_bias in (False, True):
+        how = dataclasses.replace(cases.SMALLEST, tma=tma, product_bias=product_bias)
+        scheduled = dataclasses.replace(case, schedule=how)
+        q, k, v, dout = case.inputs()
+        rows = rows_of(k, *case.masks.values(), chunk_size=case.chunk_size)
+        with triton_interpreter.poisoned_buffers(), cases.as_scheduled(scheduled):
+            tokens, _ = launch_pooling.chunk_tokens_forward(k, v, (), rows, **case.pooling)
+            t = Operands(q=q, k=k, v=v, rfa_k=tokens[0], rfa_v=tokens[1], rfa_bias=bias)
+            out, lse = launch.attention_forward(t, rows, case.settings)
+            grads = launch.attention_backward(dout, out, lse, t, rows, case.settings)
+        found.append((out.float(), lse, *(x.float() for x in grads)))
+    for plain, folded in zip(*found, strict=True):
+        assert torch.equal(folded.isfinite(), plain.isfinite())
+    (out, lse, *grads), (folded_out, folded_lse, *folded_grads) = found
+    torch.testing.assert_close(folded_lse, lse, atol=2e-4, rtol=0)
+    for x, y in zip((out, *grads), (folded_out, *folded_grads), strict=True):
+        torch.testing.assert_close(y, x, atol=2**-7 * max(1.0, x.abs().max().item()), rtol=0)
 
 
 @given(kernel_cases(batch=3, kv_heads=1, group=2, dropout_p=0.0, max_keys=50))

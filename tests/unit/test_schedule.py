@@ -61,7 +61,7 @@ ENTRIES = [
 def test_the_table_has_every_kernel_and_head_size():
     assert set(shipped_table()) == {"sm_80", "sm_90"}
     for kinds in shipped_table().values():
-        assert set(kinds) == set(KINDS)
+        assert set(kinds) == set(KINDS) - {"bias_columns"}
         for dtypes in kinds.values():
             assert {"16-bit", "fp32"} <= set(dtypes)
             assert all(set(sizes) == {"64", "128", "256"} for sizes in dtypes.values())
@@ -78,9 +78,13 @@ def test_every_entry_passes_the_static_rules(family, kind, dtype, size, entry):
 
 @pytest.mark.parametrize("layout", [{}, {"documents": "padded", "key_mask": True}])
 def test_measured_choices_on_an_h100(layout):
-    assert choose(spec_of("forward", **layout), H100) == tile(tma=True, split_window=True)
+    plain = tile(tma=True, split_window=True)
+    assert choose(spec_of("forward", whole_chunks=True, **layout), H100) == plain
+    assert choose(spec_of("forward", softcap=True, **layout), H100) == plain
+    with_biases = dataclasses.replace(plain, product_bias=True)
+    assert choose(spec_of("forward", **layout), H100) == with_biases
     assert choose(spec_of("forward", head_dim=128, **layout), H100) == tile(num_stages=3, tma=True)
-    assert choose(spec_of("dq", **layout), H100) == tile(num_stages=3, tma=True)
+    assert choose(spec_of("dq", **layout), H100) == tile(num_stages=3, tma=True, product_bias=True)
     chunk = tile(block_m=32, num_stages=3, tma=True)
     assert choose(spec_of("dchunk", head_dim=80, **layout), H100) == chunk
 
@@ -112,7 +116,8 @@ def test_tuned_choices_come_first_and_only_for_their_device_and_spec():
     keep_tuned(spec, tuned, mine)
     assert choose(spec, mine) == tuned
     assert choose(spec, H100) == shipped(spec, H100)
-    assert choose(dataclasses.replace(spec, softcap=True), mine) == shipped(spec, mine)
+    masked = dataclasses.replace(spec, key_mask=True)
+    assert choose(masked, mine) == shipped(masked, mine) == shipped(spec, mine)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,9 @@ def test_forced_choices_come_before_all_and_end():
 @pytest.mark.parametrize(("arch", "family"), [("sm_100", "sm_90"), ("sm_89", "sm_80")])
 def test_devices_without_a_section_use_that_of_a_relative(arch, family):
     spec, target = spec_of(), known_target(arch)
-    assert choose(spec, target) == choose(spec, known_target(family))
+    relative = choose(spec, known_target(family))
+    # Biases in products were measured on sm_90 alone.
+    assert choose(spec, target) == dataclasses.replace(relative, product_bias=False)
 
 
 def test_unknown_devices_fall_back_to_candidates():

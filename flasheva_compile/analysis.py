@@ -19,7 +19,7 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.masks.prove import MaskProver
 from flasheva_compile.matching.attention import match
 from flasheva_compile.plan import expect_rewritten, keep_all, plan
-from flasheva_compile.premises import premises_of, sorted_inputs
+from flasheva_compile.premises import position_biases, premises_of, sorted_inputs
 from flasheva_compile.report import CompileReport, LayerReport
 from flasheva_compile.scope import (
     choose_scope,
@@ -92,8 +92,9 @@ def analyse(graph: fx.GraphModule, inputs: Sequence[Any], settings: Options) -> 
     with _timed(seconds, "prove"):
         buffers = mask_buffers(captured)
         masks = _prove(sites, buffers, sorted_inputs(captured))
+        biases = position_biases(captured, masks) if settings.assume_mask else frozenset()
     with _timed(seconds, "plan"):
-        decided = plan(sites, layers, masks, settings)
+        decided = plan(sites, layers, masks, settings, biases)
         if is_prepared(scope):
             _expect_no_rules(settings)
             decided = keep_all(decided, "prepare left it full")

@@ -95,9 +95,10 @@ def _dry_run(
 
 def _compiled_so_far(model: object) -> CompileReport:
     inner = getattr(model, "module", None)  # of DistributedDataParallel
-    prepared = getattr(model, ATTRIBUTE, None) or getattr(inner, ATTRIBUTE, None)
-    if prepared is not None:
-        return prepared.report
+    if hasattr(model, ATTRIBUTE) or hasattr(inner, ATTRIBUTE):
+        from flasheva_compile.generation.prepare import report_of  # loads transformers
+
+        return report_of(model)
     reports = reports_of(model) if isinstance(model, nn.Module) else ()
     if not reports:
         raise ConfigError(

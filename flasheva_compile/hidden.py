@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 _WHOLE = frozenset(
     ["scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"]
 )
-_PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum", "mm"])
-_SOFTMAXES = frozenset(["softmax", "_softmax", "_safe_softmax"])
+_PRODUCTS = frozenset(
+    ["matmul", "bmm", "baddbmm", "einsum", "mm", "inner", "tensordot", "vecdot", "linalg_vecdot"]
+)
+_SOFTMAXES = frozenset(["softmax", "_softmax", "_safe_softmax", "_masked_softmax"])
 _ENDS = frozenset(["linear", "embedding", "layer_norm", "rms_norm"])
 _SEARCH_LIMIT = 60
 
@@ -91,8 +93,13 @@ def _reaches(node: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) 
             continue
         seen.add(current)
         name = name_of(current)
-        if name in _PRODUCTS:
+        if name in _PRODUCTS or _sums_elements(current):
             return True
         if name not in _ENDS:
             stack.extend(neighbours(current))
     return False
+
+
+def _sums_elements(node: fx.Node) -> bool:
+    """Return whether a node sums what was multiplied element by element."""
+    return name_of(node) == "sum" and any(name_of(n) == "mul" for n in node.all_input_nodes)

@@ -109,6 +109,8 @@ def _specs(layer: LayerReport, target: Target) -> list[KernelSpec]:
     options: dict[str, Any] = {name: getattr(layer, name) for name in _OPTIONS + _RETRIEVAL}
     options |= {"rule": layer.chunk_rule, "scale": layer.scale or dim**-0.5}
     options |= {"causal": bool(layer.causal), "q_offset": 0}
+    if layer.weighted_bounds:
+        options["selector_weight"] = k.new_empty(kv_heads, 3, dim)
     run = _retrieve if layer.retrieve_chunks else _attend
     parameters = _parameters(layer, k)
     masks = _masks(layer, k)

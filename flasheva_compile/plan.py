@@ -14,7 +14,9 @@ from flasheva_compile.lowering.op import EvaOp
 from flasheva_compile.site import Keep, MissedSite, Replace, RewritePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Set
+
+    from torch import fx
 
     from flasheva_compile.config import EvaConfig, LayerName, Options
     from flasheva_compile.masks.predicate import MaskPredicate
@@ -45,6 +47,7 @@ def plan(
     layers: Sequence[LayerName],
     masks: Sequence[MaskPredicate | None],
     options: Options,
+    biases: Set[fx.Node] = frozenset(),
 ) -> RewritePlan:
     """Decide on every site.
 
@@ -53,9 +56,10 @@ def plan(
         layers: Their names.
         masks: What their masks were proved to be; None where there is none.
         options: What the user asked for.
+        biases: Inputs of the graph that are known to hold other numbers than masks do.
     """
     decisions = tuple(
-        _decide(site, layer, mask, options)
+        _decide(site, layer, mask, options, biases)
         for site, layer, mask in zip(sites, layers, masks, strict=True)
     )
     return RewritePlan(decisions=decisions)
@@ -91,6 +95,7 @@ def _decide(
     layer: LayerName,
     mask: MaskPredicate | None,
     options: Options,
+    biases: Set[fx.Node],
 ) -> Decision:
     config = options.hybrid.resolve(layer)
     text = _mask_text(site, mask)
@@ -100,7 +105,7 @@ def _decide(
         )
     if isinstance(site, MissedSite):
         return Keep(site=site, layer=layer, reason=site.reason)
-    geometry = _geometry(site, mask, options)
+    geometry = _geometry(site, mask, options, biases)
     if isinstance(geometry, _Geometry):
         geometry = _refuse_combination(site, geometry, config) or geometry
     if isinstance(geometry, _Refusal):
@@ -140,7 +145,10 @@ def _mask_text(site: AttentionSite | MissedSite, mask: MaskPredicate | None) -> 
 
 
 def _geometry(
-    site: AttentionSite, mask: MaskPredicate | None, options: Options
+    site: AttentionSite,
+    mask: MaskPredicate | None,
+    options: Options,
+    biases: Set[fx.Node],
 ) -> _Geometry | _Refusal:
     """Turn mask and lengths into a geometry that the formula covers."""
     if mask is None:
@@ -148,6 +156,8 @@ def _geometry(
     refusal = _refuse_mask(mask, site)
     opaque = bool(mask.unknown) or _is_input(mask)
     if opaque and options.assume_mask and not (refusal and refusal.expected):
+        if _is_input(mask) and not biases.isdisjoint(mask.nodes.values()):
+            return _Refusal("additive position bias: a buffer whose numbers are no mask's")
         return _assumed(site, mask, causal=options.assume_mask == "causal")
     if refusal:
         return refusal

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from flasheva_compile import _torch_compat as compat
 from flasheva_compile.masks.predicate import opaque_names
+from flasheva_compile.masks.prove import MASK_VALUE
 from flasheva_compile.site import Premise, Replace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from flasheva_compile.buffers import MaskBuffer
+    from flasheva_compile.masks.predicate import MaskPredicate
     from flasheva_compile.site import CapturedGraph, RewritePlan
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,30 @@ log = logging.getLogger(__name__)
 def sorted_inputs(captured: CapturedGraph) -> frozenset[fx.Node]:
     """Return the inputs of integers that never decrease along their last axis: ids of documents."""
     return frozenset(node for node, data in captured.data.items() if _is_sorted(data))
+
+
+def position_biases(
+    captured: CapturedGraph, masks: Iterable[MaskPredicate | None]
+) -> frozenset[fx.Node]:
+    """Return the buffers that are added to scores and hold other numbers than a mask does."""
+    added = _added_buffers(captured, masks)
+    return frozenset(node for node in added if not _only_hides(captured.data[node]))
+
+
+def _added_buffers(
+    captured: CapturedGraph, masks: Iterable[MaskPredicate | None]
+) -> dict[fx.Node, str]:
+    """Return the modules' tensors that are added to scores as they are, with their names."""
+    given = captured.dynamo.graph.find_nodes(op="placeholder")
+    inputs = zip(captured.shadow.graph.find_nodes(op="placeholder"), given, strict=True)
+    held = {node: source.name for node, source in inputs if compat.is_module_state(source)}
+    added = {
+        mask.nodes[name]: None
+        for mask in masks
+        if mask is not None
+        for name in sorted(opaque_names(mask.bias))
+    }
+    return {node: held[node] for node in added if node in held and node in captured.data}
 
 
 def premises_of(
@@ -44,6 +71,15 @@ def premises_of(
         if decision.site.result in captured.premises:
             found.append(captured.premises[decision.site.result])
         mask = decision.mask
+        if decision.assumed:
+            found += [
+                Premise(
+                    positions=(inputs.index(node),),
+                    holds=_only_hides,
+                    text=f"buffer {name} holds a mask: zeros and very negative numbers",
+                )
+                for node, name in _added_buffers(captured, [mask]).items()
+            ]
         if mask is None or not decision.op.has_segments:
             continue
         nodes = [mask.nodes[name] for name in sorted(opaque_names(mask.segments))]
@@ -118,3 +154,9 @@ def _is_sorted(data: torch.Tensor) -> bool:
     if data.dim() == 0 or data.shape[-1] < 2:
         return False
     return bool((data[..., 1:] >= data[..., :-1]).all())
+
+
+def _only_hides(data: torch.Tensor) -> bool:
+    """Return whether a tensor that is added to scores does nothing to them but hide some."""
+    hidden = data <= data.new_tensor(MASK_VALUE)  # what the dtype has of this number
+    return bool((hidden | (data == 0)).all())

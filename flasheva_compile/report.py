@@ -41,6 +41,7 @@ class LayerReport:
         causal: A query sees only its past; None where it is not known.
         rule_parameters: How many parameters of its own the chunk rule has here.
         heads: Query heads, and so on as in ``EvaOp``; None where they are not known.
+        weighted_bounds: What selects chunks by bounds has learned weights.
     """
 
     path: str
@@ -70,6 +71,7 @@ class LayerReport:
     retrieve_chunks: int = 0
     retrieve_block: int = 1
     retrieve_by: str = "token"
+    weighted_bounds: bool = False
 
     @classmethod
     def rewritten(cls, path: str, op: EvaOp, **facts: Any) -> LayerReport:  # noqa: ANN401
@@ -297,7 +299,8 @@ def _facts(layer: LayerReport) -> tuple[str, str, str]:
         decision = f"eva {geometry} {layer.window} {layer.chunk_rule}"
         if layer.retrieve_chunks:
             decision += f" top-{layer.retrieve_chunks}"
-            decision += " by bounds" * (layer.retrieve_by == "bounds")
+            how = " by weighted bounds" if layer.weighted_bounds else " by bounds"
+            decision += how * (layer.retrieve_by == "bounds")
     heads = "-" if layer.heads is None else f"{layer.heads}/{layer.kv_heads} x {layer.head_dim}"
     return decision, heads, layer.mask or "-"
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _TABLE = Path(__file__).with_name("schedules.json")
 _HEAD_SIZES = (64, 128, 256)
 _FEW_SINKS = 16
-_FEATURE_REGISTERS = 168  # three programs of four warps on a multiprocessor
+_THREE_PROGRAMS = 168  # registers of a thread where a multiprocessor holds three of four warps
 _SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
 _forced: dict[KernelSpec, Schedule] = {}
@@ -225,7 +225,7 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
     if spec.kind == "decode" and spec.chunk_rule == "eva" and schedule.num_warps == 4:
         # What feature maps keep would spill under a lower limit, and in fp32 under any.
-        most = 0 if spec.dtype == "fp32" else _FEATURE_REGISTERS
+        most = 0 if spec.dtype == "fp32" else _THREE_PROGRAMS
         schedule = dataclasses.replace(schedule, max_registers=most)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):
         schedule = dataclasses.replace(schedule, tma=False)
@@ -233,6 +233,10 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
     measured = schedule.tma and target.capability == 90
     if schedule.product_bias and not (measured and adds_bias_by_product(spec)):
         schedule = dataclasses.replace(schedule, product_bias=False)
+    plain = spec.documents == "dense" and not (spec.dropout or spec.key_mask)
+    if schedule.product_bias and spec.kind == "dq" and plain:
+        # A few registers less than it takes of itself, and no spill; others do, or take less.
+        schedule = dataclasses.replace(schedule, max_registers=_THREE_PROGRAMS)
     return schedule
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.element_products import ELEMENT_PRODUCTS
 from tests.flex_spelling import FLEX_NEAR_MISSES, flex
 
 LENGTH, HEADS, DIM = 12, 4, 8
@@ -214,6 +215,7 @@ PRODUCTS = {
         lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k),
         lambda w, v: w @ v,
     ),
+    **ELEMENT_PRODUCTS,
 }
 
 

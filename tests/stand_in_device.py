@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import triton
+import triton.backends.driver
 import triton.compiler
 import triton.compiler.compiler
 from triton.backends.compiler import GPUTarget
@@ -21,12 +22,17 @@ from triton.backends.nvidia import driver as nvidia
 from flasheva_compile import cache_ops, implementations, retrieval_cache_ops, vecinfer_ops  # noqa: F401
 
 _CALLERS = (implementations, cache_ops)
+# Newer launchers (Triton 3.9) get a kernel's own arguments in a tuple, those of 3.6 one by one.
+_IN_ONE_TUPLE = hasattr(triton.backends.driver, "wrap_handle_tensordesc_impl")
 
 
 class _Device:
     """What Triton asks a driver for."""
 
-    utils = SimpleNamespace(fill_tma_descriptor=lambda *arguments: arguments[0])
+    utils = SimpleNamespace(
+        fill_tma_descriptor=lambda *arguments: arguments[0],
+        fill_tma_descriptor_tiled=lambda *arguments: arguments[0],  # Triton 3.9
+    )
 
     def get_current_device(self) -> int:
         return 0
@@ -48,13 +54,20 @@ class _Compiled:
         names = ("swizzle", "elem_size", "elem_type", "block_size", "fp4_padded")
         metadata = [dict.fromkeys(names, 0) for _ in described]
         name = source.fn.__name__
-        launch = nvidia.wrap_handle_tensordesc(
-            lambda *arguments: launches.append((name, *arguments)), source.signature, metadata
-        )
-        # The three in the middle are what the launcher itself adds.
-        self.run = lambda x, y, z, stream, function, *rest: launch(
-            x, y, z, stream, function, False, False, None, None, *rest
-        )
+
+        def record(*arguments: Any) -> None:
+            given = (*arguments[:-1], *arguments[-1]) if _IN_ONE_TUPLE else arguments
+            launches.append((name, *given))
+
+        launch = nvidia.wrap_handle_tensordesc(record, source.signature, metadata)
+
+        def run(*arguments: Any) -> None:
+            # What the launcher adds itself stands before its four arguments about the kernel.
+            first, about, own = arguments[:5], arguments[5:9], arguments[9:]
+            own = (own,) if _IN_ONE_TUPLE else own
+            launch(*first, False, False, None, None, *about, *own)
+
+        self.run = run
 
     def launch_metadata(self, *_: Any) -> None:
         return None

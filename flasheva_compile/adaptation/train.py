@@ -116,7 +116,7 @@ def adapt(
     """
     phases = tuple(distill() if recipe is None else recipe)
     run = _Run(model, phases, batches, max_grad_norm)
-    with _restored(model):
+    with restored(model):
         if out is not None:
             run.resume(Path(out))
         with _progress(run, shown=progress) as bar:
@@ -129,7 +129,7 @@ def adapt(
 
 
 @contextmanager
-def _restored(model: Any) -> Iterator[None]:  # noqa: ANN401 - a prepared model
+def restored(model: Any) -> Iterator[None]:  # noqa: ANN401 - a prepared model
     """Leave which parameters need gradients, and which modules train, as they were."""
     requires = {name: p.requires_grad for name, p in model.named_parameters()}
     training = {module: module.training for module in model.modules()}
@@ -138,7 +138,7 @@ def _restored(model: Any) -> Iterator[None]:  # noqa: ANN401 - a prepared model
     finally:
         set_feature_noise(model, "none")
         for name, p in model.named_parameters():
-            p.requires_grad_(requires[name])
+            p.requires_grad_(requires.get(name, p.requires_grad))
             p.grad = None
         for module, before in training.items():
             module.training = before

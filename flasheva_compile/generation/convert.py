@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from flasheva_compile.config import EvaConfig
@@ -87,6 +88,11 @@ def convert(
             if route is not None:
                 reroute(module, route.replace(interface.attention_forward))
             module.register_forward_pre_hook(announce_cache, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(
+            isinstance(part, EvaAttention) for part in module.modules()
+        ):
+            module.register_forward_pre_hook(refuse_weights, with_kwargs=True)
     model._flasheva_prepared = Prepared(
         hybrid=hybrid,
         converted=converted,
@@ -139,8 +145,25 @@ def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]
     return before
 
 
+def refuse_weights(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    """Before a model runs, refuse to be asked for weights, which transformers would leave out."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", interface.NAME)
+    if kwargs.get("output_attentions") and name == interface.NAME:
+        raise no_weights()
+
+
+def no_weights() -> ConfigError:
+    """Return what is said to those who ask a prepared model for attention weights."""
+    return ConfigError(
+        "a prepared model has none: no weights of all tokens are computed",
+        subject="output_attentions",
+        hint='leave it out, or revert(model) and model.set_attn_implementation("eager")',
+    )
+
+
 def announce_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
     """Before an attention runs, tell it which cache layer it will update."""
+    refuse_weights(module, args, kwargs)  # given to the model by position
     cache = next((kwargs[n] for n in CACHE_ARGUMENTS if kwargs.get(n) is not None), None)
     eva = getattr(module, "flasheva", None)
     layer, index = None, place_of(module)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.config import EvaConfig, HybridConfig
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.generation.convert import announce_cache, convert
+from flasheva_compile.generation.convert import announce_cache, convert, no_weights, refuse_weights
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.interface import own_attention_function
-from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
+from flasheva_compile.generation.prepared import ATTRIBUTE, attention_configs, prepared_of
 from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.rerouting import expect_restorable, restore
 from flasheva_compile.generation.routes import refusals
@@ -61,6 +61,8 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
             subject=type(model).__name__,
             hint="load it with from_pretrained, or give a configuration to begin anew",
         )
+    if any(getattr(config, "output_attentions", False) for config, _ in attention_configs(model)):
+        raise no_weights()
     hybrid = hybrid_config(config)
     if prepared is not None:
         if prepared.hybrid.to_dict() == hybrid.to_dict():
@@ -93,7 +95,8 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
         if isinstance(module._modules.get("flasheva"), EvaAttention):
             del module._modules["flasheva"]
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is announce_cache:  # by identity: a copied model has no handles
+            # By identity: a copied model has no handles.
+            if hook is announce_cache or hook is refuse_weights:
                 module._forward_pre_hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     for config, name in prepared.implementations.values():
@@ -106,8 +109,12 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
 
 
 def report_of(model: Any) -> CompileReport:  # noqa: ANN401 - a transformers model
-    """Return what :func:`prepare` decided for each attention of a prepared model."""
-    return prepared_of(model).report
+    """Return what :func:`prepare` decided for each attention, and whose bounds have weights."""
+    report = prepared_of(model).report
+    evas = [module for module in model.modules() if isinstance(module, EvaAttention)]
+    learned = {eva.path for eva in evas if eva.selector_weight is not None}
+    rows = (dataclasses.replace(row, weighted_bounds=row.path in learned) for row in report.layers)
+    return dataclasses.replace(report, layers=tuple(rows))
 
 
 def hybrid_config(config: Any) -> HybridConfig:  # noqa: ANN401

@@ -6,6 +6,7 @@ Needs transformers: the package loads it when one of its names is used.
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from flasheva_compile.adaptation.losses import (
     language_model_loss,
     logit_loss,
 )
-from flasheva_compile.adaptation.train import set_feature_noise, trained_parameters
+from flasheva_compile.adaptation.train import restored, set_feature_noise, trained_parameters
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def phase_arguments(phase: Phase) -> dict[str, Any]:
 class PhaseCallback(TrainerCallback):
     """Freezes what a phase does not train, and skips optimizer steps that are not finite.
 
-    Weights are frozen when the Trainer is made and as they were when training ends. A step whose
-    gradient is not finite is not taken: it is logged as a warning and noted in ``skipped``. With
-    fp16, the gradient scaler does that by itself. The gradient's norm is in the Trainer's own log.
+    Weights are frozen when the Trainer is made and as they were when training ends; after an
+    exception, of which a Trainer tells its callbacks nothing, :meth:`restore` makes them so. A step
+    whose gradient is not finite is not taken: it is logged as a warning and noted in ``skipped``.
+    With fp16, the gradient scaler does that by itself. The gradient's norm is in the Trainer's own
+    log.
 
     Args:
         phase: The phase.
@@ -74,19 +77,32 @@ class PhaseCallback(TrainerCallback):
         self.phase = phase
         self.skipped: list[int] = []
         self.loss: Tensor | None = None  # of the coming step, if the trainer tells
-        self._requires: list[tuple[nn.Parameter, bool]] = []
+        self._undo = ExitStack()
+        self._frozen = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Freeze; let random features be sampled."""
-        set_feature_noise(kwargs["model"], self.phase.feature_noise)
-        trained = trained_parameters(kwargs["model"], self.phase)
-        for name, p in kwargs["model"].named_parameters():
-            self._requires.append((p, p.requires_grad))
+        """Freeze what the phase does not train."""
+        self.freeze(kwargs["model"])
+
+    def freeze(self, model: Any) -> None:  # noqa: ANN401 - a prepared model
+        """Freeze what the phase does not train, if that is not done; sample random features."""
+        if self._frozen:
+            return
+        trained = trained_parameters(model, self.phase)
+        self._undo.enter_context(restored(model))
+        self._frozen = True
+        set_feature_noise(model, self.phase.feature_noise)
+        for name, p in model.named_parameters():
             p.requires_grad_(name in trained)
+
+    def restore(self) -> None:
+        """Leave what was frozen, and which modules train, as it was; without gradients."""
+        self._frozen = False
+        self._undo.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Refuse to train what was not frozen."""
-        if not self._requires:
+        if not self._frozen:
             raise ConfigError(
                 "was added after the Trainer was made, or has trained already",
                 subject=f"PhaseCallback({self.phase.name!r})",
@@ -111,20 +127,19 @@ class PhaseCallback(TrainerCallback):
         log.warning("%s skipped: %sclipped gradient norm %s", where, told, float(norm))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Let what was frozen require gradients again."""
-        for p, requires in self._requires:
-            p.requires_grad_(requires)
-        self._requires = []
-        set_feature_noise(kwargs["model"], "none")
+        """Leave the model as it was."""
+        self.restore()
 
 
 class PhaseMixin:
     """Makes a Trainer train a prepared model by a phase of a recipe; comes before the Trainer.
 
     The loss is the phase's; steps, learning rate and precision are those of the
-    ``TrainingArguments`` (:func:`phase_arguments` has the phase's). The teacher of ``"logits"`` is
-    the model as it is when the trainer is made, also after resuming. ``"language_model"`` is the
-    trainer's own loss where the data has labels. Evaluation always reports the trainer's own loss.
+    ``TrainingArguments`` (:func:`phase_arguments` has the phase's). However training ends, weights
+    need gradients and modules train as they did before the trainer was made. The teacher of
+    ``"logits"`` is the model as it is when the trainer is made, also after resuming.
+    ``"language_model"`` is the trainer's own loss where the data has labels. Evaluation always
+    reports the trainer's own loss.
 
     Args:
         *args: Of the Trainer.
@@ -146,6 +161,7 @@ class PhaseMixin:
         super().__init__(*args, **kwargs)
         this: Any = self
         if this.args.n_gpu > 1:
+            self.phase_callback.restore()
             message = "DataParallel shares one module's state between threads"
             raise ConfigError(message, hint="start one process per GPU: torchrun or accelerate")
         if phase.loss != "language_model":
@@ -158,6 +174,15 @@ class PhaseMixin:
                 for name, p in trained_parameters(this.model, phase).items()
                 if ".flasheva." not in name  # exact attention reads none of these
             }
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Train; what the phase does not train is frozen until training ends, however it does."""
+        this: Any = super()
+        self.phase_callback.freeze(getattr(self, "model"))  # noqa: B009 - the Trainer's
+        try:
+            return this.train(*args, **kwargs)
+        finally:
+            self.phase_callback.restore()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:  # noqa: ANN401
         """Create the optimizer; chunk rules' parameters have a learning rate of their own."""

@@ -41,7 +41,7 @@ from flasheva_compile.matching.operands import (
     without_repeated_heads,
 )
 from flasheva_compile.matching.scores import walk_scores
-from flasheva_compile.matching.softmax import softmax_at
+from flasheva_compile.matching.softmax import Softmax, softmax_at
 from flasheva_compile.matching.weights import walk_weights
 from flasheva_compile.mutation import Mutations
 from flasheva_compile.site import AttentionSite, MaskTerm, MissedSite, Place
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from flasheva_compile.matching.axes import AxisOrigin
     from flasheva_compile.matching.layout import Spelling
-    from flasheva_compile.matching.softmax import Softmax
     from flasheva_compile.site import CapturedGraph, MaskKind
 
 _SDPA = "scaled_dot_product_attention"
@@ -98,6 +97,11 @@ def _other_attention(node: fx.Node) -> str:
         return reason + " takes it apart"
     if name.startswith(_KERNELS):
         return f"a call of {name}; functional.scaled_dot_product_attention can be rewritten"
+    if name == "_masked_softmax":
+        axis = argument(node, 2, "dim")
+        softmax = Softmax(node.args[0], node, -1 if axis is None else axis)  # type: ignore[arg-type]
+        reason = "masked by _masked_softmax; masked_fill and softmax can be rewritten"
+        return reason if is_attention(softmax) else ""
     return exponential_problem(node) if name == "exp" else ""
 
 
@@ -160,7 +164,8 @@ def _match_softmax(
     if aside:
         return MissedSite(place=place_of(node), reason=f"{aside.pop()} of the scores is also used")
     between = (*scores.scores, *weights.weights)
-    if _changes_grad_mode(captured, (*between, output)):
+    inside = (*scores.product.inside, *weights.product.inside)
+    if _changes_grad_mode(captured, (*between, *inside, output)):
         return MissedSite(place=place_of(node), reason=_GRAD_MODE)
     spelling = spell_products(scores.product, weights.product, between, softmax.axis, weights.used)
     if isinstance(spelling, str):

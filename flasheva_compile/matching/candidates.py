@@ -13,7 +13,7 @@ import torch
 
 from flasheva_compile.matching.aten import op_name, shape_of, value_of
 from flasheva_compile.matching.axes import aligned_sources, axis_origin, axis_sources
-from flasheva_compile.matching.products import PRODUCTS, axes_of_product, operands_of
+from flasheva_compile.matching.products import PRODUCTS, axes_of_product, is_product, operands_of
 from flasheva_compile.matching.scores import comes_from_product
 from flasheva_compile.matching.softmax import Softmax
 from flasheva_compile.matching.weights import feeds_product
@@ -120,9 +120,9 @@ def _products_after(weights: fx.Node) -> list[fx.Node]:
             if user in seen or not isinstance(user.meta.get("val"), torch.Tensor | tuple | list):
                 continue
             seen.add(user)
-            if op_name(user) in PRODUCTS:
+            if is_product(user):
                 found.append(user)
-            if op_name(user) not in PRODUCTS or _weighs_heads(user):
+            if not is_product(user) or _weighs_heads(user):
                 queue.append(user)
     return found
 
@@ -134,7 +134,7 @@ def _pair_of(scores: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None] | Non
 
 def _is_pairing(node: fx.Node, query: int, key: int) -> bool:
     """Return whether a node is a product with one axis from one operand, one from the other."""
-    axes = axes_of_product(node) if op_name(node) in PRODUCTS else None
+    axes = axes_of_product(node) if is_product(node) else None
     if axes is None:
         return False
     sides = [[axis in side for side in axes[:2]] for axis in (axes[2][query], axes[2][key])]
@@ -245,7 +245,7 @@ def _has_product_behind(node: fx.Node) -> bool:
     stack, seen = [node], {node}
     while stack and len(seen) < _SEARCH_LIMIT:
         current = stack.pop()
-        if op_name(current) in PRODUCTS and not _is_layer(current):
+        if is_product(current) and not _is_layer(current):
             return True
         new = set() if _is_layer(current) else set(current.all_input_nodes) - seen
         seen |= new

@@ -15,12 +15,12 @@ from flasheva_compile.matching.aten import (
     scalar_of,
     shape_of,
 )
-from flasheva_compile.matching.products import PRODUCTS, Product, read_product
+from flasheva_compile.matching.products import Product, is_product, read_product
 from flasheva_compile.matching.softmax import Softmax, row_maximum
 from flasheva_compile.site import MaskTerm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from torch import fx
 
@@ -73,7 +73,7 @@ class _Walk:
 
 def reaches_product(node: object) -> bool:
     """Return whether a product of two tensors lies behind elementwise ops and views."""
-    return _finds(node, PRODUCTS, lambda name: name in CASTS | VIEWS or name in _STEPS)
+    return _finds(node, lambda name: name in CASTS | VIEWS or name in _STEPS)
 
 
 def comes_from_product(node: object) -> bool:
@@ -82,16 +82,16 @@ def comes_from_product(node: object) -> bool:
     Says what to report, not what to rewrite; a linear layer ends the search, since behind it lies
     another attention.
     """
-    return _finds(node, PRODUCTS, lambda name: name not in _SEARCH_ENDS)
+    return _finds(node, lambda name: name not in _SEARCH_ENDS)
 
 
-def _finds(node: object, wanted: Collection[str], goes_on: Callable[[str], bool]) -> bool:
-    """Search backwards for an op, nearest first, through ops that ``goes_on`` accepts."""
+def _finds(node: object, goes_on: Callable[[str], bool]) -> bool:
+    """Search backwards for a product, nearest first, through ops that ``goes_on`` accepts."""
     queue, seen = deque([node] if hasattr(node, "op") else []), {node}
     while queue and len(seen) < _SEARCH_LIMIT:
         current = queue.popleft()
         name = op_name(current)
-        if name in wanted:
+        if is_product(current):
             return True
         new = [n for n in current.all_input_nodes if n not in seen] if goes_on(name) else []
         seen.update(new)
@@ -112,7 +112,7 @@ def walk_scores(softmax: Softmax, owner: fx.GraphModule, written: Mutations) -> 
             return "scores are overwritten through a view"
         reader, name = walk.node, op_name(walk.node)
         shapes.append(walk.node)
-        if name in PRODUCTS:
+        if is_product(walk.node):
             break
         if is_cast(walk.node) or (name in VIEWS and keeps_tokens(walk.node)):
             walk = replace(walk, node=walk.node.args[0])

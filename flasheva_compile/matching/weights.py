@@ -14,7 +14,13 @@ from flasheva_compile.matching.aten import (
     is_cast,
     op_name,
 )
-from flasheva_compile.matching.products import PRODUCTS, Product, operands_of, read_product
+from flasheva_compile.matching.products import (
+    PRODUCTS,
+    Product,
+    operands_of,
+    product_of_elements,
+    read_product,
+)
 from flasheva_compile.matching.scores import keeps_tokens
 
 if TYPE_CHECKING:
@@ -56,6 +62,9 @@ def walk_weights(softmax: fx.Node) -> WeightPath | str:
         name = op_name(user)
         if name in PRODUCTS:
             break
+        if (summed := product_of_elements(current)) is not None:
+            user = summed
+            break
         if name in _DROPOUTS:
             if dropout_p:
                 return "softmax weights pass two dropouts"
@@ -71,14 +80,14 @@ def _ended(
     user: fx.Node, used: fx.Node, shapes: tuple[fx.Node, ...], dropout_p: float
 ) -> WeightPath | str:
     """Read the product at the end of the walk."""
-    if used not in operands_of(user):
-        return "softmax weights are added to a product"
     product = read_product(user)
     if isinstance(product, str):
         return product
+    if used not in {product.left, product.right}:
+        return "softmax weights are added to a product"
     if product.addend is not None or product.alpha != 1:
         return "baddbmm with the values adds or scales"
-    if op_name(user) != "einsum" and product.left is not used:
+    if op_name(user) in PRODUCTS - {"einsum"} and product.left is not used:
         return "softmax weights are the right operand of the product"
     if product.left is product.right:
         return "softmax weights are multiplied with themselves"

@@ -109,6 +109,23 @@ def test_explain_lists_kernels_with_source_and_resources():
     assert CompileReport.from_dict(report.to_dict()) == report
 
 
+def test_learned_weights_of_bounds_are_listed_where_they_run():
+    model = fe.prepare(llama(), SMALL | {"retrieve_chunks": 2, "retrieve_by": "bounds"})
+    assert "weighted" not in str(fe.explain(model))
+    eva = model.model.layers[1].self_attn.flasheva
+    eva.selector_weight = eva.new_selector_weight(torch.device("cpu"))
+    with mock.patch("flasheva_compile.lowering.offline.resources") as resources:
+        resources.return_value = mock.Mock(registers=1, shared=0, stack=0, matrix="")
+        report = fe.explain(model, kernels=True)
+    bounds = {k.layers: k.source for k in report.kernels if k.kind == "chunk_bounds"}
+    reads = {layers: "selector_weight_ptr" in source for layers, source in bounds.items()}
+    assert reads == {"model.layers.0.self_attn": False, "model.layers.1.self_attn": True}
+    assert str(report).count("by weighted bounds") == 1
+    assert CompileReport.from_dict(report.to_dict()) == report
+    eva.selector_weight = None
+    assert not any(row.weighted_bounds for row in fe.explain(model).layers)
+
+
 @pytest.mark.parametrize("beyond", [{"itemsize": 8}, {"head_dim": 320, "value_dim": 320}])
 def test_generation_without_kernels_lists_none(beyond):
     prepared = {"reason": PREPARED, "rule_parameters": 1, "itemsize": 2}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 import flasheva_compile as fe
+from flasheva_compile.adaptation.calibrate import converted_attentions
 from flasheva_compile.adaptation.losses import (
     attention_output_loss,
     language_model_loss,
@@ -198,6 +200,68 @@ def test_a_loss_that_is_not_finite_is_skipped(tmp_path, caplog):
     trainer.train()
     assert trainer.phase_callback.skipped == [2]
     assert "p, step 2 skipped: loss inf" in caplog.text
+
+
+class Interrupted(TrainerCallback):
+    """Fails in the middle of the second step, unless told not to."""
+
+    armed = True
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.armed and state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("loss", ["attention_outputs", "logits"])
+def test_a_run_that_fails_leaves_the_model_as_it_was_and_can_go_on(tmp_path, loss):
+    what = phase(loss, "rules", feature_noise="clamped")
+    options = {"save_strategy": "steps", "save_steps": 1}
+
+    def trainer(folder, **more):
+        model = fe.prepare(llama(), {**SMALL, "chunk_rule": "eva"}).eval()
+        model.model.layers[0].train()
+        model.model.embed_tokens.weight.requires_grad_(False)
+        made = arguments(tmp_path / folder, what, **options)
+        return Recorded(model, made, train_dataset=data(), phase=what, **more)
+
+    callback = Interrupted()
+    failed = trainer("failed", callbacks=[callback])
+    with pytest.raises(KeyboardInterrupt):
+        failed.train()
+    model = failed.model
+    fresh = trainer("unused").model
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.embed_tokens.weight"}
+    assert all(p.grad is None for p in model.parameters())
+    assert [m.training for m in model.modules()] == [m.training for m in fresh.modules()]
+    assert {eva.feature_noise for eva in converted_attentions(model)} == {"none"}
+    callback.armed = False
+    failed.train(resume_from_checkpoint=str(tmp_path / "failed" / "checkpoint-1"))
+    whole = trainer("whole")
+    whole.train()
+    assert failed.shares[2:] == whole.shares[1:]
+    assert [m.training for m in whole.model.modules()] == [m.training for m in fresh.modules()]
+
+
+def test_a_trainer_that_cannot_be_made_leaves_the_model_as_it_was(tmp_path):
+    what, model = phase("logits", "attention"), prepared()
+    made = arguments(tmp_path, what)
+    with (
+        mock.patch.object(TrainingArguments, "n_gpu", 2),
+        pytest.raises(ConfigError, match="DataParallel"),
+    ):
+        fe.AdaptingTrainer(model, made, train_dataset=data(), phase=what)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_callback_by_itself_restores_what_it_froze(tmp_path):
+    """A Trainer tells its callbacks nothing of an exception."""
+    what, model = phase("language_model", "rules"), prepared()
+    callback = fe.PhaseCallback(what)
+    Trainer(model, arguments(tmp_path, what), train_dataset=data(), callbacks=[callback])
+    assert not all(p.requires_grad for p in model.parameters())
+    callback.restore()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_resuming_keeps_the_teacher_and_the_losses(tmp_path):

@@ -47,6 +47,47 @@ def test_another_configuration_replaces_the_first():
     assert model.model.layers[1].self_attn.flasheva.config == EvaConfig(**SMALL)
 
 
+@pytest.mark.parametrize("layers", [SMALL, {"default": SMALL, 0: "full"}], ids=["all", "hybrid"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_weights_are_refused_and_not_left_out(layers, implementation):
+    """transformers would return an empty tuple, or one of the full layers' weights alone."""
+    model, ids = llama(), tokens(1, 12)
+    model.set_attn_implementation(implementation)
+    fe.prepare(model, layers)
+    cache = fe.FlashEvaCache.for_model(model)
+    out = model(ids, past_key_values=cache)
+    for inner in (model, model.model):
+        with pytest.raises(ConfigError, match=r"output_attentions: .* none.* revert"):
+            inner(ids[:, :2], past_key_values=cache, output_attentions=True)
+    model.generation_config.output_attentions = True
+    with pytest.raises(ConfigError, match="output_attentions"):
+        model.generate(ids, return_dict_in_generate=True, max_new_tokens=2, **GREEDY)
+    assert cache.get_seq_length() == 12  # a refused call has stored nothing
+    assert torch.equal(model(ids, output_attentions=False).logits, out.logits)
+    model.set_attn_implementation("eager")
+    weights = model(ids, output_attentions=True).attentions
+    assert [w.shape for w in weights] == [(1, 4, 12, 12)] * len(model.model.layers)
+    model.set_attn_implementation("eva")
+    fe.revert(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_configuration_that_asks_for_weights_is_refused():
+    model = llama()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ConfigError, match="output_attentions: "):
+        fe.prepare(model, SMALL)
+    assert len(model(tokens(1, 9)).attentions) == len(model.model.layers)
+
+
+def test_a_compiled_model_refuses_weights_too():
+    model = fe.prepare(llama(), SMALL)
+    model.compile(backend="flasheva", options={"inner_backend": "eager"})
+    with pytest.raises(ConfigError, match="output_attentions: "):
+        model(tokens(1, 12), output_attentions=True)
+
+
 def test_parameters_train():
     model = fe.prepare(llama(), SMALL).train()
     ids = tokens(2, 40)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import flasheva_compile as fe
@@ -102,6 +102,9 @@ def step(call, model, x, padding=None):
 
 @fuzz
 @given(choices([*PRODUCTS, "sdpa", "flex"]))
+@example(Choice(product="elements, summed", kv_heads=2, softmax="by sums", padded=True))
+@example(Choice(product="elements, summed, in three axes", dropout=True, mask="none"))
+@example(Choice(product="vecdot", kv_heads=1, repeat="contiguous", softcap=True))
 def test_every_composed_spelling_is_rewritten_exactly(choice):
     torch._dynamo.reset()
     model, given_inputs = Spelled(choice), inputs(choice)

@@ -79,6 +79,26 @@ def test_what_is_not_looked_into_is_reported_and_unchanged(place, core):
     torch.testing.assert_close(ours, model(x))
 
 
+def by_elements(q, k, v):
+    return ((q @ k.mT).softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+def by_vecdot(q, k, v):
+    weights = torch._masked_softmax(torch.linalg.vecdot(q[..., None, :], k[..., None, :, :]), OPEN)
+    return weights @ v
+
+
+OPEN = torch.zeros(2, 4, 24, 24, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("core", [by_elements, by_vecdot], ids=lambda core: core.__name__)
+def test_other_spellings_in_bodies_are_reported(core):
+    model = Inside(in_cond, core).eval().requires_grad_(requires_grad=False)
+    rows = fe.explain(model, torch.randn(2, 24, 32), options=WHOLE).layers
+    assert rows
+    assert all("inside cond" in row.reason for row in rows)
+
+
 def test_a_router_in_a_branch_is_no_attention():
     def routed(attention, x):
         return torch.cond(x.sum() > 0, lambda y: y.softmax(-1) * 2, lambda y: y + 1, (x,))

@@ -284,53 +284,6 @@ def test_what_is_understood_needs_no_validation(name):
     torch.testing.assert_close(ours, model(x))
 
 
-def test_what_is_proved_of_a_mask_survives_a_declaration():
-    class Masked(Core):
-        def forward(self, x, opaque):
-            padding = (x[:, :, 0] > -9)[:, None, None]
-            self.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, padding & opaque)
-            return super().forward(x)
-
-    x, opaque = torch.randn(2, 24, 32), causal(24)
-    declared = {**OPTIONS, "assume_mask": "causal"}
-    (row,) = fe.explain(Masked(None), x, opaque, options=declared).layers
-    assert (row.decision, row.causal) == ("eva", True)
-    x[0, :5, 0] = -10
-    model = Masked(None)
-    whole = {"window_size": 32, "inner_backend": "eager", "assume_mask": "causal"}
-    ours = torch.compile(model, backend="flasheva", options=whole)(x, opaque)
-    assert (ours - model(x, opaque))[:, :, 5:].abs().max() < 1e-5 * ours.abs().max()
-
-
-class Biased(Core):
-    """Attention with a position bias, ``[H, N, N]`` or ``[N, N]``, held or given."""
-
-    def __init__(self, bias=None):
-        super().__init__(None)
-        self.bias = bias
-
-    def forward(self, x, given=None):
-        bias = self.bias if given is None else given
-        self.core = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("declared", ["causal", "bidirectional"])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("shape", [(24, 24), (4, 24, 24)])
-def test_a_declared_mask_is_not_a_position_bias(declared, frozen, shape):
-    """What differs from head to head, or is a parameter, hides nothing: it must not be dropped."""
-    options = {"window_size": 32, "inner_backend": "eager", "assume_mask": declared}
-    bias = torch.randn(shape)
-    held = Biased(torch.nn.Parameter(bias, requires_grad=not frozen)), ()
-    for model, given in (held, *([(Biased(), (bias,))] if len(shape) > 2 else ())):
-        x = torch.randn(2, 24, 32)
-        ours = torch.compile(model, backend="flasheva", options=options)(x, *given)
-        (row,) = fe.explain(model).layers
-        assert (row.decision, "position bias" in row.reason) == ("full", True)
-        torch.testing.assert_close(ours, model(x, *given))
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_a_result_that_is_overwritten_has_the_same_gradient(inner):
     def core(q, k, v):

@@ -84,7 +84,7 @@ class Arm:
     eva: bool = False
     attention: str = "sdpa"
     config: dict[str, Any] = field(default_factory=dict)
-    store: Literal["device", "offloaded"] = "device"
+    store: Literal["device", "offloaded", "fp8"] = "device"
     full_every: int = 0
     kv: str = "exact"
 
@@ -106,6 +106,13 @@ ARMS = {
         eva=True,
         config=TOP_8,
         store="offloaded",
+    ),
+    "flasheva_fp8_store": Arm(
+        about="the same with keys and values in fp8 on the device",
+        static=True,
+        eva=True,
+        config=TOP_8,
+        store="fp8",
     ),
     "flasheva_hybrid": Arm(
         about="FlashEvaCache, preallocated; every fourth layer full",
@@ -345,6 +352,11 @@ def fill_full(layer: Any, like: Tensor, context: int) -> None:  # noqa: ANN401 -
     layer.seen, layer.is_empty = context, False
 
 
+def fill_randomly(x: Tensor) -> None:
+    """Fill a tensor with normal numbers, or with bytes that are small ones in fp8."""
+    x.random_(0, 64) if x.dtype == torch.uint8 else x.normal_()
+
+
 def static_columns(context: int) -> int:
     """Return the columns of a preallocated cache: a mask makes SDPA read every one of them."""
     return -(-(context + ROOM) // ROOM) * ROOM
@@ -375,7 +387,7 @@ def _filled_eva(
         layer.is_empty = False
         exact = ("keys", "values") if config.retrieve_chunks else ("exact_k", "exact_v")
         for part in (*exact, "rfa_k", "rfa_v"):
-            getattr(layer.state, part).normal_()
+            fill_randomly(getattr(layer.state, part))
         mask = layer.state.mask if config.retrieve_chunks else layer.state.exact_mask
         mask.fill_(True)
         layer.state.rfa_bias.fill_(torch.tensor(float(config.chunk_size)).log())

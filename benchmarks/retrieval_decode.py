@@ -34,8 +34,8 @@ from decode_kernel import copy_bandwidth
 from flasheva_compile.kernels.blocked import retrieval_cache
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval, largest_scores
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState, exact_tokens
 from flasheva_compile.lowering import launch_decode, launch_retrieval_decode
 from flasheva_compile.lowering.schedule import choose
 from flasheva_compile.lowering.spec import Schedule
@@ -179,11 +179,11 @@ def chunk_tokens(cell: Cell) -> dict[str, Any]:
 def retrieval_state(cell: Cell, keys: torch.Tensor, values: torch.Tensor) -> RetrievalState:
     """Return a state that holds ``context`` tokens."""
     mask = torch.ones(cell.batch, keys.shape[2], dtype=torch.bool, device="cuda")
-    none = torch.zeros(cell.batch, KV_HEADS, 0, dtype=torch.int32, device="cuda")
-    x = chunk_tokens(cell)
+    none, x = torch.zeros(cell.batch, KV_HEADS, 0, dtype=torch.int32).cuda(), chunk_tokens(cell)
     bounds = normal(*x["rfa_k"].shape[:2], x["rfa_k"].shape[2] * bool(cell.by), 2 * HEAD_DIM)
-    near = {name: normal(cell.batch, KV_HEADS, 0, HEAD_DIM) for name in ("near_k", "near_v")}
-    return RetrievalState(keys, values, mask, selected=none, bounds=bounds, **near, **x)
+    x |= {name: normal(cell.batch, KV_HEADS, 0, HEAD_DIM) for name in ("near_k", "near_v")}
+    x["exponents"] = none[..., None].byte()
+    return RetrievalState(keys, values, mask, selected=none, bounds=bounds, **x)
 
 
 def plain_state(cell: Cell) -> CacheState:
@@ -307,13 +307,13 @@ def compare(cell: Cell, stores: Stores) -> Row:
     out, lse, selected = function()
     state: RetrievalState = function.args[5]  # pyright: ignore[reportFunctionMemberAccess]
     position = (state.length - 1 - state.start)[:, None]
-    retrieval = Retrieval(chunks=cell.chunks)
-    want, want_lse = retrieval_cache._attend(
-        stores.q, position, state, cell.settings, retrieval, selected[:, :, None]
-    )
-    chunks, grouped = state.rfa_k.shape[2], retrieval_cache._grouped(stores.q, state, cell.settings)
-    scores = retrieval_cache._selector_scores(grouped, state, chunks, cell.settings).amax(2)
-    visible = retrieval_cache._visible_chunks(position, chunks, cell.settings)[:, None]
+    new, s = (stores.k, stores.v), cell.settings
+    given = (exact_tokens(new, state, state.start, position[:, 0], s), state, s)
+    rest = (Retrieval(chunks=cell.chunks), selected[:, :, None])
+    want, want_lse = retrieval_cache.attend(stores.q, position, *given, *rest)
+    chunks, grouped = state.rfa_k.shape[2], retrieval_cache._grouped(stores.q, state, s)
+    scores = retrieval_cache._selector_scores(grouped, state, chunks, s).amax(2)
+    visible = retrieval_cache._visible_chunks(position, chunks, s)[:, None]
     own = largest_scores(scores, visible, selected.shape[-1])[:, :, 0]
     return {
         **dataclasses.asdict(cell),

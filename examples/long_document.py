@@ -1,7 +1,7 @@
 """Ask a question about a long document: full attention, FlashEVA, FlashEVA with retrieval.
 
     python examples/long_document.py [--model PATH] [--document FILE] [--question TEXT]
-        [--length 4096] [--prefill exact] [--store offloaded]
+        [--length 4096] [--prefill exact] [--store fp8]
 
 Each answers the same question with the same weights; prints answer, seconds for the prompt,
 tokens/s after it, and what the cache takes. Without --document the text is Python's language
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--retrieve-chunks", type=int, default=16)
     add("--retrieve-by", choices=("token", "bounds"), default="bounds")
     add("--prefill", choices=("formula", "exact"), default="formula", help="how prompts are read")
-    add("--store", choices=("device", "offloaded"), default="device", help="of exact keys")
+    add("--store", choices=("device", "offloaded", "fp8"), default="device", help="of keys")
     add("--calibrate", type=int, default=2048, help="tokens of the document to calibrate on")
     add("--max-new-tokens", type=int, default=24)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

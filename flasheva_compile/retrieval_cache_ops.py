@@ -8,7 +8,7 @@ blocks, or everything at once computes ``kernels/reference/retrieval.py``.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -16,8 +16,8 @@ from flasheva_compile.cache_ops import cache_options, cache_settings, pool_chunk
 from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.kernels.blocked import retrieval_cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import ring_size
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
 from flasheva_compile.lowering import launch_retrieval_decode
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.op_checks import check_cache, check_selector, require
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flasheva_compile.config import EvaConfig
+
+Store: TypeAlias = Literal["device", "offloaded", "fp8"]
 
 _STATE_SCHEMA = ", ".join(f"Tensor(s{i}!) {name}" for i, name in enumerate(RetrievalState._fields))
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor[] parameters, Tensor? key_mask, {_STATE_SCHEMA}"
@@ -47,7 +49,7 @@ def retrieval_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> 
 
 
 def new_retrieval_state(
-    k: Tensor, v: Tensor, tokens: int, o: dict[str, Any], *, near_store: bool = False
+    k: Tensor, v: Tensor, tokens: int, o: dict[str, Any], *, store: Store = "device"
 ) -> RetrievalState:
     """Allocate an empty state.
 
@@ -56,7 +58,8 @@ def new_retrieval_state(
         v: Any values, ``[B, Hkv, *, Dv]``.
         tokens: Tokens to make room for; a chunk at least.
         o: The ops' keyword arguments.
-        near_store: Whether sinks and the latest tokens have copies of their own.
+        store: Of all keys and values: as they are on the "device"; the same beside copies of sinks
+            and window, for a store that is moved ("offloaded"); or in "fp8" beside such copies.
     """
     batch, heads = k.shape[:2]
     tokens = max(tokens, o["chunk_size"])
@@ -64,11 +67,12 @@ def new_retrieval_state(
     kept = o["retrieve_chunks"] if o["retrieve_block"] > 1 else 0
     bounded = chunks if o["retrieve_by"] == "bounds" else 0
     settings = cache_settings({**o, "scale": 1.0, "softcap": 0.0})
-    near = settings.sink_tokens + ring_size(settings) if near_store else 0
+    near = 0 if store == "device" else settings.sink_tokens + ring_size(settings)
+    stored = torch.uint8 if store == "fp8" else k.dtype
     accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
     return RetrievalState(
-        keys=k.new_zeros(batch, heads, tokens, k.shape[3]),
-        values=v.new_zeros(batch, heads, tokens, v.shape[3]),
+        keys=k.new_zeros(batch, heads, tokens, k.shape[3], dtype=stored),
+        values=v.new_zeros(batch, heads, tokens, v.shape[3], dtype=stored),
         mask=k.new_zeros(batch, tokens, dtype=torch.bool),
         rfa_k=k.new_zeros(batch, heads, chunks, k.shape[3]),
         rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3]),
@@ -77,13 +81,16 @@ def new_retrieval_state(
         bounds=k.new_zeros(batch, heads, bounded, 2 * k.shape[3]),
         near_k=k.new_zeros(batch, heads, near, k.shape[3]),
         near_v=v.new_zeros(batch, heads, near, v.shape[3]),
+        exponents=k.new_zeros(batch, heads, tokens if store == "fp8" else 0, 2, dtype=torch.uint8),
         start=k.new_zeros(batch, dtype=torch.int64),
         length=k.new_zeros(1, dtype=torch.int64),
     )
 
 
 def _check(args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    check_cache(args[:3], args[4], args[5:], options)
+    state = RetrievalState(*args[5:])
+    like_tokens = (state.near_k, state.near_v) if state.is_fp8 else state[:2]
+    check_cache(args[:3], args[4], like_tokens, options)
     hint = "pass use_cache=False"
     rule = options["rule"]
     require(rule != "eva", "rule 'eva' with retrieve_chunks in a cache", "flasheva::decode", hint)

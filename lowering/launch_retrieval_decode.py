@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
-    from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+    from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
     from flasheva_compile.lowering.load import LoadedKernel
     from torch import Tensor
 
@@ -33,9 +33,12 @@ MOST_CHUNKS = 64
 _STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
     # Every query selects for itself: no open block's selection.
-    *("none", "bounds_ptr", "near_k_ptr", "near_v_ptr", "row_start_ptr", "length_ptr"),
+    *("none", "bounds_ptr", "near_k_ptr", "near_v_ptr", "exponents_ptr"),
+    *("row_start_ptr", "length_ptr"),
 )
 """Names of the arguments that the fields of ``RetrievalState`` are, in order."""
+_CODES = ("key_codes_ptr", "value_codes_ptr")
+"""Names of the first two in fp8."""
 
 _is_contiguous = torch.Tensor.is_contiguous
 _LOG2E = math.log2(math.e)
@@ -53,7 +56,8 @@ class _Shape(NamedTuple):
         by_bounds: Whether their bounds select.
         weighted: Whether the bounds have weights.
         near_store: Whether sinks and window have copies.
-        dtype: Of all tensors but biases.
+        fp8_store: Whether the store holds fp8.
+        dtype: Of all tensors but biases and fp8.
         device: Where they are.
         rule: Chunk rule of the kernels.
         parameters: How many parameters it gets.
@@ -68,6 +72,7 @@ class _Shape(NamedTuple):
     by_bounds: bool
     weighted: bool
     near_store: bool
+    fp8_store: bool
     dtype: torch.dtype
     device: torch.device
     rule: str
@@ -147,7 +152,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     columns, room, device = state.mask.shape[1], state.rfa_k.shape[2], q.device
     count, by_bounds, weighted = min(chunks, room), state.bounds.shape[2] > 0, weight is not None
-    stored = (count, by_bounds, weighted, state.near_k.shape[2] > 0)
+    stored = (count, by_bounds, weighted, state.is_near, state.is_fp8)
     made_of = (*stored, q.dtype, device, rule, len(parameters), key_mask is not None)
     with on_device(device):
         plan = _plan(_Shape(q.shape, v.shape, columns, room, *made_of), settings)
@@ -156,7 +161,7 @@ def retrieval_decode(  # noqa: PLR0913 - the arguments of the op
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         selected = q.new_empty((*k.shape[:2], count), dtype=torch.int32)
         values = plan.constants | {
-            **dict(zip(_STATE_ARGUMENTS, state, strict=True)),
+            **dict(zip((*_STATE_ARGUMENTS, *_CODES), (*state, *state[:2]), strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
             **_call_values((q, k, v), key_mask, weight),
             "scores_ptr": q.new_empty(plan.scores, dtype=torch.float32),
@@ -253,4 +258,5 @@ def scores_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         by_bounds=shape.by_bounds,
         weighted_bounds=shape.weighted,
         near_store=shape.near_store,
+        fp8_store=shape.fp8_store,
     )

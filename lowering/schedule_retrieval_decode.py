@@ -33,10 +33,12 @@ def gathering_schedule(spec: KernelSpec, decode: Schedule) -> Schedule:
     """Return the schedule of ``retrieval_decode``, from that of ``decode`` for the same shapes.
 
     It reads what ``decode`` reads, in tiles of the same kind; addresses of gathered rows take
-    registers where products leave few.
+    registers where products leave few, and rows of two stores more of them.
     """
+    wide = max(spec.head_dim, spec.value_dim) > 64
     crowded = spec.dtype == "fp32" or group_rows(spec.group) > 32
-    return dataclasses.replace(decode, block_n=max(16, decode.block_n // 2)) if crowded else decode
+    parts = 4 if spec.dtype == "fp32" and spec.near_store and wide else 2 if crowded else 1
+    return dataclasses.replace(decode, block_n=max(16, decode.block_n // parts))
 
 
 def fitted(schedule: Schedule, runs: int) -> Schedule:

@@ -84,7 +84,8 @@ _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
-    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds", "near_store"),
+    *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds"),
+    *("near_store", "fp8_store"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
 _SELECTED_BY = (
@@ -133,6 +134,7 @@ _NEUTRAL = {
     "by_bounds": False,
     "weighted_bounds": False,
     "near_store": False,
+    "fp8_store": False,
 }
 
 
@@ -172,6 +174,7 @@ class KernelSpec:
         by_bounds: The bounds of a chunk's keys score it, not its chunk token.
         weighted_bounds: This kernel makes bounds, with weights instead of halves.
         near_store: Sinks and the latest tokens are read from copies of their own.
+        fp8_store: Selected keys are read from fp8; implies ``near_store``.
     """
 
     kind: AnyKind
@@ -201,6 +204,7 @@ class KernelSpec:
     by_bounds: bool = False
     weighted_bounds: bool = False
     near_store: bool = False
+    fp8_store: bool = False
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""

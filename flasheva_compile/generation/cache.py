@@ -17,9 +17,10 @@ from flasheva_compile.generation.full_layers import (
 )
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepared import cached_layers, prepared_of
-from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
+from flasheva_compile.generation.retrieval_layer import Fp8CacheLayer, RetrievalCacheLayer
 from flasheva_compile.generation.state_layer import StateLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
+from flasheva_compile.retrieval_cache_ops import Store
 from flasheva_compile.validation import expect_choice
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 
 
 Prefill: TypeAlias = Literal["formula", "exact"]
-Store: TypeAlias = Literal["device", "offloaded"]
+_RETRIEVING: dict[Store, type[RetrievalCacheLayer]] = {
+    "device": RetrievalCacheLayer,
+    "offloaded": OffloadedCacheLayer,
+    "fp8": Fp8CacheLayer,
+}
 
 
 class FlashEvaCache(Cache):
@@ -88,8 +93,8 @@ class FlashEvaCache(Cache):
                 file that it was saved in. None = what lay beside the model when it was loaded.
             prefill: How the first call reads several tokens: by the "formula", or "exact", by full
                 attention, as its layers' ``repr`` then says. Later tokens follow the formula.
-            store: Where retrieving layers keep exact keys: on the "device", or "offloaded" to the
-                host, from where kernels read the selected chunks, sinks and window.
+            store: How retrieving layers keep every key: exactly on the "device", "offloaded" to the
+                host, or in "fp8" on the device, where only selected chunks are read rounded.
 
         Raises:
             ConfigError: Model not prepared, contradicting arguments, or another model's codebooks.
@@ -260,7 +265,7 @@ def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: AN
 
 def _eva_layers(
     model: Any,  # noqa: ANN401
-    store: str,
+    store: Store,
     max_cache_len: int | None,
 ) -> dict[int, EvaCacheLayer]:
     """Return the cache layers of converted attentions."""
@@ -272,14 +277,12 @@ def _eva_layers(
     return {n: kinds[n](x.path, x.config, max_cache_len) for n, x in converted.items()}
 
 
-def _retrieving_kind(store: str, converted: dict[int, CachedLayer]) -> type[EvaCacheLayer]:
+def _retrieving_kind(store: Store, converted: dict[int, CachedLayer]) -> type[EvaCacheLayer]:
     """Return the kind of layers that retrieve."""
-    if store == "device":
-        return RetrievalCacheLayer
-    if not any(layer.config.retrieve_chunks for layer in converted.values()):
-        message = "no layer has retrieve_chunks, so none keeps exact keys"
+    if store != "device" and not any(layer.config.retrieve_chunks for layer in converted.values()):
+        message = "no layer has retrieve_chunks, so none keeps every key"
         raise ConfigError(message, subject="store", hint="set retrieve_chunks, or drop store")
-    return OffloadedCacheLayer
+    return _RETRIEVING[store]
 
 
 def _layers_in_step(model: Any) -> list[int]:  # noqa: ANN401

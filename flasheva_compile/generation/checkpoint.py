@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from flasheva_compile.generation.fingerprint import fingerprint
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
 from flasheva_compile.generation.prepare import prepare
 from flasheva_compile.generation.prepared import prepared_of
+from flasheva_compile.generation.retrieval_layer import Fp8CacheLayer
 from flasheva_compile.generation.state_layer import StateLayer
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import CODEBOOKS, KvCodebooks
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_VERSION = "3"
+    from flasheva_compile.retrieval_cache_ops import Store
+
+_VERSION = "4"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _TOLD = "told"
@@ -256,6 +259,7 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
         "config": prepared_of(model).hybrid.to_json(),
         "max_cache_len": str(cache.get_max_length()),
         "offloading": str(cache.offloading),
+        "store": "fp8" if any(isinstance(x, Fp8CacheLayer) for x in cache.layers) else "device",
         "numbers": json.dumps(numbers),
     }
     save_file(tensors, str(path), metadata)
@@ -282,7 +286,8 @@ def load_cache(model: Any, path: str | Path) -> FlashEvaCache:  # noqa: ANN401
     room = length if length >= 0 else None
     # Full layers of a preallocated cache are of another kind if transformers moves them.
     offloading = room is not None and metadata["offloading"] == "True"
-    cache = FlashEvaCache.for_model(model, max_cache_len=room, offloading=offloading)
+    store = cast("Store", metadata["store"])
+    cache = FlashEvaCache.for_model(model, max_cache_len=room, offloading=offloading, store=store)
     numbers = json.loads(metadata["numbers"])
     for index, layer in enumerate(cache.layers):
         prefix = f"{index}."
@@ -318,7 +323,8 @@ def _restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) ->
     if not tensors:
         return
     if isinstance(layer, StateLayer):
-        layer.lazy_initialization(*(tensors[name] for name in layer.state_type._fields[:2]))
+        # Sizes and dtype are those of keys and values, which a store may hold in bytes.
+        layer.lazy_initialization(tensors["rfa_k"], tensors["rfa_v"])
         state = layer.state_type(**tensors)
         if layer.max_cache_len is not None and layer.state is not None:
             for x, stored in zip(layer.state, state, strict=True):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from flasheva_compile.generation.mapped_memory import mapped_zeros
-from flasheva_compile.generation.retrieval_layer import RetrievalCacheLayer
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+from flasheva_compile.generation.retrieval_layer import NearCopiesLayer
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 _ON_HOST = ("keys", "values")
 
 
-class OffloadedCacheLayer(RetrievalCacheLayer):
+class OffloadedCacheLayer(NearCopiesLayer):
     """A :class:`RetrievalCacheLayer` that computes the same; see there for arguments and errors."""
 
-    near_store = True
-    restored = (*RetrievalCacheLayer.restored, "near_k", "near_v")
+    store = "offloaded"
 
     def _new_state(self, k: Tensor, v: Tensor) -> RetrievalState:
         shapes = super()._new_state(k.to("meta"), v.to("meta"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache_layer import FIRST_CHUNKS, EvaCacheLayer
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
-from flasheva_compile.retrieval_cache_ops import new_retrieval_state, retrieval_options
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
+from flasheva_compile.retrieval_cache_ops import Store, new_retrieval_state, retrieval_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class RetrievalCacheLayer(EvaCacheLayer):
     """
 
     state_type = RetrievalState
-    near_store = False
+    store: ClassVar[Store] = "device"
     restored = ("selected", "start", "length")  # other tensors hold nothing beyond the length
 
     def __init__(self, path: str, config: EvaConfig, max_cache_len: int | None = None) -> None:
@@ -44,7 +44,7 @@ class RetrievalCacheLayer(EvaCacheLayer):
         room = self.max_cache_len
         if room is None:
             room = k.shape[2] + FIRST_CHUNKS * self.config.chunk_size
-        return new_retrieval_state(k, v, room, self._options(1.0, 0.0), near_store=self.near_store)
+        return new_retrieval_state(k, v, room, self._options(1.0, 0.0), store=self.store)
 
     def _options(self, scale: float, softcap: float) -> dict[str, Any]:
         return retrieval_options(self.config, scale, softcap)
@@ -65,8 +65,26 @@ class RetrievalCacheLayer(EvaCacheLayer):
         more = max(needed, room + room // 4 + FIRST_CHUNKS * c) - room
         chunks = -(-(room + more) // c) - self.state.rfa_k.shape[2]
         self._extend({"keys": more, "values": more})
+        if self.state.is_fp8:
+            self._extend({"exponents": more})
         self._extend({"rfa_k": chunks, "rfa_v": chunks, "rfa_bias": chunks})
         if self.config.retrieve_by == "bounds":
             self._extend({"bounds": chunks})
         mask = torch.nn.functional.pad(self.state.mask, (0, more))
         self.state = self.state._replace(mask=mask)
+
+
+class NearCopiesLayer(RetrievalCacheLayer):
+    """A :class:`RetrievalCacheLayer` with copies of sinks and window, which are overwritten."""
+
+    restored = (*RetrievalCacheLayer.restored, "near_k", "near_v")
+
+
+class Fp8CacheLayer(NearCopiesLayer):
+    """A :class:`RetrievalCacheLayer` whose store is fp8: selected chunks are read rounded.
+
+    Sinks and window are exact, chunk tokens are pooled from exact keys. Each token and kv head has
+    a power of two for its key and one for its value, so that nothing overflows.
+    """
+
+    store = "fp8"

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flasheva_compile.quantization.transform import compute_dtype
-
-_FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_FP8).max
-_EXPONENTS = 126  # the largest, negative or positive, whose power of two is an fp32 number
-_LOST = -128  # the exponent of a token that is not finite: no number of it is known
+from flasheva_compile.kernels.blocked.fp8 import decode_fp8, encode_fp8
 
 
 class Fp8Codec:
@@ -63,23 +58,8 @@ class Fp8Codec:
 
 
 def _encoded(x: Tensor) -> Tensor:
-    x = x.to(compute_dtype(x.dtype))
-    amax = x.abs().amax(-1, keepdim=True)
-    known = amax.isfinite()
-    # The smallest exponent with amax / largest <= 2^e.
-    mantissa, exponent = torch.frexp(amax / _LARGEST)
-    exponent = (exponent - (mantissa == 0.5).int()).clamp(-_EXPONENTS, _EXPONENTS)
-    exponent = exponent.masked_fill(amax == 0, -_EXPONENTS)
-    scaled = (x * _power(-exponent)).clamp(-_LARGEST, _LARGEST).where(known, torch.nan)
-    bytes_of = (scaled.to(_FP8), exponent.where(known, _LOST).to(torch.int8))
-    return torch.cat([x.view(torch.uint8) for x in bytes_of], -1)
+    return torch.cat(encode_fp8(x), -1)
 
 
 def _decoded(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    numbers = packed[..., :-1].contiguous().view(_FP8).to(dtype)
-    return (numbers * _power(packed[..., -1:].contiguous().view(torch.int8))).to(dtype)
-
-
-def _power(exponent: Tensor) -> Tensor:
-    """Return powers of two in fp32: exactly, which no device promises of ``pow``."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
+    return decode_fp8(packed[..., :-1], packed[..., -1:], dtype)

@@ -14,6 +14,7 @@ from flasheva_compile.lowering.emit.decode_features import (
     pool_by_features,
     store_query,
 )
+from flasheva_compile.lowering.emit.fp8_tokens import store_fp8_token
 from flasheva_compile.lowering.emit.retrieval_bounds import (
     bounds_members,
     bounds_results,
@@ -46,7 +47,8 @@ def append(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
 def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -> None:
     """Do the same where every token keeps its column, padding included; ``columns`` fit in.
 
-    With copies of what is near, the token goes there, too, unless its row has not begun.
+    With copies of what is near, the token goes there, too, unless its row has not begun. Where the
+    store is fp8, chunks are pooled from the copies.
     """
     _move_start(out, spec)
     with out.block("if (split == 0) & (length < columns):"):
@@ -58,9 +60,9 @@ def append_column(out: Source, spec: KernelSpec, d: Dim, e: Dim, *, ring: int) -
             f"chunk = tl.where(position < 0, chunks, position // {spec.chunk_size})",
         )
         if spec.near_store:
+            out.line(f"near_slot = {near_slot(spec, 'position', ring)}")
             with out.block("if position >= 0:"):
                 out.lines(
-                    f"near_slot = {near_slot(spec, 'position', ring)}",
                     *d.store_row("new_k", f"near_k_ptr + near_slot * {d.size}"),
                     *e.store_row("new_v", f"near_v_ptr + near_slot * {e.size}"),
                 )
@@ -82,9 +84,15 @@ def _move_start(out: Source, spec: KernelSpec) -> None:
 
 
 def _store_token(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    return [
+    store = [
         *d.store_row("new_k", f"exact_k_ptr + slot * {d.size}"),
         *e.store_row("new_v", f"exact_v_ptr + slot * {e.size}"),
+    ]
+    if spec.fp8_store:
+        place = "bh64 * columns + slot"
+        store = [*store_fp8_token("k", d.size, place), *store_fp8_token("v", e.size, place)]
+    return [
+        *store,
         f"tl.store(exact_mask_ptr + slot, {_is_valid(spec)}, mask=hk == 0)",
     ]
 
@@ -95,11 +103,13 @@ def _pool_complete(out: Source, spec: KernelSpec, d: Dim, e: Dim) -> None:
     with out.block(f"if ((position + 1) % {c} == 0) & (chunk < chunks):"):
         if keeps_queries(spec):
             out.line(f"first_slot = slot - {c - 1}")
-            loads = {"mq": _open_rows(d), "k": _rows(d, "k"), "v": _rows(e, "v")}
+            loads = {"mq": _open_rows(d), "k": _rows(spec, d, "k"), "v": _rows(spec, e, "v")}
             pool_by_features(out, spec, d, e, _seen(spec), loads)
             return
         out.lines(*pool_start(spec, d, e), *(bounds_start(d, "1") if spec.by_bounds else []))
         out.line(f"first_slot = slot - {c - 1}")
+        if spec.fp8_store:
+            out.line(f"first_near = near_slot - {c - 1}")
         with out.block(f"for member in range(0, {c}, {MEMBERS}):"):
             out.lines(*_members(spec, d, e), *(bounds_members(d) if spec.by_bounds else []))
         out.line("count = l_n")
@@ -145,7 +155,7 @@ def pool_start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
 
 def _members(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     """Add a tile of the chunk's keys."""
-    return [*_seen(spec), *pool_members(spec, d, e, _rows(d, "k"), _rows(e, "v"))]
+    return [*_seen(spec), *pool_members(spec, d, e, _rows(spec, d, "k"), _rows(spec, e, "v"))]
 
 
 def _seen(spec: KernelSpec) -> list[str]:
@@ -194,8 +204,10 @@ def _open_rows(d: Dim) -> list[str]:
     return _with_token(d, "mq", "open_q_ptr")
 
 
-def _rows(dim: Dim, name: str) -> list[str]:
+def _rows(spec: KernelSpec, dim: Dim, name: str) -> list[str]:
     """Load a tile of old rows, put the token's row into its place."""
+    if spec.fp8_store:
+        return _with_token(dim, name, f"near_{name}_ptr + first_near * {dim.size}")
     return _with_token(dim, name, f"exact_{name}_ptr + first_slot * {dim.size}")
 
 

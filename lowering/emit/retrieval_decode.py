@@ -20,6 +20,7 @@ from flasheva_compile.lowering.emit.decode import (
     store_part,
 )
 from flasheva_compile.lowering.emit.decode_append import near_slot
+from flasheva_compile.lowering.emit.fp8_tokens import load_fp8_tile, load_powers
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -90,20 +91,26 @@ def _ranges(spec: KernelSpec) -> list[str]:
 def _rows(spec: KernelSpec) -> list[str]:
     """Move pointers to row ``b`` and head ``hk``."""
     return [
-        f"exact_k_ptr += bh64 * columns * {spec.head_dim}",
-        f"exact_v_ptr += bh64 * columns * {spec.value_dim}",
-        "exact_mask_ptr += b64 * columns",
+        *store_rows(spec),
         f"rfa_v_ptr += bh64 * chunks * {spec.value_dim}",
         f"scores_ptr += bh64 * chunks * {spec.group}",
         f"selected_ptr += bh64 * {spec.retrieve_chunks}",
-        *(near_rows(spec) if spec.near_store else []),
     ]
 
 
-def near_rows(spec: KernelSpec) -> list[str]:
-    """Move pointers of what is near to row ``b`` and head ``hk``."""
+def store_rows(spec: KernelSpec) -> list[str]:
+    """Move pointers of the store, if it is no fp8, and of copies to row ``b`` and head ``hk``."""
+    lines = ["exact_mask_ptr += b64 * columns"]
+    if not spec.fp8_store:
+        lines += [
+            f"exact_k_ptr += bh64 * columns * {spec.head_dim}",
+            f"exact_v_ptr += bh64 * columns * {spec.value_dim}",
+        ]
+    if not spec.near_store:
+        return lines
     slots = spec.sink_size + ring_slots(spec)
     return [
+        *lines,
         f"near_k_ptr += bh64 * {slots * spec.head_dim}",
         f"near_v_ptr += bh64 * {slots * spec.value_dim}",
     ]
@@ -136,7 +143,7 @@ def _chunk_tile(spec: KernelSpec, e: Dim) -> list[str]:
         "inside = offs_n < stop",
         f"is_score = {is_score}",
         f's = tl.load({address}, mask=is_score, other=float("-inf"))',
-        *softmax_step(e, "exact_v_ptr"),
+        *softmax_step(e, "rfa_v_ptr"),
         f"v_tile = rfa_v_ptr + offset * tl.cast({e.size}, tl.int64)",
         *e.load("v", "v_tile", "offs_t", str(e.size), "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
@@ -157,14 +164,24 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "column = start + held",
         "inside &= column < columns",
         *([f"near_slot = {near_slot(spec, 'held', ring_slots(spec))}"] * spec.near_store),
+        *(_coded_rows() if spec.fp8_store else []),
         *_load_exact(spec, d, "k"),
         "is_key = tl.load(exact_mask_ptr + column, mask=inside, other=0) != 0",
         *d.contract("s", "q", "k", scores.precision(spec)),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(is_key[None, :], s, float("-inf"))',
-        *softmax_step(e, "exact_v_ptr"),
+        *softmax_step(e, "rfa_v_ptr"),
         *_load_exact(spec, e, "v"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
+    ]
+
+
+def _coded_rows() -> list[str]:
+    """Define which rows of the tile are read from fp8, where, and their powers of two."""
+    return [
+        "is_coded = inside & is_retrieved",
+        "coded = bh64 * columns + column",
+        *load_powers("coded", "is_coded"),
     ]
 
 
@@ -173,8 +190,11 @@ def _load_exact(spec: KernelSpec, dim: Dim, name: str) -> list[str]:
     pointer, stride = f"exact_{name}_ptr", str(dim.size)
     if not spec.near_store:
         return dim.load(name, pointer, "column", stride, "inside")
+    stored = dim.load(name, pointer, "column", stride, "inside & is_retrieved")
+    if spec.fp8_store:
+        stored = load_fp8_tile(spec, dim, name, "coded", "is_coded")
     return [
-        *dim.load(name, pointer, "column", stride, "inside & is_retrieved"),
+        *stored,
         *dim.load(
             f"near_{name}", f"near_{name}_ptr", "near_slot", stride, "inside & ~is_retrieved"
         ),

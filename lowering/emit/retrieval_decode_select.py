@@ -28,7 +28,7 @@ from flasheva_compile.lowering.emit.retrieval_bounds import (
     magnitudes,
     without_bias,
 )
-from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, near_rows, queries
+from flasheva_compile.lowering.emit.retrieval_decode import chunk_range, queries, store_rows
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
@@ -73,9 +73,7 @@ def _rows(spec: KernelSpec) -> list[str]:
         for name in "kv"
     )
     return [
-        f"exact_k_ptr += bh64 * columns * {spec.head_dim}",
-        f"exact_v_ptr += bh64 * columns * {spec.value_dim}",
-        "exact_mask_ptr += b64 * columns",
+        *store_rows(spec),
         "chunk_row = bh64 * chunks",
         f"rfa_k_ptr += chunk_row * {spec.head_dim}",
         f"rfa_v_ptr += chunk_row * {spec.value_dim}",
@@ -83,7 +81,6 @@ def _rows(spec: KernelSpec) -> list[str]:
         f"scores_ptr += chunk_row * {spec.group}",
         f"bounds_ptr += chunk_row * {2 * spec.head_dim}",
         "selector_ptr += chunk_row",
-        *(near_rows(spec) if spec.near_store else []),
         *token,
     ]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.fp8_tokens import store_fp8_token
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.emit.vecinfer_codes import key_channel
-from flasheva_compile.lowering.emit.vecinfer_fp8 import store_code
 from flasheva_compile.lowering.spec_vecinfer import part_codes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _token(out: Source, spec: VecInferSpec, name: str, first: int) -> None:
         _store_exactly(out, spec, name, dim)
     with out.block(f"if is_valid & (place >= {spec.sink_size}) & (slot < room):"):
         if spec.is_fp8:
-            out.lines(*store_code(name, layout.size))
+            out.lines(*store_fp8_token(name, layout.size, "bh64 * room + slot"))
         else:
             _code(out, spec, name, layout)
 

@@ -1,4 +1,4 @@
-"""fp8 in kernels over a cache of codes: numbers from bytes and bytes from numbers.
+"""fp8 in kernels that attend to a cache of codes: softmax and sums with powers of two apart.
 
 Tiles hold numbers without the powers of two of their tokens: those multiply scores and weights. A
 weight with its power may have any size, and therefore has a maximum of its own: what is rounded to
@@ -11,15 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit.decode import LOWEST
+from flasheva_compile.lowering.emit.fp8_tokens import LOST
 from flasheva_compile.lowering.emit.vecinfer_fp8_tiles import TINY_BITS, key_channel
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
-
-_LOST = -128  # the exponent of a token that has no numbers; see quantization/fp8.py
-
-
-# --- vecinfer_decode ------------------------------------------------------------------------------
 
 
 def coded_queries(spec: VecInferSpec) -> list[str]:
@@ -40,7 +36,7 @@ def coded_queries(spec: VecInferSpec) -> list[str]:
 def exponents(inside: str | None) -> list[str]:
     """Load the exponents of a tile of tokens."""
     guard = f", mask={inside}, other=0" if inside else ""
-    lost = f'tl.where({{0}}_power > {_LOST}.0, {{0}}_power, float("nan"))'
+    lost = f'tl.where({{0}}_power > {LOST}.0, {{0}}_power, float("nan"))'
     return [
         "pairs_ptr = exponents_ptr.to(tl.pointer_type(tl.int16))",
         f"powers = tl.load(pairs_ptr + offset + offs_t{guard})",
@@ -78,35 +74,3 @@ def scaled_sums() -> list[str]:
 
 
 _FLOATS = {"fp16": "float16", "fp32": "float32"}
-
-
-# --- vecinfer_append ------------------------------------------------------------------------------
-
-
-def store_code(name: str, size: int) -> list[str]:
-    """Store the bytes and the exponent of a token ``new_k0`` or ``new_v0``, as ``Fp8Codec`` does.
-
-    All of it in integers: rounding to even of what has three bits of mantissa, and of multiples of
-    2^-9 by adding a number whose last place that is.
-    """
-    which, offs, shift = ("key", "offs_d0", "") if name == "k" else ("value", "offs_e0", " + 1")
-    bound = "" if size & (size - 1) == 0 and size >= 16 else f", mask={offs}[None, :] < {size}"
-    return [
-        f"word = new_{name}0.to(tl.float32).to(tl.int32, bitcast=True)",
-        "largest = tl.max(word & 0x7FFFFFFF, 1)",
-        "is_number = largest < 0x7F800000",
-        "# The least with largest <= 448 * 2^exponent.",
-        "exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 135, -126)",
-        "inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)",
-        "y = (word & 0x7FFFFFFF).to(tl.float32, bitcast=True) * inverse[:, None]",
-        "bits = y.to(tl.int32, bitcast=True)",
-        "normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960",
-        "tiny = (y + 16384.0).to(tl.int32, bitcast=True) - 0x46800000",
-        "code = tl.where(y < 0.015625, tiny, normal) | ((word >> 24) & 128)",
-        "code = tl.where(is_number[:, None], code, 127)",
-        f"exponent = tl.where(is_number, exponent, {_LOST}) & 255",
-        "at = bh64 * room + slot",
-        f"tl.store({which}_codes_ptr + at * {size} + {offs}[None, :], code.to(tl.uint8){bound})",
-        f"exponents = exponents_ptr + at * 2{shift} + tl.arange(0, 1)",
-        "tl.store(exponents, exponent.to(tl.uint8))",
-    ]

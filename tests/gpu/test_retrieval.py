@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -16,7 +16,7 @@ from flasheva_compile.lowering import launch_retrieval_decode
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
 
 import flasheva_compile as fe
-from flasheva_compile.cache_ops import cache_settings
+from flasheva_compile.cache_ops import cache_settings, pool_chunks
 from flasheva_compile.ops import flasheva_attention
 from flasheva_compile.retrieval_cache_ops import new_retrieval_state, retrieval_options
 from tests.attention_cases import AttentionCase
@@ -25,7 +25,7 @@ from tests.retrieval_cases import op_arguments, reference
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 if TYPE_CHECKING:
-    from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
+    from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,6 +100,9 @@ STEPS = {
     "softcap": {"softcap": 20.0},
     "bounds": {"by": "bounds"},
     "bounds d128": {"by": "bounds", "size": 128, "padding": True},
+    "fp8": {"store": "fp8"},
+    "fp8 d80, padding": {"store": "fp8", "size": 80, "padding": True},
+    "fp8 d128, block": {"store": "fp8", "size": 128, "window": "block", "sinks": 0},
     "bounds d80, block": {"by": "bounds", "size": 80, "window": "block", "softcap": 20.0},
 }
 
@@ -120,6 +123,7 @@ class Steps:
     padding: bool = False
     softcap: float = 0.0
     by: str = "token"
+    store: str = "device"
     batch: int = 3
     heads: int = 2
     prompt: int = 1200
@@ -170,7 +174,7 @@ class Steps:
 
     def filled(self) -> RetrievalState:
         q, k, v, parameters, mask = self.inputs
-        state = new_retrieval_state(k, v, self.tokens, self.options)
+        state = new_retrieval_state(k, v, self.tokens, self.options, store=self.store)
         part = [x[:, :, : self.prompt] for x in (q, k, v)]
         new = None if mask is None else mask[:, : self.prompt]
         torch.ops.flasheva.retrieval_append(*part, parameters, new, *state, **self.options)
@@ -188,10 +192,11 @@ def kernel_step(case: Steps, at: int, state: RetrievalState):
 def blocked_step(case: Steps, at: int, state: RetrievalState, selected: torch.Tensor):
     """Do the same in plain PyTorch, with the kernels' selection: rounding may choose others."""
     (q, k, v), parameters, mask = case.step(at)
-    torch.ops.flasheva.retrieval_append(q, k, v, parameters, mask, *state, **case.options)
-    position = (state.length - 1 - state.start)[:, None]
-    settings, retrieval = cache_settings(case.options), Retrieval(chunks=case.chunks, by=case.by)
-    return retrieval_cache._attend(q, position, state, settings, retrieval, selected[:, :, None])
+    pool, settings = partial(pool_chunks, parameters, case.options), cache_settings(case.options)
+    retrieval = Retrieval(chunks=case.chunks, by=case.by)
+    position, exact = retrieval_cache.write((k, v), mask, state, pool, settings, None)
+    chosen = selected[:, :, None]
+    return retrieval_cache.attend(q, position, exact, state, settings, retrieval, chosen)
 
 
 def steps_by_kernels(case: Steps, state: RetrievalState | None = None):
@@ -260,10 +265,20 @@ def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(by):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("prompt", "by"), [(130, "token"), (65536, "token"), (4096, "bounds")])
-def test_a_captured_step_goes_on_by_itself(prompt, by):
+@pytest.mark.parametrize(
+    ("prompt", "by", "store"),
+    [
+        (130, "token", "device"),
+        (130, "token", "fp8"),
+        (65536, "token", "device"),
+        (4096, "bounds", "device"),
+        (4096, "bounds", "fp8"),
+    ],
+)
+def test_a_captured_step_goes_on_by_itself(prompt, by, store):
     """One graph, over every phase of a chunk, equals steps that are launched one by one."""
-    case = Steps(prompt=prompt, steps=70, batch=3, padding=prompt < 1000, by=by)
+    padding = {"batch": 3, "padding": prompt < 1000}
+    case = Steps(prompt=prompt, steps=70, by=by, store=store, **padding)
     want = steps_by_kernels(case)
     state = case.filled()
     static = [x.clone() for x in case.step(prompt)[0]]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from flasheva_compile.kernels.blocked import retrieval_cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import first_exact
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import Retrieval
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
 from flasheva_compile.lowering import launch_retrieval_decode, offline
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.spec import Schedule
@@ -28,20 +28,27 @@ from tests.kernels.decode_cases import DecodeCase, decode_cases, steps_of
 class RetrievalDecodeCase(DecodeCase):
     """``room``: columns of the cache beyond the tokens. ``ties``: scores that are often equal.
 
-    ``near_store``: sinks and the latest tokens have copies of their own. ``weighted``: bounds have
-    weights.
+    ``weighted``: bounds have weights. ``outliers``: some channels are 2^12 times as large, one is
+    the largest number of fp16.
     """
 
     retrieve_chunks: int = 2
     retrieve_by: str = "token"
     room: int = 0
     ties: bool = False
-    near_store: bool = False
+    store: str = "device"
+    outliers: bool = False
     weighted: bool = False
 
     @cached_property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = vars(DecodeCase)["qkv"].func(self)
+        if self.outliers:  # scores stay what they were
+            q, k, v = q.clone(), k.clone(), v.clone()
+            q[..., 3] /= 4096
+            k[..., 3] *= 4096
+            v[..., 5] *= 4096
+            v[..., 6] = torch.finfo(torch.float16).max
         return (q.sign(), k.sign() * (k.abs() > 1), v) if self.ties else (q, k, v)
 
     @property
@@ -57,8 +64,7 @@ class RetrievalDecodeCase(DecodeCase):
         options = {**self.options, "retrieve_chunks": self.retrieve_chunks, "retrieve_block": 1}
         options["retrieve_by"] = self.retrieve_by
         room = self.tokens + self.room
-        near = {"near_store": self.near_store}
-        return new_retrieval_state(k.to(dtype), v.to(dtype), room, options, **near)
+        return new_retrieval_state(k.to(dtype), v.to(dtype), room, options, store=self.store)
 
     def filled_state(self, dtype: torch.dtype) -> RetrievalState:
         state = self.new_state(dtype)
@@ -83,10 +89,13 @@ def run_blocked(
     """
     state, found, states = case.filled_state(dtype), [], []
     for step, (q, k, v, mask) in enumerate(steps_of(case, dtype)):
-        case.append(q, k, v, mask, state, dtype)
-        position = (state.length - 1 - state.start)[:, None]
+        position, exact = blocked.write(
+            (k, v), mask, state, case.pool(dtype), case.settings, case.weight
+        )
         given = None if selected is None else selected[:, :, step : step + 1]
-        found.append(blocked._attend(q, position, state, case.settings, case.retrieval, given))
+        found.append(
+            blocked.attend(q, position, exact, state, case.settings, case.retrieval, given)
+        )
         states.append(RetrievalState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -177,7 +186,7 @@ def retrieval_decode_cases(draw, **fixed):
         "retrieve_chunks": draw(st.sampled_from([2, 1, 3, 5, 17, 64])),
         "retrieve_by": draw(st.sampled_from(["token", "bounds"])),
         "room": draw(st.sampled_from([0, 0, 7])),
-        "near_store": draw(st.booleans()),
+        "store": draw(st.sampled_from(["device", "offloaded", "fp8"])),
         "weighted": draw(st.booleans()),
     }
     return RetrievalDecodeCase(**{**drawn, **fixed})

@@ -12,8 +12,8 @@ import pytest
 from tests import triton_interpreter  # isort: skip - before anything that imports Triton
 
 import torch
-from flasheva_compile.kernels.blocked.retrieval_cache import RetrievalState
 from flasheva_compile.kernels.blocked.retrieval_select import largest_scores
+from flasheva_compile.kernels.blocked.retrieval_state import RetrievalState
 from flasheva_compile.lowering.emit import module
 from flasheva_compile.lowering.load import load
 from hypothesis import assume, given
@@ -31,7 +31,7 @@ from tests.tolerance import assert_as_accurate_as_pytorch
 
 POOLED = ("rfa_k", "rfa_v", "rfa_bias", "bounds")
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[RetrievalState]]
-COPIED = ("keys", "values", "mask", "near_k", "near_v", "start", "length")
+COPIED = ("keys", "values", "mask", "near_k", "near_v", "exponents", "start", "length")
 
 
 def check(case: RetrievalDecodeCase) -> Found:
@@ -117,9 +117,11 @@ def test_equal_scores_are_resolved_by_index(case, by):
 
 
 @pytest.mark.parametrize("window", ["sliding", "block"])
-@pytest.mark.parametrize(("mask", "by"), [("none", "token"), ("holes", "bounds")])
-def test_long_sequences_from_an_empty_cache(window, mask, by):
-    shared = {"rule": "tangent", "parameter_count": 1, "retrieve_by": by, "near_store": True}
+@pytest.mark.parametrize(
+    ("mask", "by", "store"), [("none", "token", "fp8"), ("holes", "bounds", "offloaded")]
+)
+def test_long_sequences_from_an_empty_cache(window, mask, by, store):
+    shared = {"rule": "tangent", "parameter_count": 1, "retrieve_by": by, "store": store}
     check(RetrievalDecodeCase(window=window, mask=mask, steps=32, splits=2, group=2, **shared))
 
 
@@ -180,3 +182,22 @@ def test_a_selected_chunk_that_stays_compressed_too_is_noticed(monkeypatch):
             check(case)
     finally:
         load.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_over_fp8_with_large_channels_are_the_blocked_code(dtype):
+    check(RetrievalDecodeCase(prefix=40, steps=3, store="fp8", outliers=True, dtype=dtype))
+
+
+def test_a_token_that_fp8_has_no_numbers_of_is_nan_where_it_is_selected():
+    case = RetrievalDecodeCase(prefix=40, steps=1, retrieve_chunks=64, store="fp8")
+    for name in ("keys", "values"):
+        out = {}
+        for at in (20, 39):  # behind the window, and in it, where copies are read
+            state = case.filled_state(case.dtype)
+            which = int(name == "values")
+            getattr(state, name)[:, :, at] = 127
+            state.exponents[:, :, at, which] = 128
+            out[at] = run_kernels(case, state)[0]
+        assert out[20].isnan().all()
+        assert out[39].isfinite().all()

@@ -20,6 +20,7 @@ from tests.kernels import test_decode_source, test_source
 
 FULL = os.environ.get("FLASHEVA_COMPILE") == "full"
 KINDS = ("retrieval_scores", "retrieval_select", "retrieval_decode")
+FP8 = {"near_store": True, "fp8_store": True}
 _EVABYTE = {"chunk_rule": "evabyte", "parameters": 3, "key_mask": True, "softcap": True}
 
 
@@ -44,6 +45,7 @@ def specs():
         weighted = {"by_bounds": True, "weighted_bounds": True}
         found[f"weighted-{count}"] = spec_of(KINDS[0], **weighted, **rule)
     found |= {f"{kind}-near": spec_of(kind, near_store=True) for kind in KINDS}
+    found |= {f"{kind}-fp8": spec_of(kind, **FP8) for kind in KINDS}
     return found
 
 
@@ -80,6 +82,7 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
         "bounds",
         "abs_q",
         "near",
+        "codes",
     ):
         assert word not in plain, word
     assert not any("atomic" in kernel.source for kernel in kernels.values())
@@ -169,6 +172,9 @@ for _size in BY_BOUNDS:
     COMPILED[f"weighted-{_size}"] = spec_of("retrieval_scores", **_bounds, weighted_bounds=True)
 for _kind in KINDS[::2]:
     COMPILED[f"near-{_kind}"] = spec_of(_kind, **SIZES["bf16-d128"], near_store=True)
+    COMPILED[f"fp8-{_kind}-bf16-d64"] = spec_of(_kind, **FP8)
+for _size in ("fp16-d80", "bf16-d256", "fp32-d128"):
+    COMPILED[f"fp8-retrieval_decode-{_size}"] = spec_of(KINDS[2], **SIZES[_size], **FP8)
 COMPILED["bounds-select"] = spec_of("retrieval_select", by_bounds=True)
 EVERYWHERE = [name for name in COMPILED if name.endswith(("bf16-d64", "bf16-d128"))]
 EVERYWHERE = [name for name in EVERYWHERE if "block" not in name]

@@ -103,7 +103,9 @@ def test_an_exact_prompt_and_everything_retrieved_generates_what_the_model_did()
         (RETRIEVING, {"store": "moon"}, "store"),
         (RETRIEVING, {"prefill": "none"}, "prefill"),
         (SMALL, {"store": "offloaded"}, "no layer has retrieve_chunks"),
+        (SMALL, {"store": "fp8"}, "no layer has retrieve_chunks"),
         ({**RETRIEVING, "chunk_rule": "eva"}, {"store": "offloaded"}, "chunk_rule='eva'"),
+        ({**RETRIEVING, "chunk_rule": "eva"}, {"store": "fp8"}, "chunk_rule='eva'"),
     ],
 )
 def test_what_does_not_fit_is_refused(config, options, words):
@@ -123,10 +125,11 @@ def test_a_store_on_the_host_is_preallocated_and_selects_in_blocks(config, optio
     assert torch.equal(there, here)
 
 
-def test_a_store_on_the_host_rolls_back_and_is_copied():
+@pytest.mark.parametrize("store", ["offloaded", "fp8"])
+def test_a_store_beside_copies_of_what_is_near_rolls_back_and_is_copied(store):
     model, ids = fe.prepare(llama(), RETRIEVING), tokens(2, 60)
     with torch.no_grad():
-        cache = fe.FlashEvaCache.for_model(model, store="offloaded")
+        cache = fe.FlashEvaCache.for_model(model, store=store)
         model(ids[:, :50], past_key_values=cache)
         twin = copy.deepcopy(cache)
         assert twin.layers[0].state.keys.data_ptr() != cache.layers[0].state.keys.data_ptr()
@@ -151,7 +154,7 @@ def test_a_store_on_the_host_is_not_written_to_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("length", [None, 128])
-@pytest.mark.parametrize("store", ["device", "offloaded"])
+@pytest.mark.parametrize("store", ["device", "offloaded", "fp8"])
 def test_rows_follow_where_a_rollback_may_come(store, length):
     """Rows changed while tokens are recorded: state, copies of what is near, and record follow."""
     model, ids = fe.prepare(llama(), RETRIEVING), tokens(2, 60)

@@ -34,6 +34,7 @@ def in_portions(
     rows=slice(None),
     room=0,
     by="token",
+    store="device",
 ):
     """Run the ops; the first portion may be appended without attending."""
     q, k, v = (x.to(dtype)[rows] for x in case.qkv)
@@ -44,7 +45,7 @@ def in_portions(
     kind = chosen.pop("retrieve_by")
     config = config.replace(retrieve_chunks=chunks, retrieve_block=block, retrieve_by=kind)
     options = retrieval_options(config, case.head_dim**-0.5, case.softcap) | chosen
-    state = new_retrieval_state(k, v, room or case.keys, options)
+    state = new_retrieval_state(k, v, room or case.keys, options, store=store)
     outs, lses, lo = [], [], 0
     for size in sizes:
         part = [x[:, :, lo : lo + size] for x in (q, k, v)]
@@ -115,12 +116,13 @@ def test_what_does_not_fit_is_refused():
         torch.ops.flasheva.retrieval_decode(q, k, v, [], None, *state, **options)
 
 
+@pytest.mark.parametrize("store", ["device", "fp8"])
 @pytest.mark.parametrize("op", ["retrieval_decode", "retrieval_append"])
-def test_ops_pass_opcheck(op):
+def test_ops_pass_opcheck(op, store):
     case = dataclasses.replace(AttentionCase(), mask="holes", keys=21, queries=21)
     config = eva_config(case).replace(retrieve_chunks=2, retrieve_block=4)
     options = retrieval_options(config, 0.5)
-    state = new_retrieval_state(*case.qkv[1:], 24, options)
+    state = new_retrieval_state(*case.qkv[1:], 24, options, store=store)
     inputs = (*case.qkv, list(case.parameters), case.masks["key_mask"], *state)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.flasheva, op), inputs, options, test_utils=checks)

@@ -31,6 +31,8 @@ class Arm:
         compiled: Train through ``model.compile(backend="flasheva")``.
         seed: Of the order of training sequences.
         noise: What the ``eva`` rule adds to its random features in training.
+        calibration_length: Of the texts that ``calibrate`` reads [tokens]; weights of bounds are
+            learned from whole contexts alone.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Arm:
     compiled: bool = False
     seed: int = 0
     noise: FeatureNoise = "none"
+    calibration_length: int = 2048
 
 
 def recipe(arm: Arm, steps: int) -> tuple[Phase, ...]:
@@ -189,6 +192,8 @@ def retrieval_arms() -> tuple[Arm, ...]:
         config = eva("tangent", chunk_size, retrieve_chunks=count, retrieve_by="bounds")
         name = f"tangent c{chunk_size} top-{count} by bounds"
         found.append(Arm(name=name, config=config, training="none"))
+        name, whole = f"{name}, weights", 8192
+        found.append(Arm(name=name, config=config, training="none", calibration_length=whole))
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
     return tuple(found)

@@ -166,7 +166,7 @@ def run_arm(
     """Prepare, train and evaluate one arm; return its row."""
     row: dict[str, Any] = {**asdict(arm), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     train = torch.from_numpy(text["train"].astype(np.int64))
-    calibration = list(train[-4:, :2048].split(1))
+    calibration = list(train[-4:, : arm.calibration_length].split(1))
     layers = choose_layers(a, arm, model, tokenizer, calibration, row)
     fe.prepare(model, layers)
     if arm.chunk_tokens and arm.config["chunk_rule"] in ("tangent", "evabyte"):

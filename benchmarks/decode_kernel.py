@@ -1,8 +1,9 @@
 """Time of the decode kernels of one layer on a GPU, and the share of a copy's bandwidth, as JSON.
 
-Run ``PYTHONPATH=. python benchmarks/decode_kernel.py [--sweep]``. One call appends a token and
-attends from it: both launches, in CUDA graphs of 20 calls. States rotate where they would stay in
-the L2 cache. With ``--sweep`` other tiles and splits are timed beside the default choice.
+Run ``PYTHONPATH=. python benchmarks/decode_kernel.py [--sweep] [--fp8]``. One call appends a token
+and attends from it: both launches, in CUDA graphs of 20 calls. States rotate where they would stay
+in the L2 cache. With ``--sweep`` other tiles and splits are timed beside the default choice. With
+``--fp8`` chunk tokens are stored in fp8.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from flasheva_compile.kernels.blocked import fp8
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch_decode
@@ -41,13 +43,14 @@ def main() -> None:
     """Measure every shape and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="time other schedules, too")
+    parser.add_argument("--fp8", action="store_true", help="chunk tokens in fp8")
     parser.add_argument("--out", type=Path, default=Path("decode_kernel.json"))
     parser.add_argument("--commit", help="recorded where git cannot say it")
     arguments = parser.parse_args()
     copy = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for shape in itertools.product(HEAD_DIMS, BATCHES, CONTEXTS):
-        rows += measure(*shape, copy, sweep=arguments.sweep)
+        rows += measure(*shape, copy, sweep=arguments.sweep, fp8_chunks=arguments.fp8)
         print(rows[-1], flush=True)
     record = {"header": header(torch.device("cuda"), arguments.commit), "copy_gbs": copy}
     record["header"] |= {
@@ -55,17 +58,18 @@ def main() -> None:
         "group": GROUP,
         "dtype": "bfloat16",
         "rule": "tangent",
+        "chunk_tokens": "fp8" if arguments.fp8 else None,
     }
     arguments.out.write_text(json.dumps({**record, "rows": rows}, indent=1))
 
 
 def measure(
-    size: int, batch: int, context: int, copy: float, *, sweep: bool
+    size: int, batch: int, context: int, copy: float, *, sweep: bool, fp8_chunks: bool
 ) -> list[dict[str, Any]]:
     """Return one row for each schedule of a shape, the default last."""
-    moved = bytes_moved(size, batch, context)
+    moved = bytes_moved(size, batch, context, fp8_chunks=fp8_chunks)
     states = max(1, min(CALLS, -(-L2_BYTES // moved)))
-    call = inputs(size, batch, context, states)
+    call = inputs(size, batch, context, states, fp8_chunks=fp8_chunks)
     rows = []
     trials = [(None, None)]
     if sweep:
@@ -85,7 +89,7 @@ def measure(
 
 
 def inputs(
-    size: int, batch: int, context: int, copies: int
+    size: int, batch: int, context: int, copies: int, *, fp8_chunks: bool
 ) -> tuple[tuple[Any, ...], list[CacheState]]:
     """Return queries, keys, values and phi of a step, and states that hold ``context`` tokens."""
 
@@ -95,19 +99,26 @@ def inputs(
     slots = SETTINGS.sink_tokens + ring_size(SETTINGS)
     chunks = context // SETTINGS.chunk_size + 64
     head = (batch, KV_HEADS)
+
+    def stored(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = normal(*shape)
+        return fp8.encode(x) if fp8_chunks else (x, torch.empty_like(x[..., :0], dtype=torch.int8))
+
+    pooled = [(stored(*head, chunks, size), stored(*head, chunks, size)) for _ in range(copies)]
     states = [
         CacheState(
             exact_k=normal(*head, slots, size),
             exact_v=normal(*head, slots, size),
             exact_mask=torch.ones(batch, slots, dtype=torch.bool, device="cuda"),
-            rfa_k=normal(*head, chunks, size),
-            rfa_v=normal(*head, chunks, size),
+            rfa_k=rfa_k,
+            rfa_v=rfa_v,
             rfa_bias=torch.full((*head, chunks), 2.7, device="cuda"),
+            rfa_exponents=torch.cat([of_k, of_v], -1),
             open_q=normal(*head, 0, size),
             start=torch.zeros(batch, dtype=torch.int64, device="cuda"),
             length=torch.full((1,), context, dtype=torch.int64, device="cuda"),
         )
-        for _ in range(copies)
+        for (rfa_k, of_k), (rfa_v, of_v) in pooled
     ]
     q, k, v = (
         normal(batch, KV_HEADS * GROUP, 1, size),
@@ -160,13 +171,14 @@ def microseconds(call: tuple[Any, ...], states: list[CacheState]) -> float:
     return statistics.median(times[1:])
 
 
-def bytes_moved(size: int, batch: int, context: int) -> int:
+def bytes_moved(size: int, batch: int, context: int, *, fp8_chunks: bool) -> int:
     """Return what a step must read: visible chunk tokens with biases, window, sinks [bytes]."""
     s, token = SETTINGS, 2 * size * 2
     first = max(context - s.window_size + 1, 0) // s.chunk_size * s.chunk_size
     chunks = (first - s.sink_tokens) // s.chunk_size
     exact = s.sink_tokens + context - max(first, s.sink_tokens)
-    return batch * KV_HEADS * (chunks * (token + 4) + exact * token)
+    pooled = token // 2 + 2 if fp8_chunks else token
+    return batch * KV_HEADS * (chunks * (pooled + 4) + exact * token)
 
 
 def copy_bandwidth() -> float:

@@ -168,8 +168,7 @@ def chunk_tokens(cell: Cell) -> dict[str, Any]:
     chunks = -(-(cell.context + ROOM) // cell.chunk_size)
     shape = (cell.batch, KV_HEADS, chunks)
     return {
-        "rfa_k": normal(*shape, HEAD_DIM),
-        "rfa_v": normal(*shape, HEAD_DIM),
+        **{name: normal(*shape, HEAD_DIM) for name in ("rfa_k", "rfa_v")},
         "rfa_bias": torch.full(shape, 2.7, device="cuda"),
         "start": torch.zeros(cell.batch, dtype=torch.int64, device="cuda"),
         "length": torch.full((1,), cell.context, dtype=torch.int64, device="cuda"),
@@ -193,6 +192,7 @@ def plain_state(cell: Cell) -> CacheState:
         exact_k=normal(cell.batch, KV_HEADS, slots, HEAD_DIM),
         exact_v=normal(cell.batch, KV_HEADS, slots, HEAD_DIM),
         exact_mask=torch.ones(cell.batch, slots, dtype=torch.bool, device="cuda"),
+        rfa_exponents=torch.empty(cell.batch, KV_HEADS, 0, 0, dtype=torch.int8, device="cuda"),
         open_q=normal(cell.batch, KV_HEADS, 0, HEAD_DIM),
         **chunk_tokens(cell),
     )

@@ -59,7 +59,9 @@ def cache_settings(o: dict[str, Any]) -> AttentionSettings:
     return AttentionSettings(causal=True, q_offset=0, **{name: o[name] for name in names})
 
 
-def new_state(k: Tensor, v: Tensor, chunks: int, o: dict[str, Any]) -> CacheState:
+def new_state(
+    k: Tensor, v: Tensor, chunks: int, o: dict[str, Any], *, fp8_chunks: bool = False
+) -> CacheState:
     """Allocate an empty state.
 
     Args:
@@ -67,18 +69,22 @@ def new_state(k: Tensor, v: Tensor, chunks: int, o: dict[str, Any]) -> CacheStat
         v: Any values, ``[B, Hkv, *, Dv]``.
         chunks: Chunk tokens to make room for.
         o: The ops' keyword arguments.
+        fp8_chunks: Store chunk tokens in fp8.
     """
     s = cache_settings(o)
     batch, heads = k.shape[:2]
     slots = s.sink_tokens + ring_size(s)
     accumulator = torch.float64 if k.dtype == torch.float64 else torch.float32
+    stored = torch.uint8 if fp8_chunks else k.dtype
+    exponents = 2 if fp8_chunks else 0
     return CacheState(
         exact_k=k.new_zeros(batch, heads, slots, k.shape[3]),
         exact_v=v.new_zeros(batch, heads, slots, v.shape[3]),
         exact_mask=k.new_zeros(batch, slots, dtype=torch.bool),
-        rfa_k=k.new_zeros(batch, heads, chunks, k.shape[3]),
-        rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3]),
+        rfa_k=k.new_zeros(batch, heads, chunks, k.shape[3], dtype=stored),
+        rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3], dtype=stored),
         rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
+        rfa_exponents=k.new_zeros(batch, heads, chunks, exponents, dtype=torch.int8),
         open_q=k.new_zeros(batch, heads, s.chunk_size if o["rule"] == "eva" else 0, k.shape[3]),
         start=k.new_zeros(batch, dtype=torch.int64),
         length=k.new_zeros(1, dtype=torch.int64),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
+    "rfa_exponents_ptr",  # of fp8 alone
     *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is of the rule eva alone
 )
 """Names of the arguments that the fields of ``CacheState`` are, in order."""
@@ -50,11 +51,12 @@ class StepShape(NamedTuple):
         q: Shape of the queries, ``[B, Hq, 1, D]``.
         v: Shape of the new values, ``[B, Hkv, 1, Dv]``.
         chunks: Chunk tokens that the cache has room for.
-        dtype: Of all tensors but biases.
+        dtype: Of all tensors but biases and what is stored in fp8.
         device: Where they are.
         rule: Chunk rule of the kernel.
         parameters: How many parameters it gets.
         key_mask: Whether the new tokens have a key mask.
+        fp8_chunks: Whether chunk tokens are stored in fp8.
     """
 
     q: torch.Size
@@ -65,6 +67,7 @@ class StepShape(NamedTuple):
     rule: str
     parameters: int
     key_mask: bool
+    fp8_chunks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +126,8 @@ def decode(  # noqa: PLR0913 - the arguments of the op
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     device, count, masked = q.device, len(parameters), key_mask is not None
     chunks = state.rfa_k.shape[2]
-    shape = StepShape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked)
+    fp8 = state.fp8_chunks
+    shape = StepShape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked, fp8)
     with on_device(device):
         plan = _plan(shape, settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -202,6 +206,7 @@ def decode_spec(shape: StepShape, s: AttentionSettings) -> KernelSpec:
         softcap=s.softcap > 0,
         chunk_rule=shape.rule,
         parameters=shape.parameters,
+        fp8_chunks=shape.fp8_chunks,
     )
     return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
 
@@ -221,8 +226,15 @@ def is_whole(chunks: int, rule: str, s: AttentionSettings) -> bool:
 
 def whole(spec: KernelSpec) -> KernelSpec:
     """Return the spec of such a cache, whose slots are no part of the kernel."""
-    nothing = {"window_size": 0, "chunk_size": 1, "chunk_rule": None, "parameters": 0}
-    return dataclasses.replace(spec, window="whole", **nothing)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(
+        spec,
+        window="whole",
+        window_size=0,
+        chunk_size=1,
+        chunk_rule=None,
+        parameters=0,
+        fp8_chunks=False,
+    )
 
 
 def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:

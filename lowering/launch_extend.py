@@ -58,11 +58,12 @@ class _Shape(NamedTuple):
         k: Shape of the new keys, ``[B, Hkv, L, D]``.
         value_dim: ``Dv``.
         chunks: Chunk tokens that the cache has room for.
-        dtype: Of all tensors but biases.
+        dtype: Of all tensors but biases and what is stored in fp8.
         device: Where they are.
         rule: Chunk rule that the kernels apply.
         parameters: How many parameters it gets.
         key_mask: Whether the new tokens have a key mask.
+        fp8_chunks: Whether chunk tokens are stored in fp8.
     """
 
     q_heads: int
@@ -74,6 +75,7 @@ class _Shape(NamedTuple):
     rule: str
     parameters: int
     key_mask: bool
+    fp8_chunks: bool
 
 
 class _Launch(NamedTuple):
@@ -182,6 +184,7 @@ def _prepared(
         rule,
         len(parameters),
         key_mask is not None,
+        state.fp8_chunks,
     )
     plan = _plan(shape, settings)
     values = {
@@ -257,6 +260,7 @@ def extend_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         sink_size=s.sink_tokens,
         window=s.window,
         softcap=s.softcap > 0,
+        fp8_chunks=shape.fp8_chunks,
     )
     return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
 

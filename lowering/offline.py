@@ -114,6 +114,7 @@ _OTHER = {
     **dict.fromkeys(("exact_mask_ptr", "key_mask_ptr"), "*i1"),
     **dict.fromkeys(("row_start_ptr", "length_ptr", "written_ptr"), "*i64"),
     **dict.fromkeys(("key_codes_ptr", "value_codes_ptr", "exponents_ptr"), "*u8"),
+    "rfa_exponents_ptr": "*i8",
 }
 
 _MATRIX = {  # the newest first: a kernel that has one may hold older ones, too
@@ -133,6 +134,8 @@ def argument_type(name: str, spec: KernelSpec, schedule: Schedule) -> str:
         size = spec.value_dim if tensor in _VALUES else spec.head_dim
         rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
         return f"tensordesc<{spec.dtype}[1, 1, {rows}, {parts(size)[int(part)][1]}]>"
+    if name in ("rfa_k_ptr", "rfa_v_ptr") and spec.fp8_chunks:
+        return "*u8"
     if name in _OTHER:
         return _OTHER[name]
     if name in ("coded_q_ptr", "key_book_ptr", "value_book_ptr"):

@@ -227,6 +227,8 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         # What feature maps keep would spill under a lower limit, and in fp32 under any.
         most = 0 if spec.dtype == "fp32" else _THREE_PROGRAMS
         schedule = dataclasses.replace(schedule, max_registers=most)
+    if spec.kind == "decode" and spec.fp8_chunks:
+        schedule = _converting(spec, schedule)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):
         schedule = dataclasses.replace(schedule, tma=False)
     # Measured on sm_90, through descriptors.
@@ -238,6 +240,14 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         # A few registers less than it takes of itself, and no spill; others do, or take less.
         schedule = dataclasses.replace(schedule, max_registers=_THREE_PROGRAMS)
     return schedule
+
+
+def _converting(spec: KernelSpec, schedule: Schedule) -> Schedule:
+    """Make room for numbers that are made of bytes: between loads and products in registers."""
+    if spec.dtype == "fp32":  # whose products keep both operands there, too
+        return dataclasses.replace(schedule, block_n=16, num_stages=1)
+    most = schedule.max_registers and max(schedule.max_registers, _THREE_PROGRAMS)
+    return dataclasses.replace(schedule, max_registers=most)
 
 
 # --- what the user has tuned ----------------------------------------------------------------------

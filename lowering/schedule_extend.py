@@ -51,6 +51,8 @@ def _fits(spec: KernelSpec, s: Schedule, target: Target) -> bool:
     limit = _WIDE_REGISTERS if max(d, e) > 128 else _REGISTERS
     if spec.dtype == "fp32":
         limit = _WIDE_FMA_REGISTERS if max(d, e) > 64 else _FMA_REGISTERS
+    if spec.fp8_chunks:  # numbers are made of bytes in registers
+        limit = limit // 2 if spec.dtype == "fp32" else limit * 3 // 4
     return shared <= target.shared_limit and words <= limit * threads
 
 

@@ -85,7 +85,7 @@ _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
 _DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
     *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds"),
-    *("near_store", "fp8_store"),
+    *("near_store", "fp8_store", "fp8_chunks"),
     *(*_QUERY_FIELDS, *_POOLING_FIELDS, *_DECODE_FIELDS),
 )
 _SELECTED_BY = (
@@ -101,7 +101,7 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     "bias_columns": _COMBINE_FIELDS,
     "extend_pool": ("group", "softcap", *_DECODE_FIELDS),
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
-    "extend_append": ("group", "softcap", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "extend_append": ("group", "softcap", "fp8_chunks", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
     "retrieval_decode": (
         *("key_mask", "by_bounds", "weighted_bounds"),
@@ -135,6 +135,7 @@ _NEUTRAL = {
     "weighted_bounds": False,
     "near_store": False,
     "fp8_store": False,
+    "fp8_chunks": False,
 }
 
 
@@ -175,6 +176,7 @@ class KernelSpec:
         weighted_bounds: This kernel makes bounds, with weights instead of halves.
         near_store: Sinks and the latest tokens are read from copies of their own.
         fp8_store: Selected keys are read from fp8; implies ``near_store``.
+        fp8_chunks: Chunk tokens of a cache are stored in fp8.
     """
 
     kind: AnyKind
@@ -205,6 +207,7 @@ class KernelSpec:
     weighted_bounds: bool = False
     near_store: bool = False
     fp8_store: bool = False
+    fp8_chunks: bool = False
 
     def of_kind(self, kind: AnyKind) -> KernelSpec:
         """Return the spec of another kernel of the same attention, without what it ignores."""

@@ -24,6 +24,7 @@ from flasheva_compile.retrieval_cache_ops import Store
 from flasheva_compile.validation import expect_choice
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -76,6 +77,7 @@ class FlashEvaCache(Cache):
         codebooks: KvCodebooks | str | Path | None = None,
         prefill: Prefill = "formula",
         store: Store = "device",
+        chunk_tokens: Literal["fp8"] | None = None,
     ) -> FlashEvaCache:
         """Build an empty cache.
 
@@ -95,12 +97,13 @@ class FlashEvaCache(Cache):
                 attention, as its layers' ``repr`` then says. Later tokens follow the formula.
             store: How retrieving layers keep every key: exactly on the "device", "offloaded" to the
                 host, or in "fp8" on the device, where only selected chunks are read rounded.
+            chunk_tokens: How FlashEVA layers store them: "fp8", in about half of the bytes of bf16;
+                None = in the model's dtype. What the first call attends to is not rounded.
 
         Raises:
             ConfigError: Model not prepared, contradicting arguments, or another model's codebooks.
         """
-        expect_choice("prefill", prefill, get_args(Prefill))
-        expect_choice("store", store, get_args(Store))
+        _expect_choices(prefill, store, chunk_tokens)
         if config is not None:
             from flasheva_compile.generation.prepare import prepare
 
@@ -109,13 +112,11 @@ class FlashEvaCache(Cache):
             message = f"{max_batch_size} without max_cache_len"
             raise ConfigError(message, subject="max_batch_size", hint="give both, or neither")
         layers = _own_layers(model, max_cache_len)
-        for index, layer in _eva_layers(model, store, max_cache_len).items():
+        for index, layer in _eva_layers(model, store, max_cache_len, chunk_tokens).items():
             layers[index] = layer
             layer.exact_prefill = prefill == "exact"
         storages = storage_of_layers(model, full_layers, layers)
-        if offloading and storages:
-            message, hint = "quantised layers stay on their device", 'pass full_layers="exact"'
-            raise ConfigError(message, subject="offloading", hint=hint)
+        _expect_unmoved(storages, offloading=offloading)
         quantized = quantized_layers(model, storages, codebooks, max_cache_len)
         layers = [quantized.get(index, layer) for index, layer in enumerate(layers)]
         layers = layers if offloading else exact_layers(model, layers)  # moved: transformers' own
@@ -245,6 +246,19 @@ class FlashEvaCache(Cache):
         return sum(layer.host_nbytes() for layer in layers)
 
 
+def _expect_choices(prefill: str, store: str, chunk_tokens: str | None) -> None:
+    expect_choice("prefill", prefill, get_args(Prefill))
+    expect_choice("store", store, get_args(Store))
+    if chunk_tokens is not None:
+        expect_choice("chunk_tokens", chunk_tokens, ("fp8",))
+
+
+def _expect_unmoved(storages: Mapping[int, KvStorage], *, offloading: bool) -> None:
+    if offloading and storages:
+        message, hint = "quantised layers stay on their device", 'pass full_layers="exact"'
+        raise ConfigError(message, subject="offloading", hint=hint)
+
+
 def _own_layers(model: Any, max_cache_len: int | None) -> list[Any]:  # noqa: ANN401
     """Return the layers that transformers would take."""
     text = model.config.get_text_config(decoder=True)
@@ -267,14 +281,32 @@ def _eva_layers(
     model: Any,  # noqa: ANN401
     store: Store,
     max_cache_len: int | None,
+    chunk_tokens: str | None,
 ) -> dict[int, EvaCacheLayer]:
     """Return the cache layers of converted attentions."""
     converted = cached_layers(model)
+    if chunk_tokens is not None:
+        _expect_roundable(converted)
     retrieving = _retrieving_kind(store, converted)
     kinds = {
         n: retrieving if x.config.retrieve_chunks else EvaCacheLayer for n, x in converted.items()
     }
-    return {n: kinds[n](x.path, x.config, max_cache_len) for n, x in converted.items()}
+    layers = {n: kinds[n](x.path, x.config, max_cache_len) for n, x in converted.items()}
+    for layer in layers.values():
+        layer.fp8_chunks = chunk_tokens == "fp8"
+    return layers
+
+
+def _expect_roundable(converted: dict[int, CachedLayer]) -> None:
+    """Refuse chunk tokens in fp8 where they select chunks."""
+    retrieving = next((x.path for x in converted.values() if x.config.retrieve_chunks), None)
+    if retrieving is not None:
+        raise ConfigError(
+            f"'fp8', but {retrieving} retrieves: its chunk tokens select chunks, so that rounding "
+            "selects others, and few bytes are theirs beside the exact keys that it keeps",
+            subject="chunk_tokens",
+            hint="set retrieve_chunks=0, or leave chunk_tokens out",
+        )
 
 
 def _retrieving_kind(store: Store, converted: dict[int, CachedLayer]) -> type[EvaCacheLayer]:

@@ -40,6 +40,7 @@ class EvaCacheLayer(StateLayer):
         self.config = config
         self.record_past = False
         self.exact_prefill = False
+        self.fp8_chunks = False
         self.snapshot: dict[str, Tensor] = {}  # tensors of the state before what is recorded
         self.recorded: list[tuple[Tensor, ...]] = []
         self.replay: Callable[..., None] | None = None
@@ -48,6 +49,7 @@ class EvaCacheLayer(StateLayer):
         c = self.config
         kind = f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}"
         kind += ", exact prefill" * self.exact_prefill
+        kind += ", fp8 chunk tokens" * self.fp8_chunks
         return f"{type(self).__name__}({self.path}: {kind})"
 
     def _new_state(self, k: Tensor, v: Tensor) -> Any:  # noqa: ANN401 - of state_type
@@ -56,7 +58,7 @@ class EvaCacheLayer(StateLayer):
             chunks = visible_chunks(self.max_cache_len, cache_settings(options))
         else:
             chunks = -(-k.shape[2] // self.config.chunk_size) + FIRST_CHUNKS
-        return new_state(k, v, max(1, chunks), options)
+        return new_state(k, v, max(1, chunks), options, fp8_chunks=self.fp8_chunks)
 
     def _options(self, scale: float, softcap: float) -> dict[str, Any]:
         """Return the keyword arguments of the ops."""
@@ -211,7 +213,8 @@ class EvaCacheLayer(StateLayer):
         if chunks <= capacity:
             return
         more = max(chunks, capacity + capacity // 4 + FIRST_CHUNKS) - capacity
-        self._extend({"rfa_k": more, "rfa_v": more, "rfa_bias": more})
+        names = ("rfa_k", "rfa_v", "rfa_bias", "rfa_exponents")
+        self._extend(dict.fromkeys(names, more))
 
     def _extend(self, room: dict[str, int]) -> None:
         """Append slots to the third axis of tensors of the state."""

@@ -12,6 +12,7 @@ import torch
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
 from flasheva_compile.generation.cache import FlashEvaCache
+from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.fingerprint import fingerprint
 from flasheva_compile.generation.offloaded_layer import OffloadedCacheLayer
@@ -260,6 +261,7 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
         "max_cache_len": str(cache.get_max_length()),
         "offloading": str(cache.offloading),
         "store": "fp8" if any(isinstance(x, Fp8CacheLayer) for x in cache.layers) else "device",
+        "chunk_tokens": "fp8" if _has_fp8_chunks(cache) else "",
         "numbers": json.dumps(numbers),
     }
     save_file(tensors, str(path), metadata)
@@ -287,7 +289,9 @@ def load_cache(model: Any, path: str | Path) -> FlashEvaCache:  # noqa: ANN401
     # Full layers of a preallocated cache are of another kind if transformers moves them.
     offloading = room is not None and metadata["offloading"] == "True"
     store = cast("Store", metadata["store"])
-    cache = FlashEvaCache.for_model(model, max_cache_len=room, offloading=offloading, store=store)
+    chunk_tokens = "fp8" if metadata["chunk_tokens"] else None
+    kinds = {"offloading": offloading, "store": store, "chunk_tokens": chunk_tokens}
+    cache = FlashEvaCache.for_model(model, max_cache_len=room, **kinds)
     numbers = json.loads(metadata["numbers"])
     for index, layer in enumerate(cache.layers):
         prefix = f"{index}."
@@ -295,6 +299,10 @@ def load_cache(model: Any, path: str | Path) -> FlashEvaCache:  # noqa: ANN401
         _restore(layer, own, numbers[index])
     cache.told = tensors.get(_TOLD)
     return cache
+
+
+def _has_fp8_chunks(cache: FlashEvaCache) -> bool:
+    return any(isinstance(layer, EvaCacheLayer) and layer.fp8_chunks for layer in cache.layers)
 
 
 def _expect_same(metadata: dict[str, str], model: Any, path: str) -> None:  # noqa: ANN401
@@ -323,8 +331,9 @@ def _restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) ->
     if not tensors:
         return
     if isinstance(layer, StateLayer):
-        # Sizes and dtype are those of keys and values, which a store may hold in bytes.
-        layer.lazy_initialization(tensors["rfa_k"], tensors["rfa_v"])
+        # Sizes and dtype are those of what is in no bytes: a window, or where none is, chunk tokens.
+        kind = "exact" if "exact_k" in tensors else "rfa"
+        layer.lazy_initialization(tensors[f"{kind}_k"], tensors[f"{kind}_v"])
         state = layer.state_type(**tensors)
         if layer.max_cache_len is not None and layer.state is not None:
             for x, stored in zip(layer.state, state, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flasheva_compile.kernels.blocked.fp8 import decode_fp8, encode_fp8
+from flasheva_compile.kernels.blocked import fp8
 
 
 class Fp8Codec:
@@ -58,8 +58,9 @@ class Fp8Codec:
 
 
 def _encoded(x: Tensor) -> Tensor:
-    return torch.cat(encode_fp8(x), -1)
+    return torch.cat([part.view(torch.uint8) for part in fp8.encode(x)], -1)
 
 
 def _decoded(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return decode_fp8(packed[..., :-1], packed[..., -1:], dtype)
+    exponent = packed[..., -1:].contiguous().view(torch.int8)
+    return fp8.decode(packed[..., :-1], exponent, dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from flasheva_compile.kernels.blocked import fp8
 from flasheva_compile.kernels.blocked.cache_state import (
     CacheState,
     advance,
@@ -116,13 +117,26 @@ def _pool_complete(
         for x, (kept, at) in zip(new, held, strict=True)
     )
     q, k, v = qkv
-    pooled = pool(q, k, v, valid)
+    pooled = _stored(pool(q, k, v, valid), state)
     slots = torch.arange(state.rfa_k.shape[2], device=before.device)
     index = slots - first[:, None]
     complete = (index >= 0) & (index < chunks) & ((slots + 1) * c <= after[:, None])
     index = index.clamp(0, chunks - 1)
-    for kept, x in zip((state.rfa_k, state.rfa_v, state.rfa_bias), pooled, strict=True):
+    for kept, x in pooled:
         _put(kept, x, index, complete)
+
+
+def _stored(
+    pooled: tuple[Tensor, Tensor, Tensor], state: CacheState
+) -> list[tuple[Tensor, Tensor]]:
+    """Return tensors of the state, each with what it is to hold of new chunk tokens."""
+    k, v, bias = pooled
+    if not state.fp8_chunks:
+        return list(zip((state.rfa_k, state.rfa_v, state.rfa_bias), pooled, strict=True))
+    (k, of_k), (v, of_v) = fp8.encode(k), fp8.encode(v)
+    exponents = torch.cat([of_k, of_v], -1)
+    kept = (state.rfa_k, state.rfa_v, state.rfa_bias, state.rfa_exponents)
+    return list(zip(kept, (k, v, bias, exponents), strict=True))
 
 
 def _wide(flag: Tensor) -> Tensor:
@@ -219,8 +233,9 @@ def _attend(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G L, D]
     chunks, slots = _chunks_in_reach(state, before, tokens, s), _slots_in_use(state, before)
-    keys = (state.rfa_k[:, :, :chunks], state.exact_k[:, :, :slots], kv[0])
-    values = (state.rfa_v[:, :, :chunks], state.exact_v[:, :, :slots], kv[1])
+    rfa_k, rfa_v = _chunk_tokens(state, chunks, dtype)
+    keys = (rfa_k, state.exact_k[:, :, :slots], kv[0])
+    values = (rfa_v, state.exact_v[:, :, :slots], kv[1])
     position = before[:, None] + torch.arange(tokens, device=q.device)
     visible = _visible(position, key_mask, state, (chunks, slots), before, s)
     scores = torch.cat([grouped @ x.to(dtype).mT for x in keys], -1) * s.scale
@@ -236,6 +251,15 @@ def _attend(
     out = out.view(batch, q.shape[1], tokens, -1)
     lost = (first_exact(position, s) > state.rfa_k.shape[2] * s.chunk_size)[:, None, :, None]
     return out.masked_fill(lost, torch.nan).to(q.dtype), lse.flatten(1, 2)
+
+
+def _chunk_tokens(state: CacheState, chunks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the first chunk tokens' keys and values as numbers."""
+    k, v = state.rfa_k[:, :, :chunks], state.rfa_v[:, :, :chunks]
+    if not state.fp8_chunks:
+        return k, v
+    of_k, of_v = state.rfa_exponents[:, :, :chunks].split(1, -1)
+    return fp8.decode(k, of_k, dtype), fp8.decode(v, of_v, dtype)
 
 
 def _chunks_in_reach(state: CacheState, before: Tensor, tokens: int, s: AttentionSettings) -> int:

@@ -23,9 +23,12 @@ class CacheState(NamedTuple):
         exact_k: ``[B, Hkv, T + E, D]``, keys of the sinks, then of the ring.
         exact_v: ``[B, Hkv, T + E, Dv]``.
         exact_mask: ``[B, T + E]`` bool, whether the slot's token may be attended.
-        rfa_k: ``[B, Hkv, C, D]``, one chunk token per complete chunk, in order of position.
-        rfa_v: ``[B, Hkv, C, Dv]``.
+        rfa_k: ``[B, Hkv, C, D]``, one chunk token per complete chunk, in order of position; uint8
+            if they are stored in fp8.
+        rfa_v: ``[B, Hkv, C, Dv]``, as ``rfa_k``.
         rfa_bias: ``[B, Hkv, C]``, fp32 (fp64 for fp64).
+        rfa_exponents: ``[B, Hkv, C, 2]`` int8, of fp8: powers of two of key and value;
+            ``[B, Hkv, C, 0]`` otherwise.
         open_q: ``[B, Hkv, c, D]``, mean queries of each kv group over the chunk that is not
             complete, at position modulo ``c``; ``[B, Hkv, 0, D]`` unless the rule is ``eva``.
         start: ``[B]`` int64, column of the row's first valid token; ``length`` while it has none.
@@ -38,9 +41,15 @@ class CacheState(NamedTuple):
     rfa_k: Tensor
     rfa_v: Tensor
     rfa_bias: Tensor
+    rfa_exponents: Tensor
     open_q: Tensor
     start: Tensor
     length: Tensor
+
+    @property
+    def fp8_chunks(self) -> bool:
+        """Whether chunk tokens are stored in fp8."""
+        return self.rfa_k.dtype == torch.uint8
 
 
 def ring_size(s: AttentionSettings) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from flasheva_compile.kernels.blocked import fp8
 from flasheva_compile.kernels.blocked.cache_state import held_positions, slot_of
-from flasheva_compile.kernels.blocked.fp8 import decode_fp8, encode_fp8
 from flasheva_compile.kernels.blocked.retrieval_block import gather_chunks
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class RetrievalState(NamedTuple):
 
     Attributes:
         keys: ``[B, Hkv, N, D]``, by column; ``N`` is at least a chunk. In fp8 the bytes of
-            :func:`encode_fp8`, uint8.
+            :func:`fp8.encode`, uint8.
         values: ``[B, Hkv, N, Dv]``, alike.
         mask: ``[B, N]`` bool, whether the column's token may be attended.
         rfa_k: ``[B, Hkv, C, D]``, one chunk token per complete chunk, in order of position.
@@ -118,9 +118,9 @@ def write_store(kv: tuple[Tensor, Tensor], column: Tensor, state: RetrievalState
         own = state.exponents[..., n : n + 1]
         step = max(1, _ENCODED_AT_ONCE // max(1, x[:, :, :1].numel()))
         for part, at in zip(x.split(step, 2), column.split(step), strict=True):
-            codes, exponents = encode_fp8(part)
+            codes, exponents = fp8.encode(part)
             kept.index_copy_(2, at, codes)
-            own.index_copy_(2, at, exponents)
+            own.index_copy_(2, at, exponents.view(torch.uint8))
 
 
 def write_near(
@@ -191,7 +191,7 @@ def selected_tokens(
         return keys, values
     # The largest number of the model's dtype may have been rounded up.
     most = torch.finfo(state.near_k.dtype).max
-    exponents = chunks(state.exponents).split(1, -1)
-    decoded = (decode_fp8(x, e, dtype) for x, e in zip((keys, values), exponents, strict=True))
+    exponents = chunks(state.exponents).view(torch.int8).split(1, -1)
+    decoded = (fp8.decode(x, e, dtype) for x, e in zip((keys, values), exponents, strict=True))
     keys, values = (x.clamp(-most, most) for x in decoded)
     return keys, values

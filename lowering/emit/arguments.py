@@ -35,7 +35,7 @@ POINTERS = (
         "coded_q_ptr",
         "q_scale_ptr",
     ),
-    *("exponents_ptr", "written_ptr"),
+    *("exponents_ptr", "written_ptr", "rfa_exponents_ptr"),
     *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
     *("dk_parts_ptr", "dv_parts_ptr"),
 )

@@ -13,6 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
+from flasheva_compile.lowering.emit.chunk_fp8 import (
+    chunk_pointers,
+    key_tile,
+    scaled_products,
+    value_tile,
+)
 from flasheva_compile.lowering.emit.decode_append import append
 from flasheva_compile.lowering.emit.source import Dim, Source
 
@@ -131,10 +137,7 @@ def _rows(spec: KernelSpec) -> list[str]:
         return [*exact_pointers(spec), *token]
     return [
         *exact_pointers(spec),
-        "chunk_row = bh64 * chunks",
-        f"rfa_k_ptr += chunk_row * {spec.head_dim}",
-        f"rfa_v_ptr += chunk_row * {spec.value_dim}",
-        "rfa_bias_ptr += chunk_row",
+        *chunk_pointers(spec),
         *token,
     ]
 
@@ -191,12 +194,12 @@ def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return [
         "offs_n = offset + offs_t",
         "inside = offs_n < stop",
-        *tile_loads(d, "k", "rfa_k_ptr", "inside"),
-        f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
+        *key_tile(spec, d),
         *d.contract("s", "q", "k", scores.precision(spec)),
+        *scaled_products(spec),
         *scores.scores(spec, "chunk", keys_first=False),
         *softmax_step(e),
-        *tile_loads(e, "v", "rfa_v_ptr", "inside"),
+        *value_tile(spec, e),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
@@ -212,22 +215,14 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return [
         "offs_n = offset + offs_t",
         *(["inside = offs_n < stop"] if spec.window == "whole" else places),
-        *tile_loads(d, "k", "exact_k_ptr", "inside"),
+        *d.load_tile("k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *d.contract("s", "q", "k", scores.precision(spec)),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(is_key[None, :], s, float("-inf"))',
         *softmax_step(e),
-        *tile_loads(e, "v", "exact_v_ptr", "inside"),
+        *e.load_tile("v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
-    ]
-
-
-def tile_loads(dim: Dim, tile: str, pointer: str, bound: str) -> list[str]:
-    """Load the rows of a tile, neighbours in memory."""
-    return [
-        f"{tile}_tile = {pointer} + offset * tl.cast({dim.size}, tl.int64)",
-        *dim.load(tile, f"{tile}_tile", "offs_t", str(dim.size), bound),
     ]
 
 

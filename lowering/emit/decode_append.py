@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.chunk_fp8 import store_chunk_token
 from flasheva_compile.lowering.emit.decode_features import (
     MEMBERS,
     keeps_queries,
@@ -253,8 +254,7 @@ def pool_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *(f"l_{name} = tl.where(filled, l_{name}, 1.0)" for name in masses),
         *d.scale("sk", f"(1.0 / l_{of_keys})[:, None]"),
         *e.scale("sv", f"(1.0 / l_{of_values})[:, None]"),
-        *d.store_row("sk", f"rfa_k_ptr + chunk64 * {d.size}"),
-        *e.store_row("sv", f"rfa_v_ptr + chunk64 * {e.size}"),
+        *store_chunk_token(spec, d, e),
         f'pooled_bias = tl.where(filled, {bias}, float("-inf"))',
         "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), pooled_bias)",
     ]

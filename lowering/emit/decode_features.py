@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.chunk_fp8 import store_chunk_token
 from flasheva_compile.lowering.emit.scores import LOG2E
 
 if TYPE_CHECKING:
@@ -124,8 +125,7 @@ def pool_by_features(
         "l_v = tl.where(filled, l_v, 1.0)",
         *e.scale("sv", "(1.0 / l_v)[:, None]"),
         "chunk64 = chunk.to(tl.int64)",
-        *d.store_row("sk", f"rfa_k_ptr + chunk64 * {d.size}"),
-        *e.store_row("sv", f"rfa_v_ptr + chunk64 * {e.size}"),
+        *store_chunk_token(spec, d, e),
         'pooled_bias = tl.where(filled, 0.0, float("-inf"))',
         "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), pooled_bias)",
     )

@@ -11,12 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
+from flasheva_compile.lowering.emit.chunk_fp8 import (
+    chunk_pointers,
+    key_tile,
+    scaled_products,
+    value_tile,
+)
 from flasheva_compile.lowering.emit.decode import (
     LOWEST,
     exact_pointers,
     ring_slots,
     softmax_step,
-    tile_loads,
 )
 from flasheva_compile.lowering.emit.source import Dim, Source
 
@@ -143,16 +148,6 @@ def _pointers(spec: KernelSpec) -> list[str]:
     ]
 
 
-def chunk_pointers(spec: KernelSpec) -> list[str]:
-    """Move the pointers of the chunk tokens to row ``b`` and head ``hk``."""
-    return [
-        "chunk_row = bh64 * chunks",
-        f"rfa_k_ptr += chunk_row * {spec.head_dim}",
-        f"rfa_v_ptr += chunk_row * {spec.value_dim}",
-        "rfa_bias_ptr += chunk_row",
-    ]
-
-
 def new_pointers() -> list[str]:
     """Do the same with the new keys, values and their mask ``[B, queries]``."""
     return [
@@ -206,11 +201,10 @@ def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     return [
         "offs_n = offset + offs_t",
         "inside = offs_n < stop",
-        *tile_loads(d, "k", "rfa_k_ptr", "inside"),
-        f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
+        *key_tile(spec, d),
         f"visible = ((offs_n + 1) * {spec.chunk_size})[None, :] <= low[:, None]",
         *_attend(spec, "chunk", d, e),
-        *tile_loads(e, "v", "rfa_v_ptr", "inside"),
+        *value_tile(spec, e),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
@@ -225,11 +219,11 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "offs_n = offset + offs_t",
         held,
         "inside = offs_n < stop",
-        *tile_loads(d, "k", "exact_k_ptr", "inside"),
+        *d.load_tile("k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *visible,
         *_attend(spec, "key", d, e),
-        *tile_loads(e, "v", "exact_v_ptr", "inside"),
+        *e.load_tile("v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
@@ -276,6 +270,7 @@ def _attend(spec: KernelSpec, source: scores.KeySource, d: Dim, e: Dim) -> list[
     """Go on with the softmax by the scores of a tile."""
     return [
         *d.contract("s", "q", "k", scores.precision(spec)),
+        *(scaled_products(spec) if source == "chunk" else []),
         *scores.scores(spec, source, keys_first=False),
         's = tl.where(visible, s, float("-inf"))',
         *softmax_step(e),

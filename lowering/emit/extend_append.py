@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit.chunk_fp8 import chunk_pointers
 from flasheva_compile.lowering.emit.decode import exact_pointers, ring_slots
 from flasheva_compile.lowering.emit.decode_append import pool_members, pool_results, pool_start
 from flasheva_compile.lowering.emit.decode_features import (
@@ -18,7 +19,7 @@ from flasheva_compile.lowering.emit.decode_features import (
     pool_by_features,
     query_pointer,
 )
-from flasheva_compile.lowering.emit.extend import chunk_pointers, new_pointers, place, row_of
+from flasheva_compile.lowering.emit.extend import new_pointers, place, row_of
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:

@@ -17,16 +17,14 @@ LOST = -128
 _ORIGINS = 1 << 8  # apart in e4m3 and fp16
 
 
-def store_fp8_token(name: str, size: int, place: str) -> list[str]:
-    """Store the bytes and the exponent of a token ``new_k0`` or ``new_v0`` at a place, int64.
+def codes_of(row: str) -> list[str]:
+    """Make ``code [1, D]`` and ``exponent [1]``, integers, of a row as ``blocked/fp8.py`` does.
 
     All of it in integers: rounding to even of what has three bits of mantissa, and of multiples of
     2^-9 by adding a number whose last place that is.
     """
-    which, offs, shift = ("key", "offs_d0", "") if name == "k" else ("value", "offs_e0", " + 1")
-    bound = "" if size & (size - 1) == 0 and size >= 16 else f", mask={offs}[None, :] < {size}"
     return [
-        f"word = new_{name}0.to(tl.float32).to(tl.int32, bitcast=True)",
+        f"word = {row}.to(tl.float32).to(tl.int32, bitcast=True)",
         "largest = tl.max(word & 0x7FFFFFFF, 1)",
         "is_number = largest < 0x7F800000",
         "# The least with largest <= 448 * 2^exponent.",
@@ -38,11 +36,20 @@ def store_fp8_token(name: str, size: int, place: str) -> list[str]:
         "tiny = (y + 16384.0).to(tl.int32, bitcast=True) - 0x46800000",
         "code = tl.where(y < 0.015625, tiny, normal) | ((word >> 24) & 128)",
         "code = tl.where(is_number[:, None], code, 127)",
-        f"exponent = tl.where(is_number, exponent, {LOST}) & 255",
+        f"exponent = tl.where(is_number, exponent, {LOST})",
+    ]
+
+
+def store_fp8_token(name: str, size: int, place: str) -> list[str]:
+    """Store the bytes and the exponent of a token ``new_k0`` or ``new_v0`` at a place, int64."""
+    which, offs, shift = ("key", "offs_d0", "") if name == "k" else ("value", "offs_e0", " + 1")
+    bound = "" if size & (size - 1) == 0 and size >= 16 else f", mask={offs}[None, :] < {size}"
+    return [
+        *codes_of(f"new_{name}0"),
         f"coded = {place}",
         f"tl.store({which}_codes_ptr + coded * {size} + {offs}[None, :], code.to(tl.uint8){bound})",
         f"exponents = exponents_ptr + coded * 2{shift} + tl.arange(0, 1)",
-        "tl.store(exponents, exponent.to(tl.uint8))",
+        "tl.store(exponents, (exponent & 255).to(tl.uint8))",
     ]
 
 

@@ -19,7 +19,6 @@ from flasheva_compile.lowering.emit.decode import (
     place,
     program,
     ring_slots,
-    tile_loads,
 )
 from flasheva_compile.lowering.emit.decode_append import append_column
 from flasheva_compile.lowering.emit.retrieval_bounds import (
@@ -95,7 +94,7 @@ def _scores(spec: KernelSpec, d: Dim) -> list[str]:
         "offset = split * BLOCK_N",
         "offs_n = offset + offs_t",
         f"inside = {seen}",
-        *tile_loads(d, "token", "rfa_k_ptr", "inside"),
+        *d.load_tile("token", "rfa_k_ptr", "inside"),
         f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}',
         *d.contract("s", "q", "token", scores.precision(spec)),
         *scores.scores(spec, "chunk", keys_first=False),

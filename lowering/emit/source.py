@@ -107,6 +107,13 @@ class Dim:
             lines.append(f"{tile}{n} = tl.load({address}{guard}){cast}")
         return lines
 
+    def load_tile(self, tile: str, pointer: str, row_bound: str) -> list[str]:
+        """Load the rows ``offset + offs_t`` of ``pointer``, neighbours in memory."""
+        return [
+            f"{tile}_tile = {pointer} + offset * tl.cast({self.size}, tl.int64)",
+            *self.load(tile, f"{tile}_tile", "offs_t", str(self.size), row_bound),
+        ]
+
     def fetch(self, tile: str, tensor: str, at: str, rows: str) -> list[str]:
         """Load the parts of a tile of ``rows`` rows through tensor descriptors."""
         return [

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
 import torch
+from flasheva_compile.kernels.blocked.cache_state import CacheState
 
 import flasheva_compile as fe
 from flasheva_compile import cache_ops
 from flasheva_compile.cache_ops import cache_options, new_state
 from flasheva_compile.config import EvaConfig
 from flasheva_compile.generation.exact_layer import ExactCacheLayer
+from flasheva_compile.op_checks import OP_VERSION
+from tests.kernels.chunk_fp8 import assert_attended, assert_codes
+from tests.kernels.decode_cases import DecodeCase
+from tests.kernels.extend_cases import ExtendCase, portions_of
 from tests.models.test_generate import GREEDY, HYBRIDS, SMALL, generate, llama, perturb, tokens
 from tests.tolerance import assert_as_accurate_as_pytorch
 
@@ -115,6 +121,43 @@ def test_kernels_equal_the_blocked_code(case, dtype):
     assert_as_accurate_as_pytorch(run(dtype, **case), formula, dtype)
 
 
+FP8 = {
+    "d64": {"head_dim": 64, "value_dim": 64},
+    "d128, padding": {"head_dim": 128, "value_dim": 128, "mask": "left_padding", "softcap": 20.0},
+    "d80, e96": {"head_dim": 80, "value_dim": 96, "group": 7, "window": "block"},
+    "eva": {"head_dim": 64, "value_dim": 64, "rule": "eva", "parameter_count": 8},
+}
+
+
+@pytest.mark.parametrize("portion", [1, 20])
+@pytest.mark.parametrize("case", FP8.values(), ids=FP8)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(dtype, case, portion):
+    sizes = {"batch": 2, "kv_heads": 2, "group": 4, "window_size": 128, "chunk_size": 16}
+    rule = {"rule": "tangent", "parameter_count": 1, "scale": 0.125, "sink_tokens": 16}
+    case = DecodeCase(**{**sizes, **rule, **case}, dtype=dtype, prefix=400, steps=60)
+    portions = (portion,) * (case.steps // portion)
+
+    def run_on_device(fp8_chunks):
+        sequence = dataclasses.replace(case, fp8_chunks=fp8_chunks)
+        before = sequence.filled_state(dtype)
+        state = CacheState(*(x.cuda() for x in before))
+        parameters = [p.cuda() for p in sequence.parameters_in(dtype)]
+        options = {**sequence.options, "version": OP_VERSION}
+        found, states = [], [before]
+        for *qkv, mask in portions_of(ExtendCase(sequence=sequence, portions=portions), dtype):
+            new = (*(x.cuda() for x in qkv), parameters, None if mask is None else mask.cuda())
+            found.append(torch.ops.flasheva.decode(*new, *state, **options))
+            states.append(CacheState(*(x.cpu() for x in state)))
+        return [torch.cat(x, 2).cpu() for x in zip(*found, strict=True)], states
+
+    result, states = run_on_device(True)
+    _, plain = run_on_device(False)
+    calls = ExtendCase(sequence=case, portions=portions)
+    assert assert_codes(states, plain, case.chunk_size) > 100
+    assert_attended(case, lambda d: portions_of(calls, d), result, states)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_model_generates_the_same_in_every_way(config):
     model = llama().cuda().float()
@@ -145,11 +188,14 @@ def perturb_on_cpu(model):
     model.cuda()
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, "fp8"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_cuda_graph_of_a_step(config):
+def test_cuda_graph_of_a_step(config, chunk_tokens):
     model = fe.prepare(llama().cuda(), config)
-    want = generate(model, tokens(1, 21).cuda()).sequences
-    cache = fe.FlashEvaCache.for_model(model, max_batch_size=1, max_cache_len=64)
+    grown = fe.FlashEvaCache.for_model(model, chunk_tokens=chunk_tokens)
+    want = generate(model, tokens(1, 21).cuda(), past_key_values=grown).sequences
+    room = {"max_batch_size": 1, "max_cache_len": 64}
+    cache = fe.FlashEvaCache.for_model(model, chunk_tokens=chunk_tokens, **room)
     with torch.no_grad():
         logits = model(want[:, :21], past_key_values=cache).logits
         token = logits[:, -1:].argmax(-1)

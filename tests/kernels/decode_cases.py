@@ -63,6 +63,7 @@ class DecodeCase:
     steps: int = 9
     spare_chunks: int = 0
     dtype: torch.dtype = torch.float32
+    fp8_chunks: bool = False
     layout: str = "contiguous"
     block_n: int = 16
     splits: int = 1
@@ -129,7 +130,8 @@ class DecodeCase:
 
     def new_state(self, dtype: torch.dtype) -> CacheState:
         _, k, v = self.qkv
-        return cache_ops.new_state(k.to(dtype), v.to(dtype), self.chunks, self.options)
+        kv, fp8 = (k.to(dtype), v.to(dtype)), self.fp8_chunks
+        return cache_ops.new_state(*kv, self.chunks, self.options, fp8_chunks=fp8)
 
     def pool(self, dtype: torch.dtype):
         return partial(cache_ops.pool_chunks, self.parameters_in(dtype), self.options)

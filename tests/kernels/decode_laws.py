@@ -13,12 +13,14 @@ import torch
 from flasheva_compile.kernels.blocked.cache_state import CacheState
 from hypothesis import given
 
+from tests.kernels.chunk_fp8 import assert_attended, assert_codes
 from tests.kernels.decode_cases import (
     DecodeCase,
     decode_cases,
     run_blocked,
     run_kernels,
     run_reference,
+    steps_of,
 )
 from tests.kernels.interpreted_laws import examples
 from tests.tolerance import assert_as_accurate_as_pytorch
@@ -169,3 +171,30 @@ def test_what_no_token_was_written_to_is_never_read(case):
     poisoned = run_kernels(case, CacheState(*state))
     assert torch.equal(out, poisoned[0])
     assert torch.equal(lse, poisoned[1])
+
+
+# --- chunk tokens in fp8 --------------------------------------------------------------------------
+
+
+@given(decode_cases(fp8_chunks=True))
+@examples(5)
+def test_steps_over_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(case):
+    before = case.filled_state(case.dtype)
+    with poisoned_buffers():
+        out, lse, states = run_kernels(case)
+    plain = run_kernels(dataclasses.replace(case, fp8_chunks=False))[2]
+    assert_codes(states, plain, case.chunk_size)
+    assert_attended(case, lambda d: steps_of(case, d), (out, lse), [before, *states])
+
+
+@pytest.mark.parametrize(("dtype", "rule"), [(torch.bfloat16, "mean"), (torch.float16, "eva")])
+def test_a_chunk_token_that_is_not_finite_is_nan_in_fp8(dtype, rule):
+    case = DecodeCase(fp8_chunks=True, dtype=dtype, rule=rule, prefix=6, steps=11)
+    plain = dataclasses.replace(case, fp8_chunks=False)
+    for x in (case, plain):
+        x.qkv[2][0, 0, 5, 3] = torch.inf  # its value alone: the chunk is behind the sinks
+    out, _, states = run_kernels(case)
+    assert_codes(states, run_kernels(plain)[2], case.chunk_size)
+    assert states[-1].rfa_exponents[0, 0, :4, 1].tolist().count(-128) == 1
+    assert out[0, 0, -1].isnan().all()
+    assert torch.equal(out.isnan(), run_blocked(case, dtype)[0].isnan())

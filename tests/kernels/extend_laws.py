@@ -13,6 +13,7 @@ from flasheva_compile.kernels.blocked.cache_state import CacheState
 from hypothesis import given
 
 from tests.kernels import decode_cases
+from tests.kernels.chunk_fp8 import assert_attended, assert_codes
 from tests.kernels.decode_cases import DecodeCase
 from tests.kernels.decode_laws import (
     COPIED,
@@ -22,7 +23,13 @@ from tests.kernels.decode_laws import (
     computed,
     poisoned_buffers,
 )
-from tests.kernels.extend_cases import ExtendCase, extend_cases, run_blocked, run_kernels
+from tests.kernels.extend_cases import (
+    ExtendCase,
+    extend_cases,
+    portions_of,
+    run_blocked,
+    run_kernels,
+)
 from tests.kernels.interpreted_laws import examples
 from tests.tolerance import assert_as_accurate_as_pytorch
 
@@ -155,3 +162,30 @@ def test_what_no_token_was_written_to_is_never_read(case):
     poisoned = run_kernels(case, CacheState(*state))
     assert torch.equal(out, poisoned[0])
     assert torch.equal(lse, poisoned[1])
+
+
+# --- chunk tokens in fp8 --------------------------------------------------------------------------
+
+
+@given(extend_cases(fp8_chunks=True))
+@examples(2)
+def test_calls_over_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(case):
+    check_fp8(case)
+
+
+def test_calls_that_complete_many_fp8_chunk_tokens():
+    given = {"rule": "tangent", "parameter_count": 1, "fp8_chunks": True}
+    sequence = DecodeCase(prefix=5, steps=45, splits=2, group=2, head_dim=24, **given)
+    assert check_fp8(ExtendCase(sequence=sequence, portions=(20, 25))) > 10
+
+
+def check_fp8(case: ExtendCase) -> int:
+    """Compare results and the state after each call; return how many vectors were compared."""
+    sequence = case.sequence
+    before = sequence.filled_state(sequence.dtype)
+    with poisoned_buffers():
+        out, lse, states = run_kernels(case)
+    plain = dataclasses.replace(sequence, fp8_chunks=False)
+    others = run_kernels(dataclasses.replace(case, sequence=plain))[2]
+    assert_attended(sequence, lambda d: portions_of(case, d), (out, lse), [before, *states])
+    return assert_codes(states, others, sequence.chunk_size)

@@ -39,6 +39,9 @@ SPECS = {
     "bf16-d256": spec_of(head_dim=256, **_EVABYTE),
     "fp32-d64": spec_of("fp32"),
     "fp32-d128": spec_of("fp32", 128),
+    "fp8-bf16-d64": spec_of(fp8_chunks=True),
+    "fp8-bf16-d128": spec_of(head_dim=128, **_EVABYTE, fp8_chunks=True),
+    "fp8-fp32-d128": spec_of("fp32", 128, fp8_chunks=True),
     "combine-fp32-d256": spec_of("fp32", 256).of_kind("decode_combine"),
 }
 ALL = {**SPECS, **(specs() if FULL else {})}

@@ -64,6 +64,9 @@ def specs() -> dict[str, KernelSpec]:
         found[f"c{chunk_size}-g{group}"] = spec_of(group=group, softcap=True, **sizes)
     for (d, e), dtype in itertools.product(SIZES, ("bf16", "fp32")):
         found[f"eva-{dtype}-{d}-{e}"] = spec_of(dtype, d, e, **EVA)
+    for dtype, rule in itertools.product(("bf16", "fp16", "fp32"), RULES[1::5]):
+        rule = dict(zip(("chunk_rule", "parameters"), rule, strict=True))
+        found[f"fp8-{dtype}-{rule['chunk_rule']}"] = spec_of(dtype, 72, 96, **rule, fp8_chunks=True)
     for (d, e), mask in itertools.product(SIZES, (False, True)):
         found[f"whole-{d}-{e}-mask{mask}"] = whole_spec("bf16", d, e, key_mask=mask)
     return found

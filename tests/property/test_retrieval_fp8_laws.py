@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from flasheva_compile.kernels.blocked.fp8 import decode_fp8, encode_fp8
+from flasheva_compile.kernels.blocked import fp8
 from hypothesis import given, settings
 
 from flasheva_compile.errors import LoweringError
@@ -30,7 +30,7 @@ CASE = AttentionCase(queries=45, keys=45)
 
 
 def rounded(x):
-    return decode_fp8(*encode_fp8(x), x.dtype)
+    return fp8.decode(*fp8.encode(x), x.dtype)
 
 
 def with_inputs(case, change):

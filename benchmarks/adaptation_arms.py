@@ -31,8 +31,8 @@ class Arm:
         compiled: Train through ``model.compile(backend="flasheva")``.
         seed: Of the order of training sequences.
         noise: What the ``eva`` rule adds to its random features in training.
-        calibration_length: Of the texts that ``calibrate`` reads [tokens]; weights of bounds are
-            learned from whole contexts alone.
+        context_length: ``calibrate`` learns weights of bounds for it, from texts of that length
+            [tokens]; None = none, and texts of 2048.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Arm:
     compiled: bool = False
     seed: int = 0
     noise: FeatureNoise = "none"
-    calibration_length: int = 2048
+    context_length: int | None = None
 
 
 def recipe(arm: Arm, steps: int) -> tuple[Phase, ...]:
@@ -192,8 +192,8 @@ def retrieval_arms() -> tuple[Arm, ...]:
         config = eva("tangent", chunk_size, retrieve_chunks=count, retrieve_by="bounds")
         name = f"tangent c{chunk_size} top-{count} by bounds"
         found.append(Arm(name=name, config=config, training="none"))
-        name, whole = f"{name}, weights", 8192
-        found.append(Arm(name=name, config=config, training="none", calibration_length=whole))
+        name = f"{name}, weights"
+        found.append(Arm(name=name, config=config, training="none", context_length=8192))
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
     return tuple(found)

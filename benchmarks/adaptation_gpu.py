@@ -166,11 +166,11 @@ def run_arm(
     """Prepare, train and evaluate one arm; return its row."""
     row: dict[str, Any] = {**asdict(arm), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     train = torch.from_numpy(text["train"].astype(np.int64))
-    calibration = list(train[-4:, : arm.calibration_length].split(1))
+    calibration = list(train[-4:, : arm.context_length or 2048].split(1))
     layers = choose_layers(a, arm, model, tokenizer, calibration, row)
     fe.prepare(model, layers)
     if arm.chunk_tokens and arm.config["chunk_rule"] in ("tangent", "evabyte"):
-        fe.calibrate(model, calibration)
+        fe.calibrate(model, calibration, context_length=arm.context_length)
     switched = nullcontext() if arm.chunk_tokens else without_chunk_tokens(model)
     with switched:
         if arm.training != "none":

@@ -120,17 +120,17 @@ def calibrate(
       weights, so ``p`` and ``b`` stay;
     - ``mean`` and ``eva`` stay: the one has no parameters, the other pools queries itself.
 
-    A few sequences of a few thousand tokens are enough for that. Attentions that select chunks by
-    bounds also learn weights of these bounds, ``selector_weight``: from documents of at least
-    ``context_length`` tokens alone, for weights of short ones select worse than none in long ones.
-    Nothing changes if an error occurs.
+    A few sequences of a few thousand tokens are enough for that. With ``context_length``,
+    attentions that select chunks by bounds also learn ``selector_weight``, from documents of at
+    least so many tokens alone: perplexity gains by it, single facts far back may be found less
+    often (docs/retrieval.md). Nothing changes if an error occurs.
 
     Args:
         model: A model that went through ``prepare``. It runs uncompiled, in evaluation mode.
         batches: An iterable of token ids ``[B, N]``, or of dicts of the model's inputs; tokens
             that an ``attention_mask`` hides are left out.
-        context_length: The longest context that the model will see [tokens]; None = its
-            ``max_position_embeddings``.
+        context_length: Learn weights of bounds, for contexts up to so many tokens; None = leave
+            them as they are.
 
     Returns:
         What was set, layer by layer; print it.
@@ -144,7 +144,7 @@ def calibrate(
         >>> print(fe.calibrate(model, [tokenizer(text, return_tensors="pt")]))
     """
     evas = converted_attentions(model)
-    context = _context_length(model, context_length)
+    context = _context_length(context_length)
     long: list[dict[str, Any]] = []
     with running_eagerly(model), exact_attention(evas), _recording(evas) as seen:
         for inputs in model_inputs(model, batches):
@@ -193,13 +193,12 @@ def _learned_selectors(
     return {path: lesson.learned(path) for path, lesson in lessons.items()}
 
 
-def _context_length(model: Any, given: int | None) -> int:  # noqa: ANN401
-    """Return the tokens that a document needs to teach selectors; 0 = not known."""
+def _context_length(given: int | None) -> int:
+    """Return the tokens that a document needs to teach selectors; 0 = none are to learn."""
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         message = f"must be a positive number of tokens, got {given!r}"
         raise ConfigError(message, subject="context_length")
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-    return given or own or 0
+    return given or 0
 
 
 def _with_selector(

@@ -67,8 +67,8 @@ def _calibrate(parser: Parser) -> None:
     what = "of a row that codebooks are learned from [tokens], default: the most, up to "
     what += "8192, of which the text fills --rows; codes fit texts of up to this length best"
     parser.add_argument("--kv-length", type=_positive, metavar="N", help=what)
-    what = "longest context to come [tokens], default: the most that MODEL takes; selectors by "
-    what += "bounds are learned from rows of that length (--length) alone"
+    what = "learn selectors by bounds, too, for contexts of up to N tokens, from rows of that "
+    what += "length (--length) alone"
     parser.add_argument("--context-length", type=_positive, metavar="N", help=what)
     what = "learn codebooks for every kv head, instead of one for all of a layer"
     parser.add_argument("--kv-per-head", action="store_true", help=what)

@@ -331,7 +331,7 @@ def _restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) ->
     if not tensors:
         return
     if isinstance(layer, StateLayer):
-        # Sizes and dtype are those of what is in no bytes: a window, or where none is, chunk tokens.
+        # Sizes and dtype are those of what no bytes hold: a window, or else chunk tokens.
         kind = "exact" if "exact_k" in tensors else "rfa"
         layer.lazy_initialization(tensors[f"{kind}_k"], tensors[f"{kind}_v"])
         state = layer.state_type(**tensors)

@@ -78,11 +78,11 @@ def test_short_documents_teach_nothing(size):
     assert "selector_weight as it was: no document of 96 tokens" in str(report)
 
 
-def test_the_longest_context_is_the_model_s_own_unless_told():
+def test_weights_are_learned_where_asked_alone():
     model = fe.prepare(llama(), BY_BOUNDS)
-    report = fe.calibrate(model, [tokens(1, 255)])
-    assert "no document of 256 tokens" in str(report)
-    assert fe.calibrate(model, [tokens(1, 256)]).layers[0].selector_queries
+    report = fe.calibrate(model, [tokens(1, 256)])
+    assert weights(model) == [None, None]
+    assert "selector_weight as it was: no context_length" in str(report)
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.0, True])

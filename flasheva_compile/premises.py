@@ -158,5 +158,6 @@ def _is_sorted(data: torch.Tensor) -> bool:
 
 def _only_hides(data: torch.Tensor) -> bool:
     """Return whether a tensor that is added to scores does nothing to them but hide some."""
-    hidden = data <= data.new_tensor(MASK_VALUE)  # what the dtype has of this number
+    data = data if data.is_floating_point() else data.long()  # which has this number
+    hidden = data <= data.new_tensor(MASK_VALUE)  # what the dtype has of it
     return bool((hidden | (data == 0)).all())

@@ -6,6 +6,7 @@ Needs transformers: the package loads it when one of its names is used.
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from flasheva_compile.adaptation.recipes import Phase
 
 log = logging.getLogger(__name__)
+# Who froze a model last; see PhaseCallback.freeze.
+_holders: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PhaseCallback]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def phase_arguments(phase: Phase) -> dict[str, Any]:
@@ -85,15 +90,31 @@ class PhaseCallback(TrainerCallback):
         self.freeze(kwargs["model"])
 
     def freeze(self, model: Any) -> None:  # noqa: ANN401 - a prepared model
-        """Freeze what the phase does not train, if that is not done; sample random features."""
-        if self._frozen:
-            return
+        """Freeze what the phase does not train; sample random features.
+
+        Raises:
+            ConfigError: Another phase has frozen the model and did not train it yet.
+        """
         trained = trained_parameters(model, self.phase)
-        self._undo.enter_context(restored(model))
-        self._frozen = True
+        if not self._frozen:
+            self._hold(model)
+            self._undo.enter_context(restored(model))
+            self._frozen = True
         set_feature_noise(model, self.phase.feature_noise)
         for name, p in model.named_parameters():
             p.requires_grad_(name in trained)
+
+    def _hold(self, model: Any) -> None:  # noqa: ANN401
+        """Let nobody else freeze the model: what it would restore is what is frozen here."""
+        other = _holders.get(model)
+        holder = other and other()
+        if holder is not None and holder is not self and holder._frozen:
+            raise ConfigError(
+                f"the model is frozen for {holder.phase.name!r} by a trainer that has not trained",
+                subject=f"PhaseCallback({self.phase.name!r})",
+                hint="train that one first, or call restore() of its PhaseCallback",
+            )
+        _holders[model] = weakref.ref(self)
 
     def restore(self) -> None:
         """Leave what was frozen, and which modules train, as it was; without gradients."""
@@ -160,6 +181,10 @@ class PhaseMixin:
         kwargs["callbacks"] = [self.phase_callback, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         this: Any = self
+        if this.model_init is not None:
+            self.phase_callback.restore()
+            message, hint = "makes another model than the one that is frozen", "pass model="
+            raise ConfigError(message, subject="model_init", hint=hint)
         if this.args.n_gpu > 1:
             self.phase_callback.restore()
             message = "DataParallel shares one module's state between threads"

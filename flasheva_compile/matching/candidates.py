@@ -16,7 +16,7 @@ from flasheva_compile.matching.axes import aligned_sources, axis_origin, axis_so
 from flasheva_compile.matching.products import PRODUCTS, axes_of_product, is_product, operands_of
 from flasheva_compile.matching.scores import comes_from_product
 from flasheva_compile.matching.softmax import Softmax
-from flasheva_compile.matching.weights import feeds_product
+from flasheva_compile.matching.weights import feeds_product, feeds_sum_of_elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,9 +43,12 @@ def is_attention(softmax: Softmax) -> bool:
     last = softmax.axis == -1
     if last and comes_from_product(softmax.scores) and feeds_product(softmax.weights):
         return True
+    paired = _pair_of(softmax.scores, softmax.axis) is not None
+    if last and paired and feeds_sum_of_elements(softmax.weights):
+        return True
     met = [axis_origin(*other).kinds for _, other in _meetings(softmax)]
     if not last:  # of keys over features it makes weights for a linear attention
-        return bool(met) and _pair_of(softmax.scores, softmax.axis) is not None
+        return bool(met) and paired
     return any("tokens" in kinds if kinds else not _is_of_features(softmax.scores) for kinds in met)
 
 

@@ -70,15 +70,18 @@ def is_product(node: fx.Node) -> bool:
     return op_name(node) in PRODUCTS or _summed_elements(node) is not None
 
 
+_PRODUCTS_OF_ELEMENTS = {"mul", "multiply"}
+
+
 def product_of_elements(factor: fx.Node) -> fx.Node | None:
     """Return the sum of a product of elements that a tensor is a factor of, and of nothing else.
 
     Axes of size 1 may be put into the tensor before.
     """
     user = _only_user(factor)
-    while user is not None and op_name(user) == "unsqueeze":
+    while user is not None and (op_name(user) == "unsqueeze" or _is_whole_slice(user)):
         user = _only_user(user)
-    if user is not None and op_name(user) == "mul":
+    if user is not None and op_name(user) in _PRODUCTS_OF_ELEMENTS:
         user = _only_user(user)
     return user if user is not None and _summed_elements(user) is not None else None
 
@@ -148,7 +151,10 @@ def _summed_elements(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], int] | Non
     dim: Any = None
     if op_name(node) == "linalg_vecdot":
         dim = argument(node, 2, "dim", -1)
-    elif op_name(node) == "sum" and op_name(summand := node.all_input_nodes[0]) == "mul":
+    elif (
+        op_name(node) == "sum"
+        and op_name(summand := node.all_input_nodes[0]) in _PRODUCTS_OF_ELEMENTS
+    ):
         given, dims = summand, argument(node, 1, "dim")
         plain = not argument(node, 2, "keepdim", default=False) and not node.kwargs.get("dtype")
         dim = dims[0] if plain and isinstance(dims, list | tuple) and len(dims) == 1 else None
@@ -232,14 +238,25 @@ def _without_put_in(
 ) -> tuple[fx.Node, str, list[fx.Node]]:
     """Take off the axes of size 1 that were put in where the other factor is longer."""
     axes, taken_off = letters[len(letters) - len(shape_of(factor)) :], []
-    while op_name(factor) == "unsqueeze":
-        at: Any = factor.args[1]
-        letter = axes[at % len(axes)]
-        if not long[letters.index(letter)]:
+    while True:
+        if op_name(factor) == "unsqueeze":
+            at: Any = factor.args[1]
+            letter = axes[at % len(axes)]
+            if not long[letters.index(letter)]:
+                break
+            axes = axes.replace(letter, "")
+        elif not _is_whole_slice(factor):
             break
         taken_off.append(factor)
-        factor, axes = factor.all_input_nodes[0], axes.replace(letter, "")
+        factor = factor.all_input_nodes[0]
     return factor, axes, taken_off
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    """Return whether a node is ``x[:]``, which graphs of dynamic shapes keep."""
+    return op_name(node) == "slice" and all(
+        same_size(a, b) for a, b in zip(shape_of(node), shape_of(node.args[0]), strict=True)
+    )
 
 
 def _matmul_axes(left: int, right: int) -> tuple[str, str, str] | str:

@@ -111,6 +111,24 @@ def feeds_product(softmax: fx.Node) -> bool:
     return False
 
 
+def feeds_sum_of_elements(softmax: fx.Node) -> bool:
+    """Return whether the weights, whatever is done to them, multiply something that is summed."""
+    factors = _reached(softmax, {"mul", "multiply"})
+    return any(_reached(factor, {"sum", "nansum", "mean"}) for factor in factors)
+
+
+def _reached(start: fx.Node, names: set[str]) -> list[fx.Node]:
+    """Return the operations of some names that a tensor has a part in."""
+    stack, seen, found = [start], {start}, []
+    while stack and len(seen) < _SEARCH_LIMIT:
+        for user in stack.pop().users:
+            if user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
+                seen.add(user)
+                stack.append(user)
+                found += [user] * (op_name(user) in names)
+    return found
+
+
 def _weighs(weights: fx.Node, product: fx.Node) -> bool:
     factors = operands_of(product)
     transposed = op_name(weights) in {"transpose", "permute", "t", "mT"}

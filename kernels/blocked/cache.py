@@ -259,7 +259,8 @@ def _chunk_tokens(state: CacheState, chunks: int, dtype: torch.dtype) -> tuple[T
     if not state.fp8_chunks:
         return k, v
     of_k, of_v = state.rfa_exponents[:, :, :chunks].split(1, -1)
-    return fp8.decode(k, of_k, dtype), fp8.decode(v, of_v, dtype)
+    most = torch.finfo(state.exact_v.dtype).max  # which may have been rounded up
+    return fp8.decode(k, of_k, dtype), fp8.decode(v, of_v, dtype).clamp(-most, most)
 
 
 def _chunks_in_reach(state: CacheState, before: Tensor, tokens: int, s: AttentionSettings) -> int:

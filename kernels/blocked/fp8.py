@@ -26,6 +26,8 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     amax = x.abs().amax(-1, keepdim=True)
     known = amax.isfinite()
+    if x.dtype == torch.float64:  # which holds more than any power has numbers for
+        known &= amax <= _LARGEST * 2.0**_EXPONENTS
     # The smallest exponent with amax / largest <= 2^e.
     mantissa, exponent = torch.frexp(amax / _LARGEST)
     exponent = (exponent - (mantissa == 0.5).int()).clamp(-_EXPONENTS, _EXPONENTS)

@@ -326,7 +326,8 @@ def _retrieved(
     """Gather the selected chunks' keys and values, ``[B, Hkv, L, n c, ...]``, and their mask."""
     offsets = torch.arange(s.chunk_size, device=selected.device)
     position = (selected.long()[..., None] * s.chunk_size + offsets).flatten(3)
-    columns = columns_of(position, state.start, state)
+    # A slot that was not found reads the first chunk, not padding, which may hold NaN.
+    columns = columns_of(position.clamp(min=0), state.start, state)
     row = torch.arange(selected.shape[0], device=selected.device)[:, None, None, None]
     valid = state.mask[row, columns] & (position >= 0)
     first = columns[..., :: s.chunk_size]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores
-from flasheva_compile.lowering.emit.fp8_tokens import LOST, codes_of
+from flasheva_compile.lowering.emit.fp8_tokens import LOST, codes_of, within_fp16
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.source import Dim
@@ -41,7 +41,7 @@ def key_tile(spec: KernelSpec, d: Dim) -> list[str]:
         return [*loads, bias]
     return [
         *loads,
-        *(line for n in d.indices for line in _numbers(f"k{n}", "q_ptr")),
+        *(line for n in d.indices for line in _numbers(spec, f"k{n}", "q_ptr")),
         *_powers("key", 0),
         *_powers("value", 1),
         bias,
@@ -58,20 +58,22 @@ def value_tile(spec: KernelSpec, e: Dim) -> list[str]:
     lines = e.load_tile("v", "rfa_v_ptr", "inside")
     if spec.fp8_chunks:
         for n in e.indices:
-            lines += _numbers(f"v{n}", "v_ptr", "value_power")
+            lines += _numbers(spec, f"v{n}", "v_ptr", "value_power")
     return lines
 
 
-def _numbers(tile: str, like: str, power: str = "") -> list[str]:
+def _numbers(spec: KernelSpec, tile: str, like: str, power: str = "") -> list[str]:
     """Make numbers of bytes, in the dtype of ``like``: exactly, for their mantissas are short."""
     # Exponents and mantissas go to the middle of a half, whose exponents have another origin.
     half = f"((({tile} & 0x7F) << 7) | (({tile} & 0x80) << 8))"
-    scaled = f".to(tl.float32) * {power}[:, None]" if power else ""
-    return [
+    lines = [
         f"{tile} = {tile}.to(tl.int16)",
         f"{tile} = {half}.to(tl.float16, bitcast=True) * 256.0",
-        f"{tile} = ({tile}{scaled}).to({like}.dtype.element_ty)",
     ]
+    if power:
+        lines.append(f"{tile} = {tile}.to(tl.float32) * {power}[:, None]")
+        lines += within_fp16(tile) if spec.dtype == "fp16" else []
+    return [*lines, f"{tile} = {tile}.to({like}.dtype.element_ty)"]
 
 
 def _powers(which: str, place: int) -> list[str]:

@@ -82,10 +82,14 @@ def load_fp8_tile(spec: KernelSpec, dim: Dim, name: str, rows: str, bound: str) 
             f"{name}_half{n} = ({half}).to(tl.int16).to(tl.float16, bitcast=True)",
             f"{wide} = {name}_half{n}.to(tl.float32) * {_ORIGINS}.0 * {name}_power[:, None]",
         ]
-        if spec.dtype == "fp16":  # the largest number may have been rounded up to 2^16
-            lines.append(f"{wide} = tl.where(tl.abs({wide}) > 65504.0, {wide} * {_LAST}, {wide})")
+        lines += within_fp16(wide) if spec.dtype == "fp16" else []
         lines.append(f"{name}{n} = {name}_wide{n}.to(rfa_{name}_ptr.dtype.element_ty)")
     return lines
+
+
+def within_fp16(tile: str) -> list[str]:
+    """Keep the largest number, which may have been rounded up to 2^16, a number."""
+    return [f"{tile} = tl.where(tl.abs({tile}) > 65504.0, {tile} * {_LAST}, {tile})"]
 
 
 _LAST = 1 - 2**-11  # 65504 / 65536

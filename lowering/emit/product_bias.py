@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 PIECES_FUNCTION = '''\
 @triton.jit
 def pieces(x):
-    """Split into three bf16 numbers that add up to ``x``; -inf stays itself and two zeros."""
+    """Split into three bf16 numbers that add up to ``x``; -inf is itself and two zeros."""
     high = x.to(tl.bfloat16)
-    rest = tl.where(x == float("-inf"), 0.0, x - high.to(tl.float32))
+    most = high.to(tl.float32)
+    rest = tl.where(most == float("-inf"), 0.0, x - most)
     middle = rest.to(tl.bfloat16)
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 '''

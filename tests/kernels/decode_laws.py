@@ -198,3 +198,13 @@ def test_a_chunk_token_that_is_not_finite_is_nan_in_fp8(dtype, rule):
     assert states[-1].rfa_exponents[0, 0, :4, 1].tolist().count(-128) == 1
     assert out[0, 0, -1].isnan().all()
     assert torch.equal(out.isnan(), run_blocked(case, dtype)[0].isnan())
+
+
+def test_the_largest_values_of_fp16_stay_numbers_in_fp8():
+    case = DecodeCase(fp8_chunks=True, dtype=torch.float16, prefix=6, steps=11)
+    case.qkv[2][0, 0, 4:8, 3] = 64000.0  # which e4m3 rounds up to 2^16
+    out, _, states = run_kernels(case)
+    wanted = run_blocked(case, torch.float16)[0]
+    assert wanted.abs().max() > 10000
+    assert states[-1].rfa_exponents.max() == 8
+    torch.testing.assert_close(out, wanted, rtol=5e-3, atol=1e-2)

@@ -63,7 +63,7 @@ def check(case: KernelCase) -> None:
 
 
 @given(kernel_cases())
-@examples(70)
+@examples(50)
 def test_attention_and_its_gradients_are_the_reference(case):
     check(case)
 
@@ -120,7 +120,7 @@ def test_pooling_and_its_gradients_are_the_reference(case):
 
 
 @given(kernel_cases(max_keys=60))
-@examples(4)
+@examples(3)
 def test_a_schedule_never_changes_a_result_beyond_rounding(case):
     found = []
     for block_m, block_n, splits in ((16, 64, (1, 16)), (64, 16, (4, 64)), (32, 32, (2, 1024))):
@@ -138,11 +138,13 @@ def test_a_schedule_never_changes_a_result_beyond_rounding(case):
 def test_products_add_biases_of_any_size(mask, tma):
     """As the scores do, to fp32's rounding; -inf hides a chunk token, and all of them nothing."""
     shape = {"batch": 2, "keys": 45, "queries": 45, "window_size": 8, "chunk_size": 4}
-    case = KernelCase(**shape, dtype=torch.bfloat16, rule="tangent", mask=mask, head_dim=16)
+    sizes = {"head_dim": 16, "value_dim": 16}  # rows that descriptors can describe
+    case = KernelCase(**shape, **sizes, dtype=torch.bfloat16, rule="tangent", mask=mask, scale=1.0)
     size = torch.tensor([0.1, 300.0])[:, None, None]
     made = torch.Generator().manual_seed(0)
     bias = torch.randn(case.batch, case.kv_heads, case.slots, generator=made) * size
     bias[:, :, ::3], bias[:, 0] = -torch.inf, -torch.inf
+    bias[0, :, 1] = torch.finfo(torch.float32).min  # no bf16 number, divided by the scale
     found = []
     for product_bias in (False, True):
         how = dataclasses.replace(cases.SMALLEST, tma=tma, product_bias=product_bias)

@@ -264,6 +264,29 @@ def test_a_callback_by_itself_restores_what_it_froze(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_another_trainer_freezes_is_not_frozen_twice(tmp_path):
+    """The second one would restore what the first one froze, or train what that one trains."""
+    first, second = phase("language_model", "all"), phase("language_model", "rules")
+    model = prepared()
+    given = {"train_dataset": data(labels=True)}
+    trainer = fe.AdaptingTrainer(model, arguments(tmp_path, first), phase=first, **given)
+    with pytest.raises(ConfigError, match="by a trainer that has not trained"):
+        fe.AdaptingTrainer(model, arguments(tmp_path, second), phase=second, **given)
+    model.requires_grad_(requires_grad=False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer.train()  # freezes anew
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    fe.AdaptingTrainer(model, arguments(tmp_path, second), phase=second, **given)
+
+
+def test_a_trainer_that_makes_its_model_is_refused(tmp_path):
+    what = phase("language_model", "rules")
+    with pytest.raises(ConfigError, match="another model than the one that is frozen"):
+        fe.AdaptingTrainer(
+            model_init=prepared, args=arguments(tmp_path, what), train_dataset=data(), phase=what
+        )
+
+
 def test_resuming_keeps_the_teacher_and_the_losses(tmp_path):
     what = phase("logits", "attention")
     options = {"save_strategy": "steps", "save_steps": 2}

@@ -96,6 +96,22 @@ def test_low_precision_is_as_accurate_as_pytorch(block, by):
     assert_as_accurate_as_pytorch(actual, lambda dtype: formula(dtype)[:2], torch.bfloat16)
 
 
+@pytest.mark.parametrize("store", ["device", "fp8"])
+@pytest.mark.parametrize("sizes", [[45], [20, *[1] * 25]])
+def test_what_padding_holds_is_not_read(store, sizes):
+    case = AttentionCase(queries=45, keys=45, mask="left_padding", chunk_size=4, window_size=8)
+    valid = case.masks["key_mask"]
+    assert not valid.all()
+    clean, dirty = (dataclasses.replace(case) for _ in range(2))
+    hidden = ~valid[:, None, :, None]
+    for x, filler in ((clean, 0.0), (dirty, torch.nan)):
+        q, k, v = case.qkv
+        vars(x).update(qkv=(q, k.masked_fill(hidden, filler), v.masked_fill(hidden, filler)))
+    wanted, got = (in_portions(x, sizes, FP64, 2, 1, store=store)[0][0] for x in (clean, dirty))
+    real = valid[:, None].expand(wanted.shape[:3])
+    assert torch.equal(got[real], wanted[real])
+
+
 def test_a_full_cache_answers_nan_instead_of_forgetting():
     case = AttentionCase(keys=40, queries=40, batch=1)
     out = in_portions(case, [20, *[1] * 20], FP64, 2, 1, room=38)[0][0]

@@ -117,3 +117,18 @@ def test_half_precision_hides_by_what_it_has_of_a_number():
     model = Buffered(hiding(-1e4, torch.bfloat16)).bfloat16()
     (row,) = fe.explain(model, torch.randn(2, 24, 32).bfloat16(), options=options).layers
     assert row.decision == "eva"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_a_bias_of_small_integers_is_a_bias(dtype):
+    class Added(Core):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("bias", torch.arange(24 * 24).view(24, 24).remainder(5).to(dtype))
+            self.core = lambda q, k, v: ((q @ k.mT) + self.bias).softmax(-1) @ v
+
+    (row,) = fe.explain(
+        Added(), torch.randn(2, 24, 32), options={**OPTIONS, "assume_mask": "causal"}
+    ).layers
+    assert row.decision == "full"
+    assert "additive position bias" in row.reason

@@ -101,6 +101,21 @@ def elements_used_twice(q, k, v):
     return products.sum(-2) + products.amax(-2)
 
 
+def values_averaged(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(24), -math.inf).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).mean(-2) * 24
+
+
+def values_kept_as_an_axis(q, k, v):
+    weights = hidden_scores(q, k).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(-2, keepdim=True).squeeze(-2)
+
+
+def values_scaled(q, k, v):
+    weights = hidden_scores(q, k).softmax(-1)
+    return torch.multiply(weights[..., None] * 0.5, v[:, :, None]).nansum(-2)
+
+
 def ends_behind_the_softmax(q, k, v):
     weights = hidden_scores(q, k).softmax(-1)
     torch._dynamo.graph_break()
@@ -123,6 +138,9 @@ REFUSED = {
     elements_overwritten: "overwritten through a view",
     three_factors: "softmax weights go to unsqueeze",
     elements_used_twice: "softmax weights go to unsqueeze",
+    values_averaged: "softmax weights go to unsqueeze",
+    values_kept_as_an_axis: "softmax weights go to unsqueeze",
+    values_scaled: "softmax weights go to unsqueeze",
     ends_behind_the_softmax: "softmax weights go to output",
 }
 

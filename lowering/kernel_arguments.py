@@ -11,6 +11,8 @@ from flasheva_compile.lowering.emit.arguments import FEATURES
 from flasheva_compile.lowering.spec import parts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flasheva_compile.lowering.rows import Rows
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
     from torch import Tensor
@@ -67,7 +69,9 @@ def descriptors(
     rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
     result = {}
     for name, tensor, part in _descriptor_names(arguments):
-        described = _descriptor(values[tensor], rows, part)
+        is_query = schedule.consumers and tensor == "q_ptr"  # each consumer has its own
+        tile = schedule.block_m // schedule.consumers if is_query else rows
+        described = _descriptor(values[tensor], tile, part, gluon=schedule.consumers > 0)
         if described is None:
             return None
         result[name] = described
@@ -81,27 +85,52 @@ def _descriptor_names(arguments: tuple[str, ...]) -> tuple[tuple[str, str, int],
     return tuple((name, f"{tensor}_ptr", int(part)) for name, tensor, part in split)
 
 
-def _descriptor(x: Tensor, rows: int, part: int) -> Any:  # noqa: ANN401 - Triton's
+def _descriptor(x: Tensor, rows: int, part: int, *, gluon: bool) -> Any:  # noqa: ANN401 - Triton's
     """Describe a tensor; Triton validates the fields for the first of equal shape and strides."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     if x.data_ptr() & 15:
         return None
-    key = (x.shape, x.stride(), x.dtype, rows, part)
+    key = (x.shape, x.stride(), x.dtype, rows, part, gluon)
     fields = _validated.get(key)
     if fields is None:
         strides = described_strides(x.shape, x.stride(), x.element_size())
         if strides is None:
             return None
         block = [1, 1, rows, parts(x.shape[3])[part][1]]
-        made = TensorDescriptor(x, list(x.shape), list(strides), block)
+        made = _make_descriptor(gluon=gluon)(x, list(x.shape), list(strides), block)
         if len(_validated) >= _MOST_VALIDATED:
             _validated.clear()
         _validated[key] = {name: value for name, value in vars(made).items() if name != "base"}
         return made
-    described = TensorDescriptor.__new__(TensorDescriptor)
+    described = object.__new__(_descriptor_class(gluon=gluon))
     vars(described).update(fields, base=x)
     return described
+
+
+@cache
+def _descriptor_class(*, gluon: bool) -> type[Any]:
+    if gluon:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    else:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    return TensorDescriptor
+
+
+def _make_descriptor(*, gluon: bool) -> Callable[..., Any]:
+    """Return what makes a descriptor; that of a Gluon kernel knows how tiles lie in memory."""
+    made = _descriptor_class(gluon=gluon)
+    if not gluon:
+        return made
+    return lambda x, shape, strides, block: made(
+        x, shape, strides, block, tile_layout(block, x.dtype)
+    )
+
+
+def tile_layout(block: list[int], dtype: torch.dtype) -> Any:  # noqa: ANN401 - Triton's
+    """Return how a tile of 16-bit numbers lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    number = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for(block, number)
 
 
 _validated: dict[tuple[Any, ...], dict[str, Any]] = {}

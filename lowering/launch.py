@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flasheva_compile.lowering import first_calls, recording
 from flasheva_compile.lowering.direct_launch import on_device
+from flasheva_compile.lowering.fitting import (
+    LEAST_SCALE,
+    alike,
+    resident_programs,
+    with_what_is_there,
+)
 from flasheva_compile.lowering.kernel_arguments import (
     DTYPES,
     descriptors,
@@ -93,7 +99,7 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
         return
     device = values["k_ptr"].device
     with on_device(device):
-        schedule = _with_what_is_there(choose(spec), spec, values)
+        schedule = with_what_is_there(choose(spec), spec, values)
         count = programs(schedule)
         if not count:
             return
@@ -101,29 +107,21 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
         if schedule.tma:
             described = descriptors(kernel.generated.arguments, spec, schedule, values)
             if described is None:
-                kernel = load(spec, dataclasses.replace(schedule, tma=False))
+                schedule = dataclasses.replace(alike(spec, schedule), tma=False)
+                kernel, count = load(spec, schedule), programs(schedule)
             else:
                 values = {**values, **described}
+        if schedule.consumers:
+            values = {**values, "items": count}
+            count = min(count, resident_programs(schedule)) if schedule.persistent else count
         arguments = tuple(values[name] for name in kernel.generated.arguments)
         if not first_calls.collect(device, kernel.launch, arguments):
             kernel.launch(count, *arguments)
 
 
-_LEAST_SCALE = 1e-10  # biases are divided by it, and must stay numbers
-
-
-def _with_what_is_there(schedule: Schedule, spec: KernelSpec, values: dict[str, Any]) -> Schedule:
-    """Leave biases to the scores where the products cannot add them."""
-    if not schedule.product_bias:
-        return schedule
-    has_columns = spec.kind != "forward" or "bias_columns_ptr" in values
-    fits = has_columns and values["scale"] >= _LEAST_SCALE
-    return schedule if fits else dataclasses.replace(schedule, product_bias=False)
-
-
 def with_bias_columns(spec: KernelSpec, values: dict[str, Any]) -> dict[str, Any]:
     """Add the columns of biases that a ``forward`` kernel reads, if it reads any; runs a launch."""
-    if not _schedule(spec, values).product_bias or values["scale"] < _LEAST_SCALE:
+    if not _schedule(spec, values).product_bias or values["scale"] < LEAST_SCALE:
         return values
     bias = values["rfa_bias_ptr"]
     columns = bias.new_empty((*bias.shape, BIAS_COLUMNS), dtype=torch.bfloat16)

@@ -23,6 +23,7 @@ from flasheva_compile.lowering.emit.arguments import (
     POINTERS,
     STRIDES,
 )
+from flasheva_compile.lowering.kernel_arguments import DTYPES, tile_layout
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.spec import BIAS_COLUMNS, parts
 from triton.backends.compiler import GPUTarget
@@ -105,6 +106,7 @@ _INT32 = {
     *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
 }
 _VALUES = {"v", "rfa_v", "do"}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _OTHER = {
     "valid_ptr": "*u8",
     "seed_ptr": "*i64",
@@ -129,11 +131,15 @@ def argument_type(name: str, spec: KernelSpec, schedule: Schedule) -> str:
     """Return the Triton type of an argument of a kernel's entry point."""
     if name in DESCRIPTORS:
         tensor, part = name.split("_desc")
-        if tensor == "bias_columns":
-            return f"tensordesc<bf16[1, 1, {schedule.block_n}, {BIAS_COLUMNS}]>"
         size = spec.value_dim if tensor in _VALUES else spec.head_dim
         rows = schedule.block_n if spec.kind in ("forward", "dq") else schedule.block_m
-        return f"tensordesc<{spec.dtype}[1, 1, {rows}, {parts(size)[int(part)][1]}]>"
+        if schedule.consumers and tensor == "q":
+            rows = schedule.block_m // schedule.consumers
+        is_bias = tensor == "bias_columns"
+        dtype = "bf16" if is_bias else spec.dtype
+        block = [1, 1, rows, BIAS_COLUMNS if is_bias else parts(size)[int(part)][1]]
+        layout = f",{tile_layout(block, _TORCH[dtype])!r}" if schedule.consumers else ""
+        return f"tensordesc<{dtype}{block}{layout}>"
     if name in ("rfa_k_ptr", "rfa_v_ptr") and spec.fp8_chunks:
         return "*u8"
     if name in _OTHER:
@@ -169,7 +175,7 @@ def compile_for(generated: GeneratedKernel, target: str) -> Any:  # noqa: ANN401
     names = generated.arguments
     function = load(generated.spec, generated.schedule).function
     aligned = [n for n in names if n in POINTERS or n in STRIDES]
-    source = ASTSource(
+    source = _source_class(generated.schedule)(
         fn=function,
         signature={n: argument_type(n, generated.spec, generated.schedule) for n in names},
         constexprs={},
@@ -179,6 +185,14 @@ def compile_for(generated: GeneratedKernel, target: str) -> Any:  # noqa: ANN401
     options = {"enable_fp_fusion": True, **launch_options(generated)}
     gpu = GPUTarget(known.backend, known.arch, known.warp_size)
     return triton.compile(source, target=gpu, options=options)
+
+
+def _source_class(schedule: Schedule) -> type[ASTSource]:
+    if not schedule.consumers:
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 @cache

@@ -30,6 +30,7 @@ from flasheva_compile.lowering.schedule_retrieval_decode import (
 from flasheva_compile.lowering.schedule_vecinfer import vecinfer_schedule
 from flasheva_compile.lowering.spec import Schedule, adds_bias_by_product, parts
 from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
+from flasheva_compile.lowering.specialists import specialists_rejection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,12 +63,23 @@ def choose(spec: KernelSpec, target: Target | None = None) -> Schedule:
 
 
 @cache
+def choose_alike(spec: KernelSpec, target: Target) -> Schedule:
+    """Return the schedule of a kernel whose warps all do the same; see :func:`choose`."""
+    chosen = _choose(spec, target)
+    if not chosen.consumers:
+        return chosen
+    plain = shipped(spec, target)
+    assert plain is not None  # whatever has specialists has such an entry, too
+    return plain
+
+
+@cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
     by_rule = _by_rule(spec, target)
     if by_rule is not None:
         return by_rule
     table = None if spec.selection_group and spec.kind in LEAVING_OUT else shipped(spec, target)
-    for schedule in (tuned(spec, target), table):
+    for schedule in (tuned(spec, target), specialised(spec, target), table):
         if schedule and schedule_cost.rejection(spec, schedule, target) is None:
             return schedule
     if spec.selection_group and spec.kind in LEAVING_OUT:
@@ -171,6 +183,31 @@ def shipped(spec: KernelSpec, target: Target) -> Schedule | None:
     schedule = section.get(dtype_class(spec), {}).get(bucket)
     return schedule and _fit(spec, schedule, target)
 
+
+def specialised(spec: KernelSpec, target: Target) -> Schedule | None:
+    """Return the schedule of specialised warps, for the specs that have one."""
+    if specialists_rejection(spec, target):
+        return None
+    schedule = _SPECIALISTS[spec.head_dim]
+    return dataclasses.replace(schedule, product_bias=not spec.whole_chunks)
+
+
+_SPECIALISTS = {
+    # Four programs of one consumer each: registers for more in one program are not there.
+    64: Schedule(
+        block_m=64, block_n=64, num_warps=4, num_stages=2, tma=True, consumers=1, max_registers=64
+    ),
+    128: Schedule(
+        block_m=128,
+        block_n=64,
+        num_warps=4,
+        num_stages=4,
+        tma=True,
+        consumers=2,
+        overlap=True,
+        persistent=True,
+    ),
+}
 
 _Table = dict[str, dict[str, dict[str, dict[str, Schedule]]]]
 

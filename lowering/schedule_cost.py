@@ -1,7 +1,7 @@
 """Which tiles a target can run at all, in closed forms, and a model of what the others cost.
 
-The forms over-estimate slightly what a compiled kernel needs; the model says how many clocks of a
-multiprocessor a kernel spends per (query, key) pair, up to a factor that all schedules share.
+The forms over-estimate slightly; the model says how many clocks of a multiprocessor a kernel spends
+per (query, key) pair, up to a factor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import sympy
+from flasheva_compile.lowering import specialists
 from flasheva_compile.lowering.spec import (
     BIAS_COLUMNS,
     STATE_BLOCK,
@@ -148,6 +149,8 @@ def threads(schedule: Schedule, target: Target) -> int:
 
 def shared_bytes(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
     """Return the shared memory of one program [bytes]."""
+    if schedule.consumers:
+        return specialists.shared_bytes(spec, schedule)
     biases = 2 * BIAS_COLUMNS * schedule.block_n if schedule.product_bias else 0
     biases *= schedule.num_stages if spec.kind == "forward" else 1
     return int(_evaluate(shared_memory, spec, schedule, target)) + biases
@@ -190,7 +193,7 @@ def _bad_features(spec: KernelSpec, schedule: Schedule, target: Target) -> str |
         return f"split_window: {spec.kind} walks over no window"
     if schedule.product_bias and not adds_bias_by_product(spec):
         return "product_bias: scores are no products, or have no biases"
-    return None
+    return specialists.rejection(spec, schedule, target) if schedule.consumers else None
 
 
 def tma_rejection(spec: KernelSpec, target: Target) -> str | None:
@@ -235,10 +238,10 @@ def _too_much(spec: KernelSpec, schedule: Schedule, target: Target) -> str | Non
     shared = shared_bytes(spec, schedule, target)
     if shared > target.shared_limit:
         return f"{shared} bytes of shared memory, at most {target.shared_limit}"
+    if schedule.consumers:
+        return specialists.too_many_registers(spec, schedule)
     used, most = registers(spec, schedule, target), register_limit(spec, schedule, target)
-    if used > most:
-        return f"{used} registers of accumulators per thread, at most {most}"
-    return None
+    return f"{used} registers of accumulators per thread, at most {most}" if used > most else None
 
 
 def register_limit(spec: KernelSpec, schedule: Schedule, target: Target) -> int:
@@ -306,7 +309,7 @@ _LATENCY = 1500  # clocks from asking for a tile to having it, unless asked for 
 
 
 def _product_clocks(spec: KernelSpec, schedule: Schedule, target: Target, rates: _Rates) -> float:
-    """Return clocks of the matrix products: multiplying, or reading operands again and again."""
+    """Return clocks of the products: multiplying, or reading operands again and again."""
     m, n = schedule.block_m, schedule.block_n
     d, e = (sum(size for _, size in parts(dim)) for dim in (spec.head_dim, spec.value_dim))
     columns = {"forward": d + e, "dq": 2 * d + e}.get(spec.kind, 2 * (d + e))
@@ -331,8 +334,7 @@ def _softmax_clocks(spec: KernelSpec, m: int, n: int, rates: _Rates) -> float:
     half = rates.fma / 2  # maxima and conversions
     exponentials = m * n / rates.exp2 + _PER_TILE
     if spec.kind == "forward":  # scale and sum, maximum, conversion; rescaling of the sums
-        rescale = m * spec.value_dim / rates.fma
-        return exponentials + m * n * (2 / rates.fma + 1.6 / half) + rescale
+        return exponentials + m * n * (2 / rates.fma + 1.6 / half) + m * spec.value_dim / rates.fma
     return exponentials + m * n * (3 / rates.fma + 1 / half)
 
 

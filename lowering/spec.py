@@ -236,6 +236,10 @@ class Schedule:
         split_window: Separate loops for the parts of the window that need no mask.
         max_registers: Registers a thread may use, so that more programs fit; 0 = no limit.
         product_bias: Products add the biases of chunk tokens, see ``emit/product_bias.py``.
+        consumers: Warpgroups that attend from 64 queries each, fed by a warp of its own, see
+            ``emit/specialised.py``; 0 = all warps do the same.
+        overlap: Consumers add the values of one tile while they score the next.
+        persistent: As many programs as fit walk over all blocks of queries.
     """
 
     block_m: int
@@ -246,6 +250,9 @@ class Schedule:
     split_window: bool = False
     max_registers: int = 0
     product_bias: bool = False
+    consumers: int = 0
+    overlap: bool = False
+    persistent: bool = False
 
 
 def adds_bias_by_product(spec: KernelSpec) -> bool:

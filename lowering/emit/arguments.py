@@ -54,6 +54,7 @@ STRIDES = (
 
 LENGTHS = (
     *("heads", "queries", "columns", "chunks", "q_offset", "splits", "state_blocks"),
+    "items",
     *(
         "picks",
         "words",

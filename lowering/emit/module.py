@@ -7,6 +7,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from flasheva_compile.lowering.emit import specialised
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
 from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
 from flasheva_compile.lowering.emit.decode_features import FEATURE_FUNCTION
@@ -81,6 +82,8 @@ _PURPOSE = {
 
 def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     """Generate one kernel; pure: the same spec and schedule give the same bytes."""
+    if schedule.consumers:
+        return _specialised(spec, schedule)
     body = without_unread(_body(spec, schedule))
     names = arguments(body)
     constants = _constants(body, spec, schedule)
@@ -92,6 +95,15 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     if "bias_rows(" in body:
         source += "\n\n" + PIECES_FUNCTION + "\n\n" + ROWS_FUNCTION + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)
+    return GeneratedKernel(
+        spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
+    )
+
+
+def _specialised(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
+    names = specialised.arguments(schedule)
+    text = wrapped(specialised.emit_specialised(spec, schedule)).rstrip("\n") + "\n"
+    source = _header(spec, schedule, specialised.IMPORTS) + text + _launcher(spec, schedule, names)
     return GeneratedKernel(
         spec=spec, schedule=schedule, name=_name(spec, source), source=source, arguments=names
     )
@@ -142,7 +154,10 @@ def _fields(value: object) -> list[str]:
     ]
 
 
-def _header(spec: KernelSpec, schedule: Schedule) -> str:
+_IMPORTS = "import triton\nimport triton.language as tl\n"
+
+
+def _header(spec: KernelSpec, schedule: Schedule, imports: str = _IMPORTS) -> str:
     width = {"width": 96, "initial_indent": "    ", "subsequent_indent": "    "}
     spec_text = textwrap.fill(", ".join(_fields(spec)), **width)
     schedule_text = textwrap.fill(", ".join(_fields(schedule)), **width)
@@ -150,7 +165,7 @@ def _header(spec: KernelSpec, schedule: Schedule) -> str:
         f'"""{spec.kind}: {_PURPOSE[spec.kind]}. Generated; do not edit.\n\n'
         f"KernelSpec:\n{spec_text}\nSchedule:\n{schedule_text}\n\n"
         "Reproduce: flasheva_compile.lowering.emit.module.emit(KernelSpec(...), Schedule(...)).\n"
-        '"""\n\nimport triton\nimport triton.language as tl\n\n'
+        f'"""\n\n{imports}\n'
     )
 
 

@@ -29,7 +29,12 @@ LAYOUTS = ("contiguous", "heads_last", "slice", "columns_last", "same_rows")
 HEAD_DIMS = ((16, 16), (8, 8), (24, 24), (40, 40), (80, 80), (16, 40), (48, 16), (24, 112))
 HEADS = ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 3), (2, 2, 1), (1, 2, 2), (3, 1, 1), (1, 1, 4))
 SMALLEST = Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1)
-SWITCHES = [f.name for f in dataclasses.fields(Schedule) if isinstance(f.default, bool)]
+OF_SPECIALISTS = ("overlap", "persistent")  # which no interpreter of Triton runs
+SWITCHES = [
+    f.name
+    for f in dataclasses.fields(Schedule)
+    if isinstance(f.default, bool) and f.name not in OF_SPECIALISTS
+]
 SPLITS = {"_TILES_IN_FLIGHT": (1, 8), "_QUERIES_PER_SINK_PROGRAM": (16, 1024)}
 """Constants of the launches that share a kernel's work out, and what to try for them."""
 

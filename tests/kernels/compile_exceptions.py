@@ -19,6 +19,9 @@ _KEPT = "a few words kept from before the loops until after them"
 
 FOUND: dict[str, dict[str, tuple[dict[str, int], str]]] = {
     "sm_90": {
+        "causal-bf16-d64-forward": ({"3.9": 32}, _KEPT),
+        "whole-bf16-d64-forward": ({"3.9": 32}, _KEPT),
+        "gqa-bf16-d128-forward": ({"3.6": 8, "3.9": 32}, _KEPT),
         "causal-bf16-d64-dkv": ({"3.6": 112, "3.9": 80}, _POOLING),
         "gqa-bf16-d128-dkv": ({"3.6": 112}, "loop bounds, once per query head; one in the loop"),
         "gqa-bf16-d128-dchunk": ({"3.9": 64}, _KEPT + "; loop bounds, once per query head"),

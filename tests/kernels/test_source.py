@@ -103,7 +103,7 @@ def test_every_name_is_defined(kernels):
             if isinstance(node, ast.FunctionDef):
                 bound |= {node.name, *(a.arg for a in node.args.args)}
                 bound |= {node.args.vararg.arg} if node.args.vararg else set()
-            if isinstance(node, ast.Import):
+            if isinstance(node, ast.Import | ast.ImportFrom):
                 bound |= {alias.asname or alias.name for alias in node.names}
         unknown = {n.id for n in names} - bound
         assert not unknown, f"{name} reads {unknown}"

@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, default=16)
     parser.add_argument("--inner-backend", default="inductor", help="inductor, aot_eager or eager")
     parser.add_argument("--random", action="store_true", help="do not look for real weights")
+    parser.add_argument("--layers", type=int, default=30, help="of the random model")
     parser.add_argument("--worker", choices=("full", "flasheva"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -168,7 +169,7 @@ def load(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor,
         )
         tqdm.write("      Time and memory mean the same; perplexity means nothing.")
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(smollm2_config())
+        model = transformers.LlamaForCausalLM(smollm2_config(arguments.layers))
         ids = torch.tensor([list(text.encode())])
         kind = "SmolLM2-135M's architecture, random weights"
     else:
@@ -202,13 +203,13 @@ def with_split_digits(tokenizer: Any) -> Any:  # noqa: ANN401
     return tokenizer
 
 
-def smollm2_config() -> transformers.LlamaConfig:
-    """Return the architecture of SmolLM2-135M."""
+def smollm2_config(layers: int = 30) -> transformers.LlamaConfig:
+    """Return the architecture of SmolLM2-135M, which has 30 layers."""
     return transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,

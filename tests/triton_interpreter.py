@@ -2,7 +2,7 @@
 
 Import this before anything imports Triton, in a process that has ``TRITON_INTERPRET=1``: Triton
 reads it when a kernel is defined, so interpreting and compiling need processes of their own
-(``tests/kernels/test_interpreted.py`` starts one for each law).
+(``tests/kernels/test_interpreted.py`` starts them).
 
 What it changes:
 - run-time loop bounds work with NumPy >= 2.4, which no longer turns arrays of one element into
@@ -16,6 +16,7 @@ What it changes:
 from __future__ import annotations
 
 # ruff: noqa: E402 - the assertion must come before Triton
+import functools
 import os
 from contextlib import contextmanager
 
@@ -29,6 +30,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests import triton_interpreter_speed
+
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 MOVES = {  # the operations that only move elements, and those that are made exact below
     *("load", "store", "masked_load", "masked_store", "descriptor_load", "descriptor_store"),
@@ -39,10 +42,12 @@ MOVES = {  # the operations that only move elements, and those that are made exa
 }
 
 
+@functools.cache
 def install() -> None:
-    """Patch the interpreter; once per process."""
+    """Patch the interpreter; once per process, however many files of laws ask for it."""
     triton.knobs.compilation.front_end_debugging = True  # errors keep their tracebacks
     _fix_loop_bounds()
+    triton_interpreter_speed.install()  # the language is patched here, with those bounds
     _fix_products()
     _fix_casts()
     for name in [n for n in dir(Builder) if n.startswith("create_")]:
@@ -106,10 +111,10 @@ def _fix_casts() -> None:
 
 def _refusing_bfloat16(name, function):
     def guarded(self, *arguments, **options):
-        flat = [x for a in arguments for x in (a if isinstance(a, tuple | list) else (a,))]
-        for x in flat:
-            if isinstance(x, Handle | tl.tensor) and x.dtype.scalar == tl.bfloat16:
-                raise TypeError(f"{name} of bfloat16 in the interpreter: widen to fp32 first")
+        for a in arguments:
+            for x in a if isinstance(a, (tuple, list)) else (a,):
+                if isinstance(x, (Handle, tl.tensor)) and x.dtype.scalar.name == "bf16":
+                    raise TypeError(f"{name} of bfloat16 in the interpreter: widen to fp32 first")
         return function(self, *arguments, **options)
 
     return guarded

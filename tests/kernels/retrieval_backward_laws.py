@@ -1,4 +1,4 @@
-"""Laws of the retrieval tier's backward kernels, interpreted; see test_retrieval_backward.py."""
+"""Laws of the retrieval tier's backward kernels, interpreted; see ``test_interpreted.py``."""
 
 from __future__ import annotations
 

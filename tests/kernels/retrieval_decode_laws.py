@@ -1,6 +1,6 @@
 """Laws of the kernels of generation with retrieval, interpreted.
 
-``test_cache_laws_interpreted.py`` starts them.
+``test_interpreted.py`` starts them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Laws of the retrieval tier's kernels, in Triton's interpreter; see test_retrieval_forward.py."""
+"""Laws of the retrieval tier's kernels, in Triton's interpreter; see ``test_interpreted.py``."""
 
 from __future__ import annotations
 

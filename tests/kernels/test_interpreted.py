@@ -1,47 +1,45 @@
-"""Every law of ``interpreted_laws.py``, each in a process where Triton interprets kernels.
-
-By hand, with any of pytest's options, 20 times the examples, other ones each time::
-
-    TRITON_INTERPRET=1 FLASHEVA_FUZZ=20 python -m pytest tests/kernels/interpreted_laws.py -x
-"""
+"""Every law of the generated kernels, in processes where Triton interprets kernels."""
 
 from __future__ import annotations
 
-import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-LAWS = Path(__file__).with_name("interpreted_laws.py")
-TESTS = [
-    node
-    for node in ast.parse(LAWS.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-]
-FUZZED = [test.name for test in TESTS if "given(" in ast.unparse(test).split("def ")[0]]
-REST = "everything that is not fuzzed"
+from tests.kernels import law_processes
+
+FILES = {  # and of each file the laws that have a process of their own
+    "interpreted_laws.py": (
+        ("test_attention_and_its_gradients_are_the_reference",),
+        (
+            "test_a_row_alone_has_the_bits_that_it_has_in_a_batch",
+            "test_a_window_over_everything_is_softmax",
+        ),
+    ),
+    "retrieval_forward_laws.py": (
+        (
+            "test_attention_is_the_reference_for_what_was_selected",
+            "test_a_schedule_changes_no_selection",
+        ),
+    ),
+    "retrieval_backward_laws.py": (),
+    "decode_laws.py": (),
+    "extend_laws.py": (),
+    "retrieval_decode_laws.py": (("test_steps_are_the_blocked_code",),),
+    "vecinfer_laws.py": (
+        (
+            "test_what_no_token_was_written_to_is_never_read",
+            "test_a_token_in_fp8_that_is_not_finite_is_nan",
+        ),
+    ),
+}
+SHARES = [share for file, alone in FILES.items() for share in law_processes.shares(file, *alone)]
 
 
-@pytest.mark.parametrize("law", [*FUZZED, REST])
-def test_law(law, tmp_path):
-    names = [test.name for test in TESTS if test.name not in FUZZED] if law == REST else [law]
-    clean = {n: x for n, x in os.environ.items() if not n.startswith("PYTEST_")}
-    own = {
-        "TRITON_INTERPRET": "1",
-        "FLASHEVA_CACHE_DIR": str(tmp_path / "generated"),
-        "OMP_NUM_THREADS": "1",
-    }
-    options = ("-q", "-p", "no:cacheprovider", "--tb=short")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *(f"{LAWS}::{name}" for name in names)],
-        cwd=ROOT,
-        env={**clean, **own},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:  # with the failing example
-        pytest.fail(f"{law}:\n{done.stdout}\n{done.stderr}", pytrace=False)
+@pytest.mark.parametrize(("file", "laws"), SHARES)
+def test_laws(file, laws, tmp_path):
+    law_processes.run(file, laws, tmp_path)
+
+
+def test_no_file_of_laws_is_left_out():
+    assert set(FILES) == {path.name for path in Path(__file__).parent.glob("*_laws.py")}

@@ -1,18 +1,9 @@
-"""Kernels of the retrieval tier's forward pass: interpreted laws, source text, offline compiles.
+"""Kernels of the retrieval tier's forward pass: source text and offline compiles.
 
-The laws are in ``retrieval_forward_laws.py``. By hand, with any of pytest's options, 20 times the
-examples, other ones each time::
-
-    TRITON_INTERPRET=1 FLASHEVA_FUZZ=20 python -m pytest tests/kernels/retrieval_forward_laws.py -x
+Its laws are in ``retrieval_forward_laws.py``.
 """
 
 from __future__ import annotations
-
-import ast
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,34 +17,6 @@ from flasheva_compile.lowering.rows import Rows
 from flasheva_compile.lowering.schedule import choose, known_target
 
 from tests.kernels import test_source
-
-ROOT = Path(__file__).parents[2]
-LAWS = Path(__file__).with_name("retrieval_forward_laws.py")
-TESTS = [
-    node.name
-    for node in ast.parse(LAWS.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-]
-
-
-@pytest.mark.parametrize("law", TESTS)
-def test_law(law, tmp_path):
-    clean = {n: x for n, x in os.environ.items() if not n.startswith("PYTEST_")}
-    own = {
-        "TRITON_INTERPRET": "1",
-        "FLASHEVA_CACHE_DIR": str(tmp_path / "generated"),
-        "OMP_NUM_THREADS": "1",
-    }
-    options = ("-q", "-p", "no:cacheprovider", "--tb=short")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"{LAWS}::{law}"],
-        cwd=ROOT,
-        env={**clean, **own},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:  # with the failing example
-        pytest.fail(f"{law}:\n{done.stdout}\n{done.stderr}", pytrace=False)
 
 
 def call(dtype=torch.bfloat16, size=64, group=4, length=96, **changes):

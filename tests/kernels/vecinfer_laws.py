@@ -1,4 +1,4 @@
-"""Laws of the kernels over a cache of codes; see ``test_cache_laws_interpreted.py``."""
+"""Laws of the kernels over a cache of codes; see ``test_interpreted.py``."""
 
 from __future__ import annotations
 

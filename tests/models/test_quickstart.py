@@ -14,7 +14,8 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 @pytest.mark.slow
 def test_random_weights_without_inductor():
-    short = ("--random", "--length", "384", "--window-size", "64", "--inner-backend", "eager")
+    short = ("--random", "--layers", "3", "--length", "384", "--window-size", "64")
+    short += ("--inner-backend", "eager")
     done = subprocess.run(
         [sys.executable, QUICKSTART, *short],
         capture_output=True,
@@ -24,8 +25,8 @@ def test_random_weights_without_inductor():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "RANDOM WEIGHTS" in done.stdout + done.stderr
-    assert "30 of 30 attentions rewritten" in done.stdout
-    assert "layers.{0-29}.self_attn (30x)" in done.stdout
+    assert "3 of 3 attentions rewritten" in done.stdout
+    assert "layers.{0-2}.self_attn (3x)" in done.stdout
     for row in ("perplexity", "forward pass [s]", "memory beyond weights [MiB]"):
         assert row in done.stdout
 

@@ -114,6 +114,7 @@ def inputs(
             rfa_v=rfa_v,
             rfa_bias=torch.full((*head, chunks), 2.7, device="cuda"),
             rfa_exponents=torch.cat([of_k, of_v], -1),
+            chunk_mean=torch.empty(batch, 0, chunks, device="cuda"),
             open_q=normal(*head, 0, size),
             start=torch.zeros(batch, dtype=torch.int64, device="cuda"),
             length=torch.full((1,), context, dtype=torch.int64, device="cuda"),

@@ -189,10 +189,10 @@ def plain_state(cell: Cell) -> CacheState:
     """Return the same without retrieval."""
     slots = SINKS + ring_size(cell.settings)
     return CacheState(
-        exact_k=normal(cell.batch, KV_HEADS, slots, HEAD_DIM),
-        exact_v=normal(cell.batch, KV_HEADS, slots, HEAD_DIM),
+        **{n: normal(cell.batch, KV_HEADS, slots, HEAD_DIM) for n in ("exact_k", "exact_v")},
         exact_mask=torch.ones(cell.batch, slots, dtype=torch.bool, device="cuda"),
-        rfa_exponents=torch.empty(cell.batch, KV_HEADS, 0, 0, dtype=torch.int8, device="cuda"),
+        rfa_exponents=normal(cell.batch, KV_HEADS, 0, 0).to(torch.int8),
+        chunk_mean=torch.empty(cell.batch, 0, 0, device="cuda"),
         open_q=normal(cell.batch, KV_HEADS, 0, HEAD_DIM),
         **chunk_tokens(cell),
     )

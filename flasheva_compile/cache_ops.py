@@ -18,7 +18,7 @@ from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch_decode, launch_extend
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
-from flasheva_compile.op_checks import OP_VERSION, check_cache
+from flasheva_compile.op_checks import OP_VERSION, check_cache, check_slopes
 from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.ops import eva_features
 
@@ -36,6 +36,8 @@ _OPTIONS = (
     "str rule, int window_size, int chunk_size, int sink_tokens, str window, float scale, "
     "float softcap, str version"
 )
+_SLOPES = "Tensor? alibi_slopes=None"
+"""Of ``decode``: ``[Hq]``; adds ``slope * (key position - query position)``."""
 
 
 def cache_options(config: EvaConfig, scale: float, softcap: float = 0.0) -> dict[str, Any]:
@@ -60,7 +62,13 @@ def cache_settings(o: dict[str, Any]) -> AttentionSettings:
 
 
 def new_state(
-    k: Tensor, v: Tensor, chunks: int, o: dict[str, Any], *, fp8_chunks: bool = False
+    k: Tensor,
+    v: Tensor,
+    chunks: int,
+    o: dict[str, Any],
+    *,
+    fp8_chunks: bool = False,
+    alibi: bool = False,
 ) -> CacheState:
     """Allocate an empty state.
 
@@ -70,6 +78,7 @@ def new_state(
         chunks: Chunk tokens to make room for.
         o: The ops' keyword arguments.
         fp8_chunks: Store chunk tokens in fp8.
+        alibi: Keep where chunk tokens stand.
     """
     s = cache_settings(o)
     batch, heads = k.shape[:2]
@@ -85,6 +94,7 @@ def new_state(
         rfa_v=v.new_zeros(batch, heads, chunks, v.shape[3], dtype=stored),
         rfa_bias=k.new_zeros(batch, heads, chunks, dtype=accumulator),
         rfa_exponents=k.new_zeros(batch, heads, chunks, exponents, dtype=torch.int8),
+        chunk_mean=k.new_zeros(batch, int(alibi), chunks, dtype=accumulator),
         open_q=k.new_zeros(batch, heads, s.chunk_size if o["rule"] == "eva" else 0, k.shape[3]),
         start=k.new_zeros(batch, dtype=torch.int64),
         length=k.new_zeros(1, dtype=torch.int64),
@@ -94,7 +104,7 @@ def new_state(
 def _checked(
     qkv: tuple[Tensor, ...],
     key_mask: Tensor | None,
-    state: Sequence[Tensor],
+    state: CacheState,
     o: dict[str, Any],
 ) -> AttentionSettings:
     """Check the arguments, once for calls that are alike: every layer does it for every token."""
@@ -120,7 +130,8 @@ _MOST_KNOWN = 4096
 @implements("cache_append", f"({_INPUTS}, *, {_OPTIONS}) -> ()")
 def _cache_append(*args: Any, **options: Any) -> None:
     q, k, v, parameters, key_mask, *state = args
-    settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
+    kept = CacheState(*state)
+    settings = _checked((q, k, v), key_mask, kept, options)
     if runs_kernels(k, v):
         pooling = _pooling(parameters, options)
         launch_extend.cache_append(q, (k, v), key_mask, kept, settings, pooling)
@@ -138,26 +149,30 @@ def _(*args: Any, **options: Any) -> None:
 # --- flasheva::decode -----------------------------------------------------------------------------
 
 
-@implements("decode", f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor, Tensor)")
+@implements("decode", f"({_INPUTS}, *, {_OPTIONS}, {_SLOPES}) -> (Tensor, Tensor)")
 def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Append and attend: ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``."""
     q, k, v, parameters, key_mask, *state = args
-    settings, kept = _checked((q, k, v), key_mask, state, options), CacheState(*state)
+    slopes, kept = options.pop("alibi_slopes", None), CacheState(*state)
+    settings = _checked((q, k, v), key_mask, kept, options)
+    check_slopes(q, slopes, kept)
     if runs_kernels(k, v):
         pooling = _pooling(parameters, options)
         if q.shape[2] == 1:
             rule, given = pooling
-            return launch_decode.decode(q, k, v, key_mask, given, kept, settings, rule)
-        return launch_extend.decode(q, (k, v), key_mask, kept, settings, pooling)
+            return launch_decode.decode(q, k, v, key_mask, given, kept, settings, rule, slopes)
+        return launch_extend.decode(q, (k, v), key_mask, kept, settings, pooling, slopes)
     new = (_group_mean(q, k), k, v)
     pool_new = partial(pool_chunks, parameters, options)
-    return blocked.decode(q, new, key_mask, kept, pool_new, settings)
+    return blocked.decode(q, new, key_mask, kept, pool_new, settings, slopes)
 
 
 @fakes("decode")
 def _(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, _, v = args[:3]
+    slopes = options.pop("alibi_slopes", None)
     check_cache(args[:3], args[4], args[5:], options)
+    check_slopes(q, slopes, CacheState(*args[5:]))
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=accumulator)
     return q.new_empty(*q.shape[:3], v.shape[3]), lse

@@ -146,6 +146,7 @@ def _decoding(
         # Those of eva's feature maps, which the cache applies, and not what they give.
         parameters=len(FEATURES) if o["rule"] == "eva" else len(parameters),
         key_mask=layer.has_key_mask,
+        alibi=bool(layer.mask),
     )
     spec = decode_spec(shape, implementations.attention_settings(o))
     return spec, spec.of_kind("decode_combine")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from flasheva_compile.kernels.blocked.cache_state import CacheState
+
 # Part of every call, so that a compile cache cannot pair an old forward with a new backward.
 OP_VERSION = "1"
 
@@ -210,3 +212,15 @@ def check_cache(
         message = f"{name} is {tuple(x.shape)} {x.dtype}, the cache holds {tuple(kept.shape)}"
         hint = "use the batch and the model that the cache was filled with, or reset it"
         require(fits and x.dtype == kept.dtype, f"{message} {kept.dtype}", op, hint)
+
+
+def check_slopes(q: Tensor, slopes: Tensor | None, state: CacheState) -> None:
+    """Check what ``flasheva::decode`` gets of ALiBi, beside what :func:`check_cache` does."""
+    op = "flasheva::decode"
+    sloped = slopes is None or tuple(slopes.shape) == (q.shape[1],)
+    require(sloped, "alibi_slopes must be [Hq]", op)
+    fp32 = slopes is None or slopes.dtype in (torch.float32, torch.float64)
+    require(fp32, "alibi_slopes must be fp32 or fp64", op)
+    kept = state.rfa_k.shape[2] == 0 or state.alibi == (slopes is not None)
+    hint = "make the state with alibi=True for slopes, and only for them"
+    require(kept, "the state keeps positions of chunk tokens, or else there are slopes", op, hint)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STATE_ARGUMENTS = (
     *("exact_k_ptr", "exact_v_ptr", "exact_mask_ptr", "rfa_k_ptr", "rfa_v_ptr", "rfa_bias_ptr"),
-    "rfa_exponents_ptr",  # of fp8 alone
+    *("rfa_exponents_ptr", "chunk_mean_ptr"),  # of fp8, of ALiBi alone
     *("open_q_ptr", "row_start_ptr", "length_ptr"),  # open_q is of the rule eva alone
 )
 """Names of the arguments that the fields of ``CacheState`` are, in order."""
@@ -57,6 +57,7 @@ class StepShape(NamedTuple):
         parameters: How many parameters it gets.
         key_mask: Whether the new tokens have a key mask.
         fp8_chunks: Whether chunk tokens are stored in fp8.
+        alibi: Whether scores get ALiBi's slopes.
     """
 
     q: torch.Size
@@ -68,6 +69,7 @@ class StepShape(NamedTuple):
     parameters: int
     key_mask: bool
     fp8_chunks: bool = False
+    alibi: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
     state: CacheState,
     settings: AttentionSettings,
     rule: str,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Append one token per row and attend from it.
 
@@ -119,15 +122,15 @@ def decode(  # noqa: PLR0913 - the arguments of the op
         state: Contiguous tensors, written in place.
         settings: The layer's.
         rule: Chunk rule of the kernel (see ``pooled_chunks.kernel_rule``).
+        alibi_slopes: ``[Hq]`` fp32; None = no ALiBi.
 
     Returns:
         ``out [B, Hq, 1, Dv]`` and fp32 ``lse [B, Hq, 1]``, as ``kernels/blocked/cache.py`` defines.
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
-    device, count, masked = q.device, len(parameters), key_mask is not None
-    chunks = state.rfa_k.shape[2]
-    fp8 = state.fp8_chunks
-    shape = StepShape(q.shape, v.shape, chunks, q.dtype, device, rule, count, masked, fp8)
+    device, count, chunks = q.device, len(parameters), state.rfa_k.shape[2]
+    kinds = key_mask is not None, state.fp8_chunks, alibi_slopes is not None
+    shape = StepShape(q.shape, v.shape, chunks, q.dtype, device, rule, count, *kinds)
     with on_device(device):
         plan = _plan(shape, settings)
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -138,6 +141,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
             **plan.constants,
             **dict(zip(STATE_ARGUMENTS, state, strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
+            "slopes_ptr": alibi_slopes,
             "q_ptr": q,
             "k_ptr": k,
             "v_ptr": v,
@@ -207,6 +211,7 @@ def decode_spec(shape: StepShape, s: AttentionSettings) -> KernelSpec:
         chunk_rule=shape.rule,
         parameters=shape.parameters,
         fp8_chunks=shape.fp8_chunks,
+        alibi=shape.alibi,
     )
     return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
 

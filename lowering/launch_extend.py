@@ -64,6 +64,7 @@ class _Shape(NamedTuple):
         parameters: How many parameters it gets.
         key_mask: Whether the new tokens have a key mask.
         fp8_chunks: Whether chunk tokens are stored in fp8.
+        alibi: Whether scores get ALiBi's slopes, and positions of chunk tokens are kept.
     """
 
     q_heads: int
@@ -76,6 +77,7 @@ class _Shape(NamedTuple):
     parameters: int
     key_mask: bool
     fp8_chunks: bool
+    alibi: bool
 
 
 class _Launch(NamedTuple):
@@ -117,6 +119,7 @@ def decode(
     state: CacheState,
     settings: AttentionSettings,
     pooling: Pooling,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Append ``L`` tokens per row and attend from them; four launches.
 
@@ -127,12 +130,13 @@ def decode(
         state: Contiguous tensors, written in place.
         settings: The layer's.
         pooling: How to pool the chunks that the tokens complete.
+        alibi_slopes: ``[Hq]`` fp32; None = no ALiBi.
 
     Returns:
         ``out [B, Hq, L, Dv]`` and fp32 ``lse [B, Hq, L]``, as ``kernels/blocked/cache.py`` defines.
     """
     with on_device(q.device):
-        plan, values = _prepared(q, kv, key_mask, state, settings, pooling)
+        plan, values = _prepared(q, kv, key_mask, state, settings, pooling, alibi_slopes)
         out = q.new_empty((*q.shape[:3], kv[1].shape[3]))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         partial = q.new_empty(plan.scratch, dtype=torch.float32)
@@ -169,6 +173,7 @@ def _prepared(
     state: CacheState,
     settings: AttentionSettings,
     pooling: Pooling,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan of a call and what its kernels read."""
     assert all(x.is_contiguous() for x in state)  # kernels compute the addresses
@@ -185,12 +190,14 @@ def _prepared(
         len(parameters),
         key_mask is not None,
         state.fp8_chunks,
+        state.alibi or alibi_slopes is not None,
     )
     plan = _plan(shape, settings)
     values = {
         **plan.constants,
         **dict(zip(STATE_ARGUMENTS, state, strict=True)),
         **(rule_values(rule, parameters) if parameters else {}),
+        "slopes_ptr": alibi_slopes,
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
@@ -261,6 +268,7 @@ def extend_spec(shape: _Shape, s: AttentionSettings) -> KernelSpec:
         window=s.window,
         softcap=s.softcap > 0,
         fp8_chunks=shape.fp8_chunks,
+        alibi=shape.alibi,
     )
     return whole(spec) if is_whole(shape.chunks, shape.rule, s) else spec
 

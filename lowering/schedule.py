@@ -284,6 +284,7 @@ def _converting(spec: KernelSpec, schedule: Schedule) -> Schedule:
     if spec.dtype == "fp32":  # whose products keep both operands there, too
         return dataclasses.replace(schedule, block_n=16, num_stages=1)
     most = schedule.max_registers and max(schedule.max_registers, _THREE_PROGRAMS)
+    most = 0 if spec.alibi else most
     return dataclasses.replace(schedule, max_registers=most)
 
 

@@ -27,7 +27,8 @@ def extend_schedule(spec: KernelSpec, target: Target) -> Schedule:
     """Return the largest tiles that fit; ``extend`` is given fewer rows where tokens are few."""
     if spec.kind == "extend_pool":
         # Too few programs for registers to matter: unless told, the assembler would rather spill.
-        most = 255 if spec.chunk_rule == "eva" and not target.is_amd else 0
+        told = spec.chunk_rule == "eva" or spec.alibi
+        most = 255 if told and not target.is_amd else 0
         return Schedule(block_m=16, block_n=16, num_warps=4, num_stages=1, max_registers=most)
     if spec.kind == "extend_append":
         return Schedule(block_m=16, block_n=_SLOTS, num_warps=4, num_stages=1)
@@ -53,6 +54,8 @@ def _fits(spec: KernelSpec, s: Schedule, target: Target) -> bool:
         limit = _WIDE_FMA_REGISTERS if max(d, e) > 64 else _FMA_REGISTERS
     if spec.fp8_chunks:  # numbers are made of bytes in registers
         limit = limit // 2 if spec.dtype == "fp32" else limit * 3 // 4
+    if spec.alibi:  # distances, of every score
+        limit = limit * 2 // 3
     return shared <= target.shared_limit and words <= limit * threads
 
 

@@ -82,7 +82,7 @@ STATE_BLOCK = 128
 _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
 _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
 _POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
-_DECODE_FIELDS = ("documents", "causal", "alibi", "accumulate", *_SCORE_FIELDS)
+_DECODE_FIELDS = ("documents", "causal", "accumulate", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
     *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds"),
     *("near_store", "fp8_store", "fp8_chunks"),
@@ -96,15 +96,16 @@ _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
     **dict.fromkeys(("chunk_tokens", "dpool"), _QUERY_FIELDS + _SCORE_FIELDS),
     **dict.fromkeys(("chunk_bounds", "domega"), _QUERY_FIELDS + _SCORE_FIELDS + _POOLING_FIELDS),
     "dkv": (),
-    **dict.fromkeys(("decode", "retrieval_scores"), _DECODE_FIELDS),
+    "decode": _DECODE_FIELDS,
+    "retrieval_scores": ("alibi", *_DECODE_FIELDS),
     **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
     "bias_columns": _COMBINE_FIELDS,
     "extend_pool": ("group", "softcap", *_DECODE_FIELDS),
     "extend": (*_POOLING_FIELDS, *_DECODE_FIELDS),
-    "extend_append": ("group", "softcap", "fp8_chunks", *_POOLING_FIELDS, *_DECODE_FIELDS),
+    "extend_append": ("group", "softcap", "fp8_chunks", "alibi", *_POOLING_FIELDS, *_DECODE_FIELDS),
     "retrieval_select": tuple(name for name in _COMBINE_FIELDS if name not in _SELECTED_BY),
     "retrieval_decode": (
-        *("key_mask", "by_bounds", "weighted_bounds"),
+        *("key_mask", "by_bounds", "weighted_bounds", "alibi"),
         *(*_POOLING_FIELDS, *_DECODE_FIELDS),
     ),
 }

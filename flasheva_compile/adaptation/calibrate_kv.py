@@ -16,9 +16,10 @@ from flasheva_compile.quantization.formats import kv_format
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flasheva_compile.adaptation.kv_tokens import KvTokens
+    from flasheva_compile.generation.prepared import FullLayer
     from flasheva_compile.quantization.codebooks import LayerShape
     from flasheva_compile.quantization.formats import KvFormat
 
@@ -90,12 +91,8 @@ def _run(
 ) -> dict[int, KvTokens]:
     """Return what was seen of each layer."""
     wanted = None if layers is None else list(layers)
-    if layers is None and (prepared := getattr(model, ATTRIBUTE, None)) is not None:
-        wanted = [index for index, layer in prepared.full.items() if not layer.reason]
-        if not wanted:
-            message = "no full attention of the model can be quantised"
-            hint = 'prepare with layers that are "full"'
-            raise ConfigError(message, subject="layers", hint=hint)
+    if (prepared := getattr(model, ATTRIBUTE, None)) is not None:
+        wanted = _quantizable(prepared.full, wanted)
     most = partial(_sample_size, form, options)
     seen: dict[int, KvTokens] = {}
     with running_eagerly(model), recording(model, wanted, most, options.seed) as forward:
@@ -108,6 +105,21 @@ def _run(
     if not all(record.tokens for record in seen.values()):
         raise ConfigError("hold no valid token", subject="batches")
     return seen
+
+
+def _quantizable(full: Mapping[int, FullLayer], wanted: list[int] | None) -> list[int]:
+    """Return the layers to learn from; None = all that are full attentions of a prepared model."""
+    for index in wanted or ():
+        if index in full and full[index].alibi:
+            raise ConfigError(full[index].not_quantizable, subject=full[index].path)
+    if wanted is not None:
+        return wanted
+    found = [index for index, layer in full.items() if not layer.not_quantizable]
+    if not found:
+        message = "no full attention of the model can be quantised"
+        hint = 'prepare with layers that are "full"'
+        raise ConfigError(message, subject="layers", hint=hint)
+    return found
 
 
 def _sample_size(form: KvFormat, options: LearningOptions, shape: LayerShape) -> int:

@@ -292,8 +292,8 @@ def _eva_layers(
         n: retrieving if x.config.retrieve_chunks else EvaCacheLayer for n, x in converted.items()
     }
     layers = {n: kinds[n](x.path, x.config, max_cache_len) for n, x in converted.items()}
-    for layer in layers.values():
-        layer.fp8_chunks = chunk_tokens == "fp8"
+    for n, layer in layers.items():
+        layer.fp8_chunks, layer.alibi = chunk_tokens == "fp8", converted[n].alibi
     return layers
 
 

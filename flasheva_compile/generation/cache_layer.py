@@ -41,6 +41,7 @@ class EvaCacheLayer(StateLayer):
         self.record_past = False
         self.exact_prefill = False
         self.fp8_chunks = False
+        self.alibi = False  # whether the attention adds ALiBi biases
         self.snapshot: dict[str, Tensor] = {}  # tensors of the state before what is recorded
         self.recorded: list[tuple[Tensor, ...]] = []
         self.replay: Callable[..., None] | None = None
@@ -58,7 +59,8 @@ class EvaCacheLayer(StateLayer):
             chunks = visible_chunks(self.max_cache_len, cache_settings(options))
         else:
             chunks = -(-k.shape[2] // self.config.chunk_size) + FIRST_CHUNKS
-        return new_state(k, v, max(1, chunks), options, fp8_chunks=self.fp8_chunks)
+        kinds = {"fp8_chunks": self.fp8_chunks, "alibi": self.alibi}
+        return new_state(k, v, max(1, chunks), options, **kinds)
 
     def _options(self, scale: float, softcap: float) -> dict[str, Any]:
         """Return the keyword arguments of the ops."""
@@ -189,7 +191,8 @@ class EvaCacheLayer(StateLayer):
             self._append(*new, parameters, key_mask, *self.state, **options)
         else:
             new = (x.detach() if x.requires_grad else x for x in qkv)
-            out, lse = self._decode(*new, parameters, key_mask, *self.state, **options)
+            slopes = {"alibi_slopes": eva.alibi_slopes} if self.alibi else {}
+            out, lse = self._decode(*new, parameters, key_mask, *self.state, **options, **slopes)
             result = without_gradient(out, q), lse
         self._count(k.shape[2])
         return result
@@ -213,7 +216,7 @@ class EvaCacheLayer(StateLayer):
         if chunks <= capacity:
             return
         more = max(chunks, capacity + capacity // 4 + FIRST_CHUNKS) - capacity
-        names = ("rfa_k", "rfa_v", "rfa_bias", "rfa_exponents")
+        names = ("rfa_k", "rfa_v", "rfa_bias", "rfa_exponents", "chunk_mean")
         self._extend(dict.fromkeys(names, more))
 
     def _extend(self, room: dict[str, int]) -> None:

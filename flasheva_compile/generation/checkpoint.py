@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from flasheva_compile.retrieval_cache_ops import Store
 
-_VERSION = "5"
+_VERSION = "6"
 # Arguments of from_pretrained that say where a checkpoint is.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _TOLD = "told"

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from flasheva_compile.config import EvaConfig
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
+from flasheva_compile.generation.alibi import SLOPES, AlibiSlopes
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
 from flasheva_compile.generation.default_cache import prepare_cache
 from flasheva_compile.generation.eva_attention import EvaAttention
@@ -78,8 +79,11 @@ def convert(
                 kv_heads=seen.kv_heads,
                 head_dim=seen.head_dim,
                 value_dim=seen.value_dim,
+                alibi=seen.slopes is not None,
             )
         elif seen is not None:
+            if seen.slopes is not None:
+                setattr(module, SLOPES, AlibiSlopes(seen.slopes, _device_of(seen)))
             setattr(module, KEPT, KeptAttention(seen.implementation, seen.causal))
         elif implementation is not None:
             setattr(module, KEPT, KeptAttention(implementation, causal=False))
@@ -120,6 +124,7 @@ def _full_layers(
             head_dim=seen.head_dim,
             value_dim=seen.value_dim,
             kv=kv_of(hybrid.resolve(name)),
+            alibi=seen.slopes is not None,
         )
         for seen, name in zip(found, names, strict=True)
         if seen.index is not None and seen.index not in converted
@@ -127,8 +132,12 @@ def _full_layers(
 
 
 def _eva_attention(seen: ProbedAttention, config: EvaConfig) -> EvaAttention:
-    device = next((p.device for p in seen.module.parameters()), torch.device("cpu"))
-    return EvaAttention(seen.path, config, seen.kv_heads, seen.head_dim, device)
+    device = _device_of(seen)
+    return EvaAttention(seen.path, config, seen.kv_heads, seen.head_dim, device, seen.slopes)
+
+
+def _device_of(seen: ProbedAttention) -> torch.device:
+    return next((p.device for p in seen.module.parameters()), torch.device("cpu"))
 
 
 def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]]:

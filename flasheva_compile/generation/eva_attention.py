@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.alibi import AlibiSlopes
 from flasheva_compile.generation.announcement import Announcement
 from flasheva_compile.ops import flasheva_attention
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flasheva_compile.config import EvaConfig
+    from flasheva_compile.generation.alibi import Slopes
     from flasheva_compile.generation.cache_layer import EvaCacheLayer
 
 
@@ -32,8 +34,10 @@ class EvaAttention(nn.Module):
         kv_heads: ``Hkv``.
         head_dim: ``D``.
         device: Where to create the parameters; they are fp32.
+        slopes: Of ALiBi, one for each query head; None = no ALiBi.
 
     Attributes:
+        slopes: Of ALiBi; None = no ALiBi.
         selector_weight: A buffer, what ``calibrate`` learned for selection by bounds,
             ``[Hkv, 3, D]``; None = 1/2 everywhere.
     """
@@ -41,9 +45,16 @@ class EvaAttention(nn.Module):
     selector_weight: Tensor | None
 
     def __init__(
-        self, path: str, config: EvaConfig, kv_heads: int, head_dim: int, device: torch.device
+        self,
+        path: str,
+        config: EvaConfig,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        slopes: Slopes | None = None,
     ) -> None:
         super().__init__()
+        self.slopes = None if slopes is None else AlibiSlopes(slopes, device)
         self.path, self.config = path, config
         for name, value in _initial_parameters(config, kv_heads, head_dim).items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
@@ -58,7 +69,13 @@ class EvaAttention(nn.Module):
         retrieved = f", top-{c.retrieve_chunks}" if c.retrieve_chunks else ""
         weighted = "" if self.selector_weight is None else "weighted "
         retrieved += f" by {weighted}bounds" * (c.retrieve_by == "bounds")
+        retrieved += ", ALiBi" * (self.slopes is not None)
         return f"{c.chunk_rule}, {c.window} window={c.window_size}, chunk={c.chunk_size}{retrieved}"
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """Slopes of ALiBi, ``[Hq]`` fp32; None = no ALiBi."""
+        return None if self.slopes is None else self.slopes.values
 
     def rule_parameters(self) -> list[Tensor]:
         """Return the rule's parameters in the order of the ops."""
@@ -151,6 +168,7 @@ class EvaAttention(nn.Module):
             noise=self._noise(k),
             key_mask=key_mask,
             segment_ids=segment_ids,
+            alibi_slopes=self.alibi_slopes,
             window_size=c.window_size,
             chunk_size=c.chunk_size,
             sink_tokens=c.sink_tokens,

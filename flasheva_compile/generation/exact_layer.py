@@ -93,13 +93,16 @@ class ExactCacheLayer(FullCacheLayer):
         mask: Tensor | None,
         scale: float,
         softcap: float,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and attend from them to all so far."""
         query, k, v = qkv
         key_mask = self._arrived(k, v, mask)
         options = cache_options(self.config, scale, softcap)
         new = (x.detach() if x.requires_grad else x for x in qkv)
-        out, lse = torch.ops.flasheva.decode(*new, [], key_mask, *self.state, **options)
+        out, lse = torch.ops.flasheva.decode(
+            *new, [], key_mask, *self.state, **options, alibi_slopes=alibi_slopes
+        )
         return without_gradient(out, query), lse
 
     def _arrived(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -32,6 +32,7 @@ class FullCacheLayer(StateLayer):
         mask: Tensor | None,
         scale: float,
         softcap: float,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and attend from them to all so far.
 
@@ -41,6 +42,7 @@ class FullCacheLayer(StateLayer):
             mask: As of :meth:`append`.
             scale: Score scale.
             softcap: ``softcap * tanh(score / softcap)``; 0 = none.
+            alibi_slopes: ``[Hq]``; adds ``slope * (key position - query position)``.
 
         Returns:
             ``out [B, Hq, L, Dv]`` and ``lse [B, Hq, L]``.

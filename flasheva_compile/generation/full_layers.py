@@ -52,7 +52,7 @@ def storage_of_layers(
         storage = every or own
         if storage is None:
             continue
-        reason = layer.reason
+        reason = layer.not_quantizable
         if not reason and type(layers[index]) not in (DynamicLayer, StaticLayer):
             reason = f"its cache is a {type(layers[index]).__name__}"
         if not reason:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.alibi import MASKED, SLOPES
 from flasheva_compile.generation.announcement import Announcement
 from flasheva_compile.generation.eva_attention import autocast
 from flasheva_compile.generation.full_cache_layer import FullCacheLayer
@@ -63,10 +64,12 @@ def attention_forward(
     **kwargs: Any,  # noqa: ANN401 - transformers passes what its models have
 ) -> tuple[Tensor, Tensor | None]:
     """Attend for one attention of a prepared model, as transformers' AttentionInterface has it."""
-    eva = getattr(module, "flasheva", None)
+    eva, biased = getattr(module, "flasheva", None), bool(kwargs.pop("alibi", False))
     if eva is None:
+        _expect_alibi(module, hasattr(module, SLOPES), biased)
         inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
         return _kept_forward(module, query, key, value, attention_mask, inputs)
+    _expect_alibi(module, eva.slopes is not None, biased)
     _expect_causal(eva.path, module, attention_mask, query.shape[2], kwargs)
     out, lse = eva(
         query,
@@ -81,6 +84,14 @@ def attention_forward(
     if sink is not None:
         out = _with_sink_logits(out, lse, sink, eva.path)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _expect_alibi(module: nn.Module, prepared: bool, given: bool) -> None:  # noqa: FBT001
+    """Refuse calls that add ALiBi to an attention without slopes, and the other way round."""
+    if prepared != given:
+        was = "with" if prepared else "without"
+        message = f"was prepared {was} ALiBi biases, and called the other way"
+        raise ConfigError(message, subject=type(module).__name__, hint="prepare the model again")
 
 
 def _expect_causal(
@@ -138,12 +149,22 @@ def _kept_forward(
     if isinstance(layer, FullCacheLayer):
         return _stored_forward(module, (query, key, value), mask, inputs, kept, layer)
     # A causal mask can reach an attention that the trial run did not: a text tower's, for example.
-    ours = mask is not None and mask.dim() == 2 and "flash" not in kept.implementation
+    implementation = _add_slopes(module, kept, inputs)
+    ours = mask is not None and mask.dim() == 2 and "flash" not in implementation
     theirs = mask is not None and mask.dim() != 2  # the caller's own: it means what it says
     if ours or (kept.causal and not theirs):
-        mask = _causal_mask(module, kept.implementation, query, key, mask, layer)
-    function = own_attention_function(module, kept.implementation)
+        mask = _causal_mask(module, implementation, query, key, mask, layer)
+    function = own_attention_function(module, implementation)
     return function(module, query, key, value, mask, **inputs)
+
+
+def _add_slopes(module: nn.Module, kept: KeptAttention, inputs: dict[str, Any]) -> str:
+    """Add slopes to what the attention's function gets; return the name of one that takes them."""
+    slopes = getattr(module, SLOPES, None)
+    if slopes is None:
+        return kept.implementation
+    inputs["alibi_slopes"] = slopes.values
+    return "eager"
 
 
 def _stored_forward(
@@ -157,11 +178,12 @@ def _stored_forward(
     """Attend as the model itself to the first tokens, and through what is stored from others."""
     query, key, value = autocast(*qkv)
     _expect_causal(layer.path, module, mask, query.shape[2], inputs)
+    implementation = _add_slopes(module, kept, inputs)
     if layer.is_empty:
         layer.append(key, value, mask)
         mask = None if mask is None else mask[:, : key.shape[2]]
-        mask = _causal_mask(module, kept.implementation, query, key, mask, None)
-        function = own_attention_function(module, kept.implementation)
+        mask = _causal_mask(module, implementation, query, key, mask, None)
+        function = own_attention_function(module, implementation)
         return function(module, query, key, value, mask, **inputs)
     if inputs.get("dropout") and module.training:
         message = "attention through stored tokens has no dropout"
@@ -170,7 +192,8 @@ def _stored_forward(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # transformers' sdpa takes no notice of a cap, or refuses it: stored tokens follow the prompt.
     softcap = 0.0 if kept.implementation == "sdpa" else inputs.get("softcap") or 0.0
-    out, lse = layer.attend((query, key, value), mask, scale, softcap)
+    slopes = inputs.get("alibi_slopes")
+    out, lse = layer.attend((query, key, value), mask, scale, softcap, slopes)
     sink = inputs.get("s_aux")
     if sink is not None:
         out = _with_sink_logits(out, lse, sink, layer.path)
@@ -261,6 +284,10 @@ def causal_mask(**inputs: Any) -> Tensor | None:  # noqa: ANN401 - the interface
     """
     mask_function, mask = inputs["mask_function"], inputs.get("attention_mask")
     if is_causal(mask_function):
+        if mask is None and getattr(inputs["config"], "model_type", "") in MASKED:
+            columns = inputs["kv_length"] + inputs.get("kv_offset", 0)
+            shape = (inputs["batch_size"], columns)
+            return torch.ones(shape, dtype=torch.bool, device=inputs["device"])
         return None if mask is None else _of_length(mask.bool(), inputs)
     if is_packed(mask_function, inputs):
         return _document_ids(mask_function, inputs)

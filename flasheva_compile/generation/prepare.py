@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.config import EvaConfig, HybridConfig
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.alibi import SLOPES
 from flasheva_compile.generation.convert import announce_cache, convert, no_weights, refuse_weights
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.interface import own_attention_function
@@ -17,7 +18,7 @@ from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.rerouting import expect_restorable, restore
 from flasheva_compile.generation.routes import refusals
 from flasheva_compile.generation.verify import verify
-from flasheva_compile.layer_config import is_full
+from flasheva_compile.layer_config import is_full, kv_of
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.op_checks import CHUNK_RULES
 from flasheva_compile.report import PREPARED, CompileReport, LayerReport
@@ -92,6 +93,7 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
     for module in list(model.modules()):
         restore(module)
         module.__dict__.pop(KEPT, None)
+        module._modules.pop(SLOPES, None)
         if isinstance(module._modules.get("flasheva"), EvaAttention):
             del module._modules["flasheva"]
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -191,6 +193,8 @@ def _decide(
     decisions: dict[str, EvaConfig | str] = {}
     for seen, name in zip(found, names, strict=True):
         config = hybrid.resolve(name)
+        if seen.slopes is not None:
+            _expect_without_alibi(seen.path, config)
         if is_full(config):
             decisions[seen.path] = "the configuration leaves it full"
         else:
@@ -198,6 +202,20 @@ def _decide(
     if not any(isinstance(decision, EvaConfig) for decision in decisions.values()):
         raise _nothing_converted(model, decisions)
     return decisions
+
+
+def _expect_without_alibi(path: str, config: Any) -> None:  # noqa: ANN401
+    """Refuse what attention through a cache cannot do where it adds ALiBi biases."""
+    hint = 'torch.compile(model, backend="flasheva") retrieves without a cache'
+    why = ""
+    if isinstance(config, EvaConfig) and config.retrieve_chunks:
+        why = "a cache scores chunks without them"
+    elif kv_of(config) != "exact":
+        why, hint = "attention to codes has no place for them", 'leave it "full"'
+    if why:
+        message = f"{path} adds ALiBi biases, and {why}"
+        subject = "kv" if is_full(config) else "retrieve_chunks"
+        raise ConfigError(message, subject=subject, hint=hint)
 
 
 def _nothing_converted(model: nn.Module, decisions: Mapping[str, EvaConfig | str]) -> ConfigError:
@@ -235,7 +253,7 @@ def _report(
                 decision="eva",
                 reason=PREPARED,
                 rule_parameters=CHUNK_RULES[decision.chunk_rule][-1],
-                mask="causal, padding",
+                mask="causal, padding" + ", ALiBi" * (seen.slopes is not None),
                 **facts,
             )
         rows.append(row)

@@ -27,6 +27,7 @@ class CachedLayer:
         kv_heads: ``Hkv``.
         head_dim: ``D``.
         value_dim: ``Dv``.
+        alibi: Whether it adds ALiBi biases.
     """
 
     path: str
@@ -34,6 +35,7 @@ class CachedLayer:
     kv_heads: int
     head_dim: int
     value_dim: int
+    alibi: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class FullLayer:
         head_dim: ``D``.
         value_dim: ``Dv``.
         kv: How the configuration has its keys and values stored; see ``FullConfig``.
+        alibi: Whether it adds ALiBi biases.
     """
 
     path: str
@@ -55,6 +58,13 @@ class FullLayer:
     head_dim: int
     value_dim: int
     kv: str = "exact"
+    alibi: bool = False
+
+    @property
+    def not_quantizable(self) -> str:
+        """Why its keys and values cannot be stored in few bits; empty if they can."""
+        biased = "it adds ALiBi biases, which attention to codes has no place for"
+        return self.reason or biased * self.alibi
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

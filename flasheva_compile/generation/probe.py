@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from flasheva_compile.generation.alibi import Slopes
+
 _NAME = "eva_probe"
 _PROMPT, _STEP, _PADDING = 7, 2, 2  # tokens of the first call, of the second, left padding of row 1
 _WINDOW = 16  # over all of them
@@ -49,6 +51,7 @@ class ProbedAttention:
         value_dim: ``Dv``.
         causal: Whether it got the model's plain causal mask.
         calls: How often it ran.
+        slopes: Of ALiBi, as its own implementation adds it; None = it does not.
         reason: Why it cannot be converted; empty if it can.
     """
 
@@ -63,6 +66,7 @@ class ProbedAttention:
     value_dim: int
     causal: bool = False
     calls: int = 0
+    slopes: Slopes | None = None
     reason: str = ""
 
 
@@ -90,6 +94,20 @@ class _Probe:
         if route is not None and route.method != "forward":
             return "eager"  # its own method, whatever the configuration says
         return self.implementations.get(id(module), "sdpa" if route is None else "eager")
+
+    def unlike_causal(self, mask: Tensor | None, *, biased: bool) -> str:
+        """Say what a mask is instead of the plain causal one; empty if it is that.
+
+        Models with ALiBi may have made it anew, as their routes know; then its numbers tell.
+        """
+        if id(mask) in self.masks:
+            return self.masks[id(mask)][1]
+        same = (
+            why
+            for known, why in self.masks.values()
+            if biased and mask is not None and torch.equal(known, mask.to(known.dtype))
+        )
+        return next(same, "its mask is the model's own")
 
 
 _running: list[_Probe] = []
@@ -249,7 +267,10 @@ def _attention(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     eager = eager if route is None else route.own
     function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    # The class's own forward runs beside it, and not as an implementation that has a name for it.
+    slopes = _slopes(module, "eager", query.device) if kwargs.pop("alibi", False) else None
     inputs = {"scaling": scaling, "dropout": dropout, **kwargs}
+    inputs |= {} if slopes is None else {"alibi_slopes": slopes}
     out, weights = function(module, query, key, value, attention_mask, **inputs)
     seen = run.found.get(id(module))
     if seen is None:
@@ -266,14 +287,24 @@ def _attention(
         )
         run.found[id(module)] = seen
     seen.calls += 1
-    known = run.masks.get(id(attention_mask))
-    seen.causal = known is not None and not known[1]
+    if slopes is not None:
+        assert route is not None
+        assert route.alibi is not None
+        seen.slopes = route.alibi.slopes(module, seen.implementation)
+    seen.causal = run.unlike_causal(attention_mask, biased=slopes is not None) == ""
     _note_sharing(run, seen, key)
-    seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, kwargs)
+    seen.reason = seen.reason or _refusal(run, seen, (query, key, value), attention_mask, inputs)
     if not seen.reason and attention_mask is not None:
-        ours = _ours(query, key, value, attention_mask, scaling, kwargs)
+        ours = _ours(query, key, value, attention_mask, scaling, inputs)
         seen.reason = difference(ours, out, attention_mask)
     return out, weights
+
+
+def _slopes(module: Any, implementation: str, device: torch.device) -> Tensor:  # noqa: ANN401
+    route = route_of(module)
+    assert route is not None
+    assert route.alibi is not None
+    return torch.tensor(route.alibi.slopes(module, implementation), device=device)
 
 
 def _note_sharing(run: _Probe, seen: ProbedAttention, key: Tensor) -> None:
@@ -299,7 +330,7 @@ def _refusal(
     query, key, value = qkv
     layers, index = run.cache.layers, seen.index
     refused = interface.unsupported_inputs(kwargs)
-    unlike = run.masks[id(mask)][1] if id(mask) in run.masks else "its mask is the model's own"
+    unlike = run.unlike_causal(mask, biased="alibi_slopes" in kwargs)
     cached = any(key is k and value is v for k, v in run.updated)
     if index is None or index >= len(layers):
         return "its place in the cache is not known" if cached else "it keeps no cache"
@@ -340,6 +371,7 @@ def _ours(
         q_offset=key.shape[2] - query.shape[2],
         scale=scaling,
         softcap=kwargs.get("softcap") or 0.0,
+        alibi_slopes=kwargs.get("alibi_slopes"),
     )
     sink = kwargs.get("s_aux")
     if sink is not None:

@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.alibi import (
+    BLOOM,
+    FALCON,
+    MPT,
+    finish_bloom,
+    project_bloom,
+    project_mpt,
+)
+from flasheva_compile.generation.plain_attention import softmax_attention
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
+
+    from flasheva_compile.generation.alibi import Alibi
 
 ROUTE = "_flasheva_route"
 """Attribute of the attentions that were rerouted."""
@@ -39,6 +50,7 @@ class AttentionRoute:
             additive masks.
         place: The attribute with the attention's place in the cache.
         window: Returns the window an attention has of its own, in tokens; 0 = none.
+        alibi: How the class adds ALiBi; None = it does not.
         inputs: Of a ``forward``, every name it may have in its signature: one with others is of a
             version that is not known, and means something by them.
     """
@@ -48,6 +60,7 @@ class AttentionRoute:
     own: Callable[..., Any]
     place: str
     window: Callable[[Any], int]
+    alibi: Alibi | None = None
     inputs: frozenset[str] = frozenset()
 
 
@@ -139,92 +152,108 @@ _INPUTS = frozenset(
 ).union(CACHE_ARGUMENTS)
 
 
-def _forward(
-    project: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    refused: dict[str, str],
-    *,
-    output: str = "",
-    read: tuple[str, ...] = (),
-) -> AttentionRoute:
-    """Route a class that attends within ``forward``, scaled by the root of its head dimension.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Forward:
+    """What classes that attend within ``forward`` differ in.
 
-    Args:
+    Attributes:
         project: Returns query, key and value ``[B, H, L, D]`` of (module, hidden states, inputs),
             the keys as they are cached.
         refused: Name -> meaning of inputs that attention through the interface has no place for.
         output: The attribute with the layer after attention; empty = another module has it.
-        read: Names of further inputs that ``project`` reads.
+        finish: Returns what the class does, of (module, what that layer returned, inputs).
+        positional: Names of inputs that come by position, behind the hidden states.
+        scaling: The attribute that scores are multiplied by; empty = by the root of the head
+            dimension, inverted.
+        dropout: Returns the weights' dropout of (module, inputs).
+        alibi: See :class:`AttentionRoute`.
     """
 
-    def replace(attention: Callable[..., Any]) -> Callable[..., Any]:
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    refused: dict[str, str]
+    output: str
+    finish: Callable[..., Tensor] | None
+    positional: tuple[str, ...]
+    scaling: str
+    dropout: Callable[[Any, dict[str, Any]], float]
+    alibi: Alibi | None
+
+    def replace(self, attention: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what replaces ``forward``; see :class:`AttentionRoute`."""
+
         def flasheva_forward(
-            self: Any,  # noqa: ANN401
+            module: Any,  # noqa: ANN401
             hidden_states: Tensor,
-            *,
+            *args: Any,  # noqa: ANN401
             attention_mask: Tensor | None = None,
             **inputs: Any,  # noqa: ANN401
         ) -> tuple[Tensor, Tensor | None]:
-            for name, meaning in refused.items():
+            inputs |= zip(self.positional, args, strict=True)
+            for name, meaning in self.refused.items():
                 if inputs.get(name) is not None:
                     raise ConfigError(
-                        f"{meaning} ({name})", subject=type(self).__name__, hint=_HINT
+                        f"{meaning} ({name})", subject=type(module).__name__, hint=_HINT
                     )
-            query, key, value = project(self, hidden_states, inputs)
+            query, key, value = self.project(module, hidden_states, inputs)
             cache = next((inputs[n] for n in CACHE_ARGUMENTS if inputs.get(n) is not None), None)
             if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+                key, value = cache.update(key, value, module.layer_idx)
+            options: dict[str, Any] = {"dropout": self.dropout(module, inputs)}
+            scale = getattr(module, self.scaling) if self.scaling else query.shape[-1] ** -0.5
+            if self.alibi is not None:
+                options["alibi"] = inputs.get(self.alibi.input) is not None
+                if options["alibi"]:
+                    attention_mask = self.alibi.given_mask(attention_mask)
             out, weights = attention(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling=query.shape[-1] ** -0.5,
-                dropout=_dropout_of(self),
+                module, query, key, value, attention_mask, scaling=scale, **options
             )
             out = out.flatten(2)
-            return (getattr(self, output)(out) if output else out), weights
+            out = getattr(module, self.output)(out) if self.output else out
+            return (out if self.finish is None else self.finish(module, out, inputs)), weights
 
         return flasheva_forward
 
+
+def _forward(  # noqa: PLR0913 - what these classes differ in
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    refused: dict[str, str] | None = None,
+    *,
+    output: str = "",
+    finish: Callable[..., Tensor] | None = None,
+    read: tuple[str, ...] = (),
+    positional: tuple[str, ...] = (),
+    scaling: str = "",
+    dropout: Callable[[Any, dict[str, Any]], float] | None = None,
+    alibi: Alibi | None = None,
+) -> AttentionRoute:
+    """Route a class that attends within ``forward``; see :class:`_Forward`.
+
+    ``read`` names further inputs that are read, or decide nothing.
+    """
+    own = _Forward(
+        project=project,
+        refused=refused or {},
+        output=output,
+        finish=finish,
+        positional=positional,
+        scaling=scaling,
+        dropout=dropout or _dropout_of,
+        alibi=alibi,
+    )
     return AttentionRoute(
         method="forward",
-        replace=replace,
+        replace=own.replace,
         own=softmax_attention,
         place="layer_idx",
         window=_no_window,
-        inputs=_INPUTS.union(refused, read),
+        alibi=alibi,
+        inputs=_INPUTS.union(own.refused, read, positional),
     )
 
 
-def _dropout_of(module: Any) -> float:  # noqa: ANN401
+def _dropout_of(module: Any, _: dict[str, Any]) -> float:  # noqa: ANN401
     dropout = getattr(module, "dropout", 0.0)
     return dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout
-
-
-def softmax_attention(
-    module: Any,  # noqa: ANN401
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,  # noqa: ANN401 - what transformers' other attention functions take
-) -> tuple[Tensor, Tensor]:
-    """Attend by plain code, as an attention function of the interface; masks are additive.
-
-    Returns:
-        ``[B, L, Hq, D]`` and the weights ``[B, Hq, L, S]``.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    scores = scores if mask is None else scores + mask
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    weights = torch.nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 def _project_separately(
@@ -248,8 +277,15 @@ def _project_of_falcon(
 
     heads = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (x.transpose(1, 2) for x in heads)
+    if inputs.get("alibi") is not None:
+        return query, key, value
     query, key = apply_rotary_pos_emb(query, key, *inputs["position_embeddings"])
     return query, key, value
+
+
+def _dropout_of_falcon(module: Any, inputs: dict[str, Any]) -> float:  # noqa: ANN401
+    """Of Falcon's two branches one drops weights."""
+    return 0.0 if inputs.get("alibi") is None else module.attention_dropout.p
 
 
 def _project_of_bert(
@@ -274,11 +310,19 @@ _CROSS = {
     "encoder_hidden_states": "it attends to another sequence",
 }
 _PROMPT = {"attn_prompt": "it attends to a learned prompt before the first token"}
-_ALIBI = "it adds ALiBi biases, which a compressed cache has no place for"
 
 _BART = _forward(_project_separately, _CROSS, output="out_proj")
 _BERT = _forward(_project_of_bert, _CROSS, read=("sinusoidal_pos",))
 ROUTES: dict[str, AttentionRoute] = {
+    "bloom.modeling_bloom.BloomAttention": _forward(
+        project_bloom,
+        output="dense",
+        finish=finish_bloom,
+        read=("alibi",),
+        positional=("residual",),
+        dropout=lambda module, _: module.attention_dropout.p,
+        alibi=BLOOM,
+    ),
     "codegen.modeling_codegen.CodeGenAttention": _attn("scale_attn", "attn_dropout"),
     "gptj.modeling_gptj.GPTJAttention": _attn("scale_attn", "attn_dropout"),
     "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": _attn(
@@ -288,9 +332,21 @@ ROUTES: dict[str, AttentionRoute] = {
         "norm_factor", "attention_dropout"
     ),
     "falcon.modeling_falcon.FalconAttention": _forward(
-        _project_of_falcon, {"alibi": _ALIBI}, output="dense", read=("position_embeddings",)
+        _project_of_falcon,
+        output="dense",
+        read=("position_embeddings", "alibi"),
+        dropout=_dropout_of_falcon,
+        alibi=FALCON,
     ),
     "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention": _BERT,
+    "mpt.modeling_mpt.MptAttention": _forward(
+        project_mpt,
+        output="out_proj",
+        read=("position_bias",),
+        scaling="softmax_scale",
+        dropout=lambda module, _: module.attn_dropout_p,
+        alibi=MPT,
+    ),
     "mvp.modeling_mvp.MvpAttention": _forward(
         _project_separately, _CROSS | _PROMPT, output="out_proj"
     ),
@@ -302,9 +358,7 @@ ROUTES: dict[str, AttentionRoute] = {
 """Class, within ``transformers.models`` -> how its attentions are rerouted."""
 
 REFUSED: dict[str, str] = {
-    "bloom.modeling_bloom.BloomAttention": _ALIBI,
     "git.modeling_git.GitSelfAttention": "its mask lets images attend to what follows in them",
-    "mpt.modeling_mpt.MptAttention": _ALIBI,
     "openai.modeling_openai.Attention": "it keeps no cache",
 }
 """Class -> why no route leads its attentions through the interface."""

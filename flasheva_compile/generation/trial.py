@@ -78,6 +78,11 @@ def _compared(
         unknown = _named(type(self).forward) - route.inputs
         if unknown:
             raise _not_as_known(self, f"it takes {', '.join(sorted(unknown))}")
+        alibi = route.alibi
+        if alibi is not None and inputs.get(alibi.input) is None:
+            alibi = None
+        if alibi is not None and alibi.unrounded is not None:
+            inputs = alibi.unrounded(self, inputs)
         before = len(updates)
         own = type(self).forward(self, *args, **inputs)
         cached = _Cached(updates[before:])
@@ -91,7 +96,9 @@ def _compared(
             raise
         except Exception as error:
             raise _not_as_known(self, str(error).strip().split("\n")[0]) from error
-        why = cached.difference() or difference(out, own[0], inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        mask = mask if alibi is None else alibi.given_mask(mask)
+        why = cached.difference() or difference(out, own[0], mask)
         if why:
             raise _not_as_known(self, why)
         return own

@@ -160,8 +160,10 @@ class VecInferLayer(FullCacheLayer):
         mask: Tensor | None,
         scale: float,
         softcap: float,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and attend from them; see :func:`append_and_attend`."""
+        assert alibi_slopes is None  # full_layers.py refuses them
         query, k, v = qkv
         key_mask = self._arrived(k, v, mask)
         assert self.state is not None

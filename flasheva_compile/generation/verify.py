@@ -10,11 +10,13 @@ import torch
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation import interface
+from flasheva_compile.generation.alibi import SLOPES
 from flasheva_compile.generation.cache import FlashEvaCache
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.probe import evaluating, probe_calls
 from flasheva_compile.generation.rerouting import restored
+from flasheva_compile.generation.routes import route_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,12 +51,22 @@ def verify(model: Any) -> None:  # noqa: ANN401
         full = _logits(model, DynamicCache(config=model.config.get_text_config(decoder=True)))
     error, scale = (ours - full).abs().max(), full.abs().max()
     # Layers amplify what rounding does to one of them; a wrong wiring is of the logits' own size.
-    if not error <= max(1e-3, 64 * torch.finfo(full.dtype).eps) * scale:
+    if not error <= max(1e-3, 64 * torch.finfo(_precision(model, full.dtype)).eps) * scale:
         raise ConfigError(
             f"{type(model).__name__} computes something else once prepared (by {float(error):.2g} "
             f"of {float(scale):.2g}), although each attention agrees",
             hint='use torch.compile(model, backend="flasheva")',
         )
+
+
+def _precision(model: Any, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401
+    """Return the precision that a model computes in: bf16 if it rounds its ALiBi biases to that."""
+    for module in model.modules():
+        route, eva = route_of(module), getattr(module, "flasheva", None)
+        biased = hasattr(module, SLOPES) or (eva is not None and eva.slopes is not None)
+        if biased and route is not None and route.alibi is not None and route.alibi.rounds(module):
+            return torch.bfloat16
+    return dtype
 
 
 def _does_not_run(model: Any, error: Exception) -> ConfigError:  # noqa: ANN401

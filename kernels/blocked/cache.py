@@ -61,8 +61,12 @@ def decode(
     state: CacheState,
     pool: Pool,
     s: AttentionSettings,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Append ``L`` tokens and attend from their queries ``[B, Hq, L, D]``; ``(out, lse)``."""
+    """Append ``L`` tokens and attend from their queries ``[B, Hq, L, D]``; ``(out, lse)``.
+
+    ``alibi_slopes [Hq]`` add ``slope * (key position - query position)``.
+    """
     tokens, least = new[1].shape[2], s.chunk_size if state.rfa_k.shape[2] else 1
     step = max(least, min(s.window_size, _SCORES // max(1, _columns(q, state))))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -72,7 +76,8 @@ def decode(
         mask = None if key_mask is None else key_mask[:, block]
         start, before, after = advance(state.start, state.length, mask, part[1].shape[2])
         _pool_complete(part, mask, state, (before, after), pool, s)  # pyright: ignore[reportArgumentType]
-        parts.append(_attend(q[:, :, block], part[1:], mask, state, before, s))  # pyright: ignore[reportArgumentType]
+        queries = q[:, :, block]
+        parts.append(_attend(queries, part[1:], mask, state, before, s, alibi_slopes))  # pyright: ignore[reportArgumentType]
         _write(part, mask, state, (before, after), s)  # pyright: ignore[reportArgumentType]
         state.start.copy_(start)
         state.length.add_(part[1].shape[2])
@@ -118,6 +123,8 @@ def _pool_complete(
     )
     q, k, v = qkv
     pooled = _stored(pool(q, k, v, valid), state)
+    if state.alibi:
+        pooled.append((state.chunk_mean, _mean_positions(position, valid, c)))
     slots = torch.arange(state.rfa_k.shape[2], device=before.device)
     index = slots - first[:, None]
     complete = (index >= 0) & (index < chunks) & ((slots + 1) * c <= after[:, None])
@@ -137,6 +144,13 @@ def _stored(
     exponents = torch.cat([of_k, of_v], -1)
     kept = (state.rfa_k, state.rfa_v, state.rfa_bias, state.rfa_exponents)
     return list(zip(kept, (k, v, bias, exponents), strict=True))
+
+
+def _mean_positions(position: Tensor, valid: Tensor, chunk_size: int) -> Tensor:
+    """Return the mean of each chunk's valid positions, ``[B, 1, n]``; 0 where none is valid."""
+    valid = valid.unflatten(1, (-1, chunk_size))
+    total = (position.unflatten(1, (-1, chunk_size)) * valid).sum(-1)
+    return (total.double() / valid.sum(-1).clamp(min=1))[:, None]
 
 
 def _wide(flag: Tensor) -> Tensor:
@@ -227,6 +241,7 @@ def _attend(
     state: CacheState,
     before: Tensor,
     s: AttentionSettings,
+    alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to chunk tokens, to what sinks and ring held before the call, and to the tokens."""
     batch, kv_heads, tokens = kv[0].shape[:3]
@@ -242,7 +257,12 @@ def _attend(
     if s.softcap:
         scores = s.softcap * torch.tanh(scores / s.softcap)
     scores[..., :chunks] += state.rfa_bias[:, :, None, :chunks]
-    scores = scores.unflatten(2, (-1, tokens)).masked_fill(~visible[:, None, None], -torch.inf)
+    scores = scores.unflatten(2, (-1, tokens))
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(dtype).view(kv_heads, -1, 1, 1)
+        distance = _distances(position, state, (chunks, slots), before, s)
+        scores = scores + slopes * distance[:, None, None].to(dtype)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp().flatten(2, 3)
     sizes = [x.shape[2] for x in values]
@@ -251,6 +271,20 @@ def _attend(
     out = out.view(batch, q.shape[1], tokens, -1)
     lost = (first_exact(position, s) > state.rfa_k.shape[2] * s.chunk_size)[:, None, :, None]
     return out.masked_fill(lost, torch.nan).to(q.dtype), lse.flatten(1, 2)
+
+
+def _distances(
+    position: Tensor,
+    state: CacheState,
+    counts: tuple[int, int],
+    before: Tensor,
+    s: AttentionSettings,
+) -> Tensor:
+    """Return how far each key is from each query, ``[B, L, C + E + L]``; see :func:`_visible`."""
+    chunks, slots = counts
+    held = held_positions(before, s)[:, :slots].double()
+    keys = (state.chunk_mean[:, :1, :chunks].sum(1), held, position)
+    return torch.cat(keys, -1)[:, None] - position[:, :, None]
 
 
 def _chunk_tokens(state: CacheState, chunks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ class CacheState(NamedTuple):
         rfa_bias: ``[B, Hkv, C]``, fp32 (fp64 for fp64).
         rfa_exponents: ``[B, Hkv, C, 2]`` int8, of fp8: powers of two of key and value;
             ``[B, Hkv, C, 0]`` otherwise.
+        chunk_mean: ``[B, 1, C]``, of ALiBi: mean position of each chunk's valid tokens, in the
+            dtype of ``rfa_bias``; ``[B, 0, C]`` otherwise.
         open_q: ``[B, Hkv, c, D]``, mean queries of each kv group over the chunk that is not
             complete, at position modulo ``c``; ``[B, Hkv, 0, D]`` unless the rule is ``eva``.
         start: ``[B]`` int64, column of the row's first valid token; ``length`` while it has none.
@@ -42,6 +44,7 @@ class CacheState(NamedTuple):
     rfa_v: Tensor
     rfa_bias: Tensor
     rfa_exponents: Tensor
+    chunk_mean: Tensor
     open_q: Tensor
     start: Tensor
     length: Tensor
@@ -50,6 +53,11 @@ class CacheState(NamedTuple):
     def fp8_chunks(self) -> bool:
         """Whether chunk tokens are stored in fp8."""
         return self.rfa_k.dtype == torch.uint8
+
+    @property
+    def alibi(self) -> bool:
+        """Whether positions of chunk tokens are kept."""
+        return self.chunk_mean.shape[1] > 0
 
 
 def ring_size(s: AttentionSettings) -> int:

@@ -25,6 +25,7 @@ def chunk_pointers(spec: KernelSpec) -> list[str]:
         f"rfa_v_ptr += chunk_row * {spec.value_dim}",
         "rfa_bias_ptr += chunk_row",
         *(["rfa_exponents_ptr += chunk_row * 2"] if spec.fp8_chunks else []),
+        *(["chunk_mean_ptr += b64 * chunks"] if spec.alibi else []),
     ]
 
 

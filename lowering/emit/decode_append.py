@@ -12,6 +12,9 @@ from flasheva_compile.lowering.emit.chunk_fp8 import store_chunk_token
 from flasheva_compile.lowering.emit.decode_features import (
     MEMBERS,
     keeps_queries,
+    place_members,
+    place_result,
+    place_start,
     pool_by_features,
     store_query,
 )
@@ -145,7 +148,7 @@ def _parameters(spec: KernelSpec, d: Dim) -> list[str]:
 
 def pool_start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     """Load the rule's vectors of head ``hk``; start its sums."""
-    lines = [*_parameters(spec, d), "l_n = tl.zeros([1], tl.float32)"]
+    lines = [*_parameters(spec, d), "l_n = tl.zeros([1], tl.float32)", *place_start(spec)]
     for name in _softmaxes(spec):
         lines += [
             f"m_{name} = tl.full([1], -3.4028234663852886e38, tl.float32)",
@@ -184,7 +187,7 @@ def pool_members(
         load_v: Loads their values, ``v0``, ...
     """
     of_keys, of_values = _weights(spec)
-    lines = ["w_n = seen.to(tl.float32)", "l_n += tl.sum(w_n, 0)", *load_k]
+    lines = ["w_n = seen.to(tl.float32)", "l_n += tl.sum(w_n, 0)", *place_members(spec), *load_k]
     if of_values == "v":
         lines.append(f"square = {d.row_sum('k', 'k')}")
     for name in _softmaxes(spec):
@@ -257,4 +260,5 @@ def pool_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *store_chunk_token(spec, d, e),
         f'pooled_bias = tl.where(filled, {bias}, float("-inf"))',
         "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), pooled_bias)",
+        *place_result(spec),
     ]

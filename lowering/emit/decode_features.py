@@ -109,8 +109,10 @@ def pool_by_features(
     """
     members = f"for member in range(0, {spec.chunk_size}, {MEMBERS}):"
     out.lines("l_n = tl.zeros([1], tl.float32)", *d.zeros("smq", "1"), *d.zeros("sk", "1"))
+    out.lines(*place_start(spec))
     with out.block(members):
         out.lines(*seen, "w_n = seen.to(tl.float32)", "l_n += tl.sum(w_n, 0)")
+        out.lines(*place_members(spec))
         out.lines(*loads["mq"], *_add("mq", "n", d), *loads["k"], *_add("k", "n", d))
     out.lines("filled = l_n > 0.0", "l_n = tl.where(filled, l_n, 1.0)", *_features(spec, d))
     out.lines(
@@ -128,7 +130,35 @@ def pool_by_features(
         *store_chunk_token(spec, d, e),
         'pooled_bias = tl.where(filled, 0.0, float("-inf"))',
         "tl.store(rfa_bias_ptr + chunk64 + tl.arange(0, 1), pooled_bias)",
+        *place_result(spec),
     )
+
+
+# --- where a chunk stands, for ALiBi --------------------------------------------------------------
+
+
+def place_start(spec: KernelSpec) -> list[str]:
+    """Start the sum of the places of a chunk's valid tokens within it."""
+    return ["l_at = tl.zeros([1], tl.float32)"] if spec.alibi else []
+
+
+def place_members(spec: KernelSpec) -> list[str]:
+    """Add those at ``at`` that are ``seen``."""
+    return ["l_at += tl.sum(w_n * at.to(tl.float32), 0)"] if spec.alibi else []
+
+
+def place_result(spec: KernelSpec) -> list[str]:
+    """Store the mean position of the chunk ``chunk``, the same for every head."""
+    if not spec.alibi:
+        return []
+    return [
+        f"mean = (chunk * {spec.chunk_size}).to(tl.float32) + l_at / tl.maximum(l_n, 1.0)",
+        "mean = tl.where(filled, mean, 0.0)",
+        "tl.store(chunk_mean_ptr + chunk64 + tl.arange(0, 1), mean, mask=hk == 0)",
+    ]
+
+
+# --- the parts of pooling -------------------------------------------------------------------------
 
 
 def _add(name: str, weight: str, dim: Dim) -> list[str]:

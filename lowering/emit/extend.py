@@ -37,7 +37,7 @@ def emit_extend(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*_program(queries), *place(), *_rows(spec, schedule, queries))
     out.lines(*_ranges(spec, queries), *_pointers(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)")
-    out.lines(*_start(d, e))
+    out.lines(*_start(spec, d, e))
     if spec.window != "whole":
         out.lines("", "# Chunk tokens behind the windows", *_chunk_bounds(spec))
         with out.block("for offset in range(begin, stop, BLOCK_N):"):
@@ -159,11 +159,12 @@ def new_pointers() -> list[str]:
     ]
 
 
-def _start(d: Dim, e: Dim) -> list[str]:
+def _start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     """Load the queries; start the softmax at the lowest finite maximum: nothing seen is no NaN."""
     return [
         "q_at = head * tl.cast(stride_qh, tl.int64) + token * tl.cast(stride_qm, tl.int64)",
         *d.load("q", "q_ptr + b64 * stride_qb", "q_at", "1", "is_row"),
+        *scores.cached_slopes(spec, "head", "is_row", "position.to(tl.float32)"),
         f"m_i = tl.full([BLOCK_M], {LOWEST}, tl.float32)",
         "l_i = tl.zeros([BLOCK_M], tl.float32)",
         *e.zeros("acc", "BLOCK_M"),
@@ -203,6 +204,7 @@ def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "inside = offs_n < stop",
         *key_tile(spec, d),
         f"visible = ((offs_n + 1) * {spec.chunk_size})[None, :] <= low[:, None]",
+        *scores.cached_position(spec, "chunk"),
         *_attend(spec, "chunk", d, e),
         *value_tile(spec, e),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
@@ -222,6 +224,7 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *d.load_tile("k", "exact_k_ptr", "inside"),
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *visible,
+        *scores.cached_position(spec, "key", scores.exact_position(spec)),
         *_attend(spec, "key", d, e),
         *e.load_tile("v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
@@ -260,6 +263,7 @@ def _new_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "causal = offs_n[None, :] <= token[:, None]",
         *([] if whole else [f"seen = {in_window}"]),
         f"visible = {is_key}[None, :] & causal" + " & seen" * (not whole),
+        *scores.cached_position(spec, "key", "key_at"),
         *_attend(spec, "key", d, e),
         *e.load("v", "v_ptr", "offs_n", "tl.cast(stride_vn, tl.int64)", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),

@@ -104,11 +104,48 @@ def keep(spec: KernelSpec, source: KeySource, *, keys_first: bool) -> list[str]:
     ]
 
 
-def key_position(spec: KernelSpec, source: KeySource, load: str) -> list[str]:
-    """Define the position of each key or chunk token that ALiBi measures from."""
+def key_position(
+    spec: KernelSpec, source: KeySource, load: str = "", position: str = "offs_n"
+) -> list[str]:
+    """Define the position of each key or chunk token that ALiBi measures from.
+
+    ``load`` reads those of chunk tokens, ``position`` are those of keys.
+    """
     if not spec.alibi:
         return []
     if source == "key":
-        return ["key_position = offs_n.to(tl.float32)"]
+        return [f"key_position = {position}.to(tl.float32)"]
     shift = " - start" if spec.documents == "padded" else ""
     return [f"key_position = {load}{shift}"]
+
+
+def cached_position(spec: KernelSpec, source: KeySource, position: str = "offs_n") -> list[str]:
+    """Do the same in a kernel over a cache, which keeps the positions of chunk tokens."""
+    load = "tl.load(chunk_mean_ptr + offs_n, mask=inside, other=0.0)"
+    return key_position(spec, source, load, position)
+
+
+def cached_slopes(spec: KernelSpec, heads: str, bound: str | None, position: str) -> list[str]:
+    """Define slopes and positions of the rows of a tile, for a kernel over a cache.
+
+    Args:
+        spec: What the kernel computes.
+        heads: Their query heads.
+        bound: Which of them exist; None = all.
+        position: Their positions.
+    """
+    if not spec.alibi:
+        return []
+    guard = f", mask={bound}, other=0.0" if bound else ""
+    return [
+        f"slope = tl.load(slopes_ptr + {heads}{guard})",
+        f"slope = (slope * {LOG2E})[:, None]",
+        f"query_position = {position}",
+    ]
+
+
+def exact_position(spec: KernelSpec) -> str:
+    """Return the positions of a tile of exact slots, of which ``held`` are those in the ring."""
+    if spec.window == "whole":
+        return "offs_n"
+    return f"tl.where(offs_n < {spec.sink_size}, offs_n, held)" if spec.sink_size else "held"

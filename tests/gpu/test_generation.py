@@ -126,6 +126,7 @@ FP8 = {
     "d128, padding": {"head_dim": 128, "value_dim": 128, "mask": "left_padding", "softcap": 20.0},
     "d80, e96": {"head_dim": 80, "value_dim": 96, "group": 7, "window": "block"},
     "eva": {"head_dim": 64, "value_dim": 64, "rule": "eva", "parameter_count": 8},
+    "ALiBi": {"head_dim": 64, "value_dim": 64, "mask": "left_padding", "alibi": True},
 }
 
 
@@ -147,7 +148,9 @@ def test_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(dtype, case, portio
         found, states = [], [before]
         for *qkv, mask in portions_of(ExtendCase(sequence=sequence, portions=portions), dtype):
             new = (*(x.cuda() for x in qkv), parameters, None if mask is None else mask.cuda())
-            found.append(torch.ops.flasheva.decode(*new, *state, **options))
+            slopes = None if case.slopes is None else case.slopes.cuda()
+            out = torch.ops.flasheva.decode(*new, *state, **options, alibi_slopes=slopes)
+            found.append(out)
             states.append(CacheState(*(x.cpu() for x in state)))
         return [torch.cat(x, 2).cpu() for x in zip(*found, strict=True)], states
 

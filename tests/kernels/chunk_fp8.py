@@ -39,7 +39,7 @@ def assert_codes(got: list[CacheState], plain: list[CacheState], chunk_size: int
         stored = (state.rfa_k, state.rfa_v, state.rfa_exponents)
         for x, want in zip(stored, encoded(other), strict=True):
             assert torch.equal(x[exists], want[exists]), f"after call {call}"
-        for name in ("exact_k", "exact_v", "rfa_bias", "open_q", "start", "length"):
+        for name in ("exact_k", "exact_v", "rfa_bias", "chunk_mean", "open_q", "start", "length"):
             same = torch.equal(getattr(state, name), getattr(other, name))
             assert same, f"{name} after call {call}"
         compared += int(exists.sum())
@@ -64,7 +64,8 @@ def assert_attended(
             plain = as_numbers(before, after, dtype)
             new = (cache_ops._group_mean(q, k), k, v)
             with mock.patch.object(blocked, "_pool_complete"):  # they are there already
-                found.append(blocked.decode(q, new, mask, plain, None, sequence.settings))
+                given = (mask, plain, None, sequence.settings, sequence.slopes)
+                found.append(blocked.decode(q, new, *given))
         return [torch.cat(x, 2) for x in zip(*found, strict=True)]
 
     assert_as_accurate_as_pytorch(result, formula, sequence.dtype)
@@ -80,5 +81,6 @@ def as_numbers(before: CacheState, after: CacheState, dtype: torch.dtype) -> Cac
         rfa_k=fp8.decode(after.rfa_k, of_k, dtype),
         rfa_v=fp8.decode(after.rfa_v, of_v, dtype),
         rfa_bias=after.rfa_bias.to(wide),
+        chunk_mean=after.chunk_mean.to(wide),
         open_q=before.open_q.to(dtype, copy=True),
     )

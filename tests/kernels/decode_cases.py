@@ -64,6 +64,7 @@ class DecodeCase:
     spare_chunks: int = 0
     dtype: torch.dtype = torch.float32
     fp8_chunks: bool = False
+    alibi: bool = False
     layout: str = "contiguous"
     block_n: int = 16
     splits: int = 1
@@ -105,6 +106,11 @@ class DecodeCase:
             shapes = 2 * ((size, size), (size,), (size,), (size,))
         return [self._normal(10 + i, *shapes[i]) for i in range(self.parameter_count)]
 
+    @cached_property
+    def slopes(self) -> Tensor | None:
+        slopes = self._normal(7, self.kv_heads * self.group) / 8
+        return slopes.float() if self.alibi else None
+
     def parameters_in(self, dtype: torch.dtype) -> list[Tensor]:
         """Return a layer's parameters in this dtype; feature maps stay in fp32, as modules do."""
         dtype = torch.promote_types(dtype, torch.float32) if self.rule == "eva" else dtype
@@ -130,8 +136,8 @@ class DecodeCase:
 
     def new_state(self, dtype: torch.dtype) -> CacheState:
         _, k, v = self.qkv
-        kv, fp8 = (k.to(dtype), v.to(dtype)), self.fp8_chunks
-        return cache_ops.new_state(*kv, self.chunks, self.options, fp8_chunks=fp8)
+        kv, kinds = (k.to(dtype), v.to(dtype)), {"fp8_chunks": self.fp8_chunks, "alibi": self.alibi}
+        return cache_ops.new_state(*kv, self.chunks, self.options, **kinds)
 
     def pool(self, dtype: torch.dtype):
         return partial(cache_ops.pool_chunks, self.parameters_in(dtype), self.options)
@@ -170,7 +176,8 @@ def run_blocked(case: DecodeCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, l
     state, found, states = case.filled_state(dtype), [], []
     for q, k, v, mask in steps_of(case, dtype):
         new = (cache_ops._group_mean(q, k), k, v)
-        found.append(blocked.decode(q, new, mask, state, case.pool(dtype), case.settings))
+        given = (mask, state, case.pool(dtype), case.settings, case.slopes)
+        found.append(blocked.decode(q, new, *given))
         states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -184,9 +191,8 @@ def run_kernels(
     rule, found, states = kernel_rule(case.rule, parameters), [], []
     with as_scheduled(case):
         for q, k, v, mask in steps_of(case, case.dtype):
-            found.append(
-                launch_decode.decode(q, k, v, mask, parameters, state, case.settings, rule)
-            )
+            given = (mask, parameters, state, case.settings, rule, case.slopes)
+            found.append(launch_decode.decode(q, k, v, *given))
             states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -199,6 +205,7 @@ def run_reference(case: DecodeCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         chunk_rule=case.rule,
         parameters=[p.to(dtype) for p in case.parameters],
         key_mask=case.key_mask,
+        alibi_slopes=case.slopes,
         **options,
     )
     return out[:, :, case.prefix :], lse[:, :, case.prefix :]
@@ -268,6 +275,7 @@ def decode_cases(draw, **fixed):
         "steps": draw(st.integers(1, 5)),
         "spare_chunks": draw(st.sampled_from([0, 0, 5])),
         "dtype": draw(st.sampled_from(DTYPES)),
+        "alibi": draw(st.booleans()),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "block_n": draw(st.sampled_from([16, 32])),
         "splits": draw(st.sampled_from([1, 2, 3])),

@@ -55,7 +55,8 @@ def run_blocked(case: ExtendCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, S
     state, found, states = sequence.filled_state(dtype), [], []
     for q, k, v, mask in portions_of(case, dtype):
         new = (_group_mean(q, k), k, v)
-        found.append(blocked.decode(q, new, mask, state, sequence.pool(dtype), sequence.settings))
+        given = (mask, state, sequence.pool(dtype), sequence.settings, sequence.slopes)
+        found.append(blocked.decode(q, new, *given))
         states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states
 
@@ -73,7 +74,8 @@ def run_kernels(
     with as_scheduled(case):
         for q, k, v, mask in portions_of(case, dtype):
             if attend:
-                found.append(launch_extend.decode(q, (k, v), mask, state, settings, pooling))
+                given = (mask, state, settings, pooling, sequence.slopes)
+                found.append(launch_extend.decode(q, (k, v), *given))
             else:
                 launch_extend.cache_append(q, (k, v), mask, state, settings, pooling)
                 found.append((q[..., :1], q[..., 0]))

@@ -79,7 +79,7 @@ def test_tiles_and_parts_never_change_a_result_beyond_rounding(case):
 @pytest.mark.parametrize("mask", ["none", "holes", "left_padding"])
 def test_calls_longer_than_window_and_ring(window, mask):
     """Later tokens of a call see as chunk tokens what earlier ones completed."""
-    rule = {"rule": "tangent", "parameter_count": 1, "seed": 3}
+    rule = {"rule": "tangent", "parameter_count": 1, "alibi": True, "seed": 3}
     sequence = DecodeCase(window=window, mask=mask, prefix=5, steps=75, splits=2, group=2, **rule)
     check(ExtendCase(sequence=sequence, portions=(30, 45)))
     empty = dataclasses.replace(sequence, prefix=0, steps=45, splits=1)

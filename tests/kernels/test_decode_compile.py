@@ -42,6 +42,8 @@ SPECS = {
     "fp8-bf16-d64": spec_of(fp8_chunks=True),
     "fp8-bf16-d128": spec_of(head_dim=128, **_EVABYTE, fp8_chunks=True),
     "fp8-fp32-d128": spec_of("fp32", 128, fp8_chunks=True),
+    "alibi-bf16-d128": spec_of(head_dim=128, **_EVABYTE, alibi=True),
+    "alibi-whole-bf16-d128": whole_spec(head_dim=128, key_mask=True, alibi=True),
     "combine-fp32-d256": spec_of("fp32", 256).of_kind("decode_combine"),
 }
 ALL = {**SPECS, **(specs() if FULL else {})}

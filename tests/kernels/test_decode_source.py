@@ -67,6 +67,10 @@ def specs() -> dict[str, KernelSpec]:
     for dtype, rule in itertools.product(("bf16", "fp16", "fp32"), RULES[1::5]):
         rule = dict(zip(("chunk_rule", "parameters"), rule, strict=True))
         found[f"fp8-{dtype}-{rule['chunk_rule']}"] = spec_of(dtype, 72, 96, **rule, fp8_chunks=True)
+    for window, (rule, count) in itertools.product(("sliding", "block"), RULES[::6]):
+        fields = {"window": window, "chunk_rule": rule, "parameters": count, "key_mask": True}
+        found[f"alibi-{window}-{rule}"] = spec_of(**fields, alibi=True)
+    found["alibi-whole"] = whole_spec(alibi=True, group=3)
     for (d, e), mask in itertools.product(SIZES, (False, True)):
         found[f"whole-{d}-{e}-mask{mask}"] = whole_spec("bf16", d, e, key_mask=mask)
     return found
@@ -110,7 +114,8 @@ def test_text_does_not_depend_on_the_process(kernels):
 
 def test_a_switched_off_feature_leaves_no_trace(kernels):
     plain = kernels["mean0-sliding-sinks0-maskFalse"].source
-    for word in ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k", "oldest = tl"):
+    words = ("key_mask_ptr", "is_valid", "phi", "square", "softcap", "m_k", "oldest = tl", "slope")
+    for word in (*words, "query_position", "chunk_mean"):
         assert word not in plain, word
     assert "atomic" not in plain
     assert "softcap" in kernels["c3-g3"].source
@@ -172,7 +177,6 @@ def test_what_decode_ignores_is_dropped_from_its_spec():
         kind="forward",
         chunk_size=16,
         documents="padded",
-        alibi=True,
         dropout=True,
         tf32=True,
         whole_chunks=True,

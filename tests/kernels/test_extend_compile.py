@@ -31,6 +31,8 @@ CHOSEN = {
     "eva-fp32-d256": spec_of("fp32", 256, key_mask=True, **EVA),
     "fp8-bf16-d64": spec_of(fp8_chunks=True),
     "fp8-fp32-d128": spec_of("fp32", 128, fp8_chunks=True),
+    "alibi-bf16-d128": spec_of(head_dim=128, **MASKED, alibi=True),
+    "alibi-whole-bf16-d64": whole_spec(alibi=True),
     "fp16-d80-g12": spec_of("fp16", 80, group=12),
     "bf16-d256": spec_of(head_dim=256, **MASKED),
     "fp32-d64": spec_of("fp32"),
@@ -43,6 +45,7 @@ COMPILED = {
         "masked-bf16-d128": KINDS[:3],
         "whole-bf16-d128": KINDS[:3],
         "fp8-bf16-d64": KINDS[:2],
+        "alibi-bf16-d128": KINDS[:2],
         **_POOLING,
     },
     **{target: {"bf16-d64": KINDS[:2], **_POOLING} for target in ("sm_80", "sm_100", "gfx942")},
@@ -84,7 +87,7 @@ def test_tokens_without_mask_sinks_or_softcap_leave_no_trace():
     spec = spec_of(head_dim=128, **BLOCK)
     for kind in KINDS:
         source = emit(spec.of_kind(kind), choose(spec.of_kind(kind))).source
-        for word in ("flags_ptr", "key_mask", "tanh", "waits", "atomic"):
+        for word in ("flags_ptr", "key_mask", "tanh", "waits", "atomic", "slope", "chunk_mean"):
             assert word not in source, (kind, word)
 
 

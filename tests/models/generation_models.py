@@ -113,6 +113,7 @@ SET: dict[str, dict[str, Any]] = {
     "gpt_neo": {"window_size": 8},
     "hrm_text": {"num_hidden_layers": 8},
     "mamba2": {"head_dim": 16},
+    "mpt": {"use_cache": True},
     "rwkv": {"attention_hidden_size": 32},
     "xlstm": {"embedding_dim": 64, "hidden_size": 64, "num_blocks": 2, "qk_dim_factor": 1.0},
     "zamba": {

@@ -22,7 +22,6 @@ PARTLY = {  # why layers stay full
     "qwen3_next": set(),  # its linear attention does not attend
 }
 NOT_AT_ALL = {
-    "bloom": "it adds ALiBi biases, which a compressed cache has no place for",
     "deepseek_v3": "what it attends to is computed from what it caches, not cached itself",
     "falcon_h1": "its cache is a LinearAttentionAndFullAttentionLayer",
     "inkling_text": "it is called with position_bias",

@@ -32,7 +32,7 @@ def portions(draw, case: AttentionCase) -> list[int]:
 
 @st.composite
 def cached_calls(draw, **fixed):
-    names = {"causal": True, "alibi": False, "q_offset": 0}
+    names = {"causal": True, "q_offset": 0}
     case = draw(attention_cases(masks=MASKS, **{**names, **fixed}))
     case = AttentionCase(
         **{**vars_of(case), "queries": max(1, case.keys), "keys": max(1, case.keys)}
@@ -54,10 +54,18 @@ def eva_config(case: AttentionCase) -> EvaConfig:
     )
 
 
+def slopes_of(case: AttentionCase, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return slopes in fp32 at least, as layers keep them."""
+    slopes = case._normal(7, case.kv_heads * case.group) / 8
+    return slopes.to(torch.promote_types(dtype, torch.float32)) if case.alibi else None
+
+
 def reference(case: AttentionCase, dtype: torch.dtype):
     q, k, v = (x.to(dtype) for x in case.qkv)
     parameters = [p.to(dtype) for p in case.parameters]
-    return list(eva_attention(q, k, v, parameters=parameters, **case.options))
+    slopes = slopes_of(case, dtype)
+    options = {**case.options, "alibi_slopes": slopes}
+    return list(eva_attention(q, k, v, parameters=parameters, **options))
 
 
 def in_portions(case, sizes, dtype, *, append_first=False, chunks=None, rows=slice(None)):
@@ -67,7 +75,8 @@ def in_portions(case, sizes, dtype, *, append_first=False, chunks=None, rows=sli
     key_mask = case.masks["key_mask"]
     options = cache_options(eva_config(case), case.head_dim**-0.5, case.softcap)
     chunks = -(-case.keys // case.chunk_size) if chunks is None else chunks
-    state = new_state(k, v, chunks, options)
+    state = new_state(k, v, chunks, options, alibi=case.alibi)
+    slopes = slopes_of(case, dtype)
     outs, lses, lo = [], [], 0
     for size in sizes:
         part = [x[:, :, lo : lo + size] for x in (q, k, v)]
@@ -76,7 +85,7 @@ def in_portions(case, sizes, dtype, *, append_first=False, chunks=None, rows=sli
         if append_first and lo == 0:
             torch.ops.flasheva.cache_append(*inputs, **options)
         else:
-            out, lse = torch.ops.flasheva.decode(*inputs, **options)
+            out, lse = torch.ops.flasheva.decode(*inputs, **options, alibi_slopes=slopes)
             outs.append(out)
             lses.append(lse)
         lo += size
@@ -137,11 +146,32 @@ def test_another_batch_is_refused():
         torch.ops.flasheva.decode(q, k, v, list(case.parameters), None, *state, **options)
 
 
-@pytest.mark.parametrize("op", ["decode", "cache_append"])
-def test_ops_pass_opcheck(op):
-    case = AttentionCase(mask="holes", keys=9, queries=9)
+def test_slopes_and_the_positions_that_they_need_come_together():
+    case = AttentionCase(alibi=True)
+    options = cache_options(eva_config(case), 1.0)
+    slopes = slopes_of(case, FP64)
+    for alibi, wrong, message in (
+        (False, slopes, "the state keeps positions"),
+        (True, None, "the state keeps positions"),
+        (True, slopes[:1], r"must be \[Hq\]"),
+        (True, slopes.bfloat16(), "must be fp32"),
+    ):
+        state = new_state(*case.qkv[1:], 3, options, alibi=alibi)
+        inputs = (*case.qkv, list(case.parameters), None, *state)
+        with pytest.raises(LoweringError, match=message):
+            torch.ops.flasheva.decode(*inputs, **options, alibi_slopes=wrong)
+        assert not state.length
+
+
+@pytest.mark.parametrize(
+    ("op", "alibi"), [("decode", False), ("decode", True), ("cache_append", True)]
+)
+def test_ops_pass_opcheck(op, alibi):
+    case = AttentionCase(mask="holes", keys=9, queries=9, alibi=alibi)
     options = cache_options(eva_config(case), 0.5)
-    state = new_state(*case.qkv[1:], 3, options)
+    state = new_state(*case.qkv[1:], 3, options, alibi=alibi)
+    if op == "decode":
+        options["alibi_slopes"] = slopes_of(case, FP64)
     inputs = (*case.qkv, list(case.parameters), case.masks["key_mask"], *state)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.flasheva, op), inputs, options, test_utils=checks)

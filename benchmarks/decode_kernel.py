@@ -21,7 +21,8 @@ from flasheva_compile.kernels.blocked import fp8
 from flasheva_compile.kernels.blocked.cache_state import CacheState, ring_size
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch_decode
-from flasheva_compile.lowering.schedule import choose
+from flasheva_compile.lowering.schedule import choose, current_target
+from flasheva_compile.lowering.schedule_fp8 import converting
 from flasheva_compile.lowering.spec import Schedule
 from records import header
 
@@ -135,7 +136,9 @@ def forced(schedule: Schedule | None, splits: int | None) -> Any:  # noqa: ANN40
     own = launch_decode.parts_of
 
     def chosen(spec: Any, *rest: Any) -> Schedule:  # noqa: ANN401
-        return schedule if schedule and spec.kind == "decode" else choose(spec, *rest)
+        if schedule is None or spec.kind != "decode":
+            return choose(spec, *rest)
+        return converting(spec, schedule, current_target())
 
     def parts(*known: Any) -> int:  # noqa: ANN401
         return splits or own(*known)

@@ -23,6 +23,7 @@ from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch, launch_pooling, schedule
 from flasheva_compile.lowering.rows import rows_of
 from flasheva_compile.lowering.schedule_cost import candidates
+from flasheva_compile.lowering.schedule_fp8 import converting
 from flasheva_compile.lowering.spec import KernelKind
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def measure(
     trials = [
         (spec, tried, tried == schedule.choose(spec, target))
         for spec in specs
-        for tried in dict.fromkeys((schedule.choose(spec, target), *candidates(spec, target)[:top]))
+        for tried in _tried(spec, target, top)
     ]
     done = [
         _trial(spec, tried, launches, timer, note="current" if current else "")
@@ -198,6 +199,11 @@ def measure(
     ]
     order = {spec: n for n, spec in enumerate(dict.fromkeys(m.spec for m in done))}
     return sorted(done, key=lambda m: (order[m.spec], m.milliseconds))
+
+
+def _tried(spec: KernelSpec, target: Target, top: int) -> dict[Schedule, None]:
+    others = (converting(spec, tried, target) for tried in candidates(spec, target)[:top])
+    return dict.fromkeys((schedule.choose(spec, target), *others))
 
 
 def _trial(

@@ -256,7 +256,8 @@ def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:
     """
     tiles = -(-chunks // schedule.block_n) + -(-slots // schedule.block_n)
     most = max(1, min(tiles // _TILES_PER_PART, _MOST_PARTS))
-    capacity = _PROGRAMS_PER_MULTIPROCESSOR * current_target().multiprocessors
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * max(1, 4 // schedule.num_warps)
+    capacity = programs * current_target().multiprocessors
     fewest = max(1, capacity // max(1, rows))
     if fewest >= most:
         return most

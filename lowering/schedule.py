@@ -15,6 +15,7 @@ from flasheva_compile.lowering import recording, schedule_cost
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
 from flasheva_compile.lowering.schedule_extend import EXTEND_KINDS, extend_schedule
+from flasheva_compile.lowering.schedule_fp8 import converting, decode_fitted
 from flasheva_compile.lowering.schedule_retrieval import RETRIEVAL_KINDS, retrieval_schedule
 from flasheva_compile.lowering.schedule_retrieval_backward import (
     LEAVING_OUT,
@@ -75,6 +76,10 @@ def choose_alike(spec: KernelSpec, target: Target) -> Schedule:
 
 @cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
+    return converting(spec, _tiles(spec, target), target)
+
+
+def _tiles(spec: KernelSpec, target: Target) -> Schedule:
     by_rule = _by_rule(spec, target)
     if by_rule is not None:
         return by_rule
@@ -99,7 +104,7 @@ def _by_rule(spec: KernelSpec, target: Target) -> Schedule | None:
         return _SMALL_ROWS
     if spec.kind == "retrieval_decode":
         decode = dataclasses.replace(spec, kind="decode", retrieve_chunks=0)
-        return gathering_schedule(spec, _choose(decode, target))
+        return gathering_schedule(spec, _choose(decode, target), target)
     if spec.kind == "extend_combine":
         return _choose(dataclasses.replace(spec, kind="decode_combine"), target)
     for kinds, rule in (
@@ -260,12 +265,15 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         schedule = dataclasses.replace(schedule, block_m=block_m, block_n=16)
     if spec.kind == "chunk_tokens" and spec.chunk_rule in _SOFTMAX_RULES:
         schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
-    if spec.kind == "decode" and spec.chunk_rule == "eva" and schedule.num_warps == 4:
+    if spec.kind == "decode" and schedule.num_warps == 2 and target.capability != 90:
+        schedule = dataclasses.replace(schedule, num_warps=4, max_registers=128)
+    if spec.kind == "decode" and spec.chunk_rule == "eva" and schedule.num_warps <= 4:
         # What feature maps keep would spill under a lower limit, and in fp32 under any.
+        schedule = dataclasses.replace(schedule, num_warps=4)
         most = 0 if spec.dtype == "fp32" else _THREE_PROGRAMS
         schedule = dataclasses.replace(schedule, max_registers=most)
     if spec.kind == "decode" and spec.fp8_chunks:
-        schedule = _converting(spec, schedule)
+        schedule = decode_fitted(spec, schedule, target)
     if schedule.tma and schedule_cost.tma_rejection(spec, target):
         schedule = dataclasses.replace(schedule, tma=False)
     # Measured on sm_90, through descriptors.
@@ -277,15 +285,6 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         # A few registers less than it takes of itself, and no spill; others do, or take less.
         schedule = dataclasses.replace(schedule, max_registers=_THREE_PROGRAMS)
     return schedule
-
-
-def _converting(spec: KernelSpec, schedule: Schedule) -> Schedule:
-    """Make room for numbers that are made of bytes: between loads and products in registers."""
-    if spec.dtype == "fp32":  # whose products keep both operands there, too
-        return dataclasses.replace(schedule, block_n=16, num_stages=1)
-    most = schedule.max_registers and max(schedule.max_registers, _THREE_PROGRAMS)
-    most = 0 if spec.alibi else most
-    return dataclasses.replace(schedule, max_registers=most)
 
 
 # --- what the user has tuned ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flasheva_compile.lowering.spec import Schedule, group_rows, padded
 
 if TYPE_CHECKING:
+    from flasheva_compile.lowering.schedule_cost import Target
     from flasheva_compile.lowering.spec import KernelSpec
 
 SELECTING_KINDS = ("retrieval_scores", "retrieval_select")
@@ -29,7 +30,7 @@ def selecting_schedule(spec: KernelSpec) -> Schedule:
     return Schedule(block_m=16, block_n=n, num_warps=8 if n == _MOST else 4, num_stages=1)
 
 
-def gathering_schedule(spec: KernelSpec, decode: Schedule) -> Schedule:
+def gathering_schedule(spec: KernelSpec, decode: Schedule, target: Target) -> Schedule:
     """Return the schedule of ``retrieval_decode``, from that of ``decode`` for the same shapes.
 
     It reads what ``decode`` reads, in tiles of the same kind; addresses of gathered rows take
@@ -38,6 +39,9 @@ def gathering_schedule(spec: KernelSpec, decode: Schedule) -> Schedule:
     wide = max(spec.head_dim, spec.value_dim) > 64
     crowded = spec.dtype == "fp32" or group_rows(spec.group) > 32
     parts = 4 if spec.dtype == "fp32" and spec.near_store and wide else 2 if crowded else 1
+    if target.capability >= 90 and decode.num_warps <= 4 and spec.dtype != "fp32":
+        # As it was measured; ``decode`` was measured again without limits.
+        decode = dataclasses.replace(decode, num_warps=4, max_registers=128 if wide else 144)
     return dataclasses.replace(decode, block_n=max(16, decode.block_n // parts))
 
 

@@ -241,6 +241,7 @@ class Schedule:
             ``emit/specialised.py``; 0 = all warps do the same.
         overlap: Consumers add the values of one tile while they score the next.
         persistent: As many programs as fit walk over all blocks of queries.
+        e4m3: Instructions that know e4m3 turn fp8 into numbers (sm_89 and later).
     """
 
     block_m: int
@@ -254,6 +255,7 @@ class Schedule:
     consumers: int = 0
     overlap: bool = False
     persistent: bool = False
+    e4m3: bool = False
 
 
 def adds_bias_by_product(spec: KernelSpec) -> bool:

@@ -9,8 +9,10 @@ What it changes:
   integers (triton issue 9171);
 - bfloat16, which the interpreter keeps as raw bits, is multiplied and rounded exactly, and any
   other arithmetic on it is an error: a kernel has to widen it first;
+- e4m3, which it keeps as raw bits, too, becomes fp16 exactly;
 - an access outside of the tensors of the launch is an error, not a read of whatever is there;
-- so are two stores to one address: they would race on a GPU.
+- so are two stores to one address: they would race on a GPU;
+- the one text of assembly that kernels hold is known, by what it computes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import functools
 import os
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before Python starts"
 
@@ -36,7 +39,7 @@ Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 MOVES = {  # the operations that only move elements, and those that are made exact below
     *("load", "store", "masked_load", "masked_store", "descriptor_load", "descriptor_store"),
     *("bitcast", "broadcast", "cat", "expand_dims", "join", "reshape", "select", "splat", "split"),
-    *("trans", "unsplat", "addptr", "make_tensor_descriptor", "dot"),
+    *("trans", "unsplat", "addptr", "make_tensor_descriptor", "dot", "inline_asm"),
     *("fp_ext", "fp_trunc", "fp_to_fp", "fp_to_si", "fp_to_ui", "si_to_fp", "ui_to_fp"),
     "int_cast",
 }
@@ -50,6 +53,7 @@ def install() -> None:
     triton_interpreter_speed.install()  # the language is patched here, with those bounds
     _fix_products()
     _fix_casts()
+    Builder.create_inline_asm = _split_pairs
     for name in [n for n in dir(Builder) if n.startswith("create_")]:
         if name.removeprefix("create_") not in MOVES:
             setattr(Builder, name, _refusing_bfloat16(name, getattr(Builder, name)))
@@ -96,6 +100,9 @@ def _fix_casts() -> None:
         before, after = source.dtype.scalar, target.scalar
         if after == before:
             return source
+        if before == tl.float8e4nv:
+            half = Handle(_from_e4m3(source.data), tl.float16)
+            return half if after == tl.float16 else cast(self, half, target)
         if before == tl.bfloat16:
             wide = Handle(_widen(source), tl.float32)
             return wide if after == tl.float32 else cast(self, wide, target)
@@ -107,6 +114,26 @@ def _fix_casts() -> None:
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc", "int_cast"):
         setattr(Builder, f"create_{name}", exact_cast)
     Builder.cast_impl = Builder.create_fp_to_fp = exact_cast
+
+
+SPLIT_PAIRS = (  # bytes 0, 2, 1, 3 of two int16, the lowest first; then two of e4m3 at a time
+    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, 0, 0x3120; mov.b32 {a, b}, t; "
+    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+)
+
+
+def _split_pairs(self, text, constraints, values, *_):
+    """Do what ``split_pairs`` of kernels over fp8 does: bytes of int16 to fp16."""
+    assert text == SPLIT_PAIRS, f"unknown assembly: {text}"
+    (pairs,) = (x.data for x in values)
+    low_and_high = ((pairs & 255), (pairs >> 8) & 255)
+    found = [Handle(_from_e4m3(x), tl.float16) for x in low_and_high]
+    return SimpleNamespace(get_result=found.__getitem__)
+
+
+def _from_e4m3(codes: np.ndarray) -> np.ndarray:
+    codes = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.uint8))
+    return codes.view(torch.float8_e4m3fn).half().numpy().reshape(np.shape(codes))
 
 
 def _refusing_bfloat16(name, function):

@@ -134,11 +134,12 @@ def _compare_types_by_identity() -> None:
 def _leave_equal_types_alone() -> None:
     convert = TritonSemantic.binary_op_type_checking_impl
 
-    def fast(self, a, b, left=False, right=False, arithmetic_check=True, div_or_mod=False):
+    def fast(self, a, b, *options, **named):
         both = isinstance(a, core.tensor) and isinstance(b, core.tensor)
+        div_or_mod = named.get("div_or_mod", options[3] if len(options) > 3 else False)
         if both and a.type is b.type and not (div_or_mod or a.dtype.is_ptr()):
             return a, b
-        return convert(self, a, b, left, right, arithmetic_check, div_or_mod)
+        return convert(self, a, b, *options, **named)
 
     TritonSemantic.binary_op_type_checking_impl = fast
 

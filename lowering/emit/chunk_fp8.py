@@ -1,20 +1,15 @@
-"""Chunk tokens of a cache in kernels: as they are, or in fp8 with a power of two for each vector.
-
-As in ``vecinfer_fp8``, kernels move bits instead of converting e4m3: one code for all devices. A
-key's power multiplies its scores; a value's multiplies the value, for a weight times any power
-would not fit fp16.
-"""
+"""Chunk tokens of a cache in kernels: as they are, or in fp8 with a power of two per vector."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flasheva_compile.lowering.emit import scores
-from flasheva_compile.lowering.emit.fp8_tokens import LOST, codes_of, within_fp16
+from flasheva_compile.lowering.emit import fp8_products, scores
+from flasheva_compile.lowering.emit.fp8_tokens import codes_of
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.source import Dim
-    from flasheva_compile.lowering.spec import KernelSpec
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 
 def chunk_pointers(spec: KernelSpec) -> list[str]:
@@ -32,58 +27,64 @@ def chunk_pointers(spec: KernelSpec) -> list[str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def key_tile(spec: KernelSpec, d: Dim) -> list[str]:
-    """Load the keys ``inside`` a tile, ``k0``, ..., and biases; of fp8, both vectors' powers."""
-    bias = (
-        f'bias = tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf")) * {scores.LOG2E}'
-    )
-    loads = d.load_tile("k", "rfa_k_ptr", "inside")
+def before_chunks(spec: KernelSpec, d: Dim, e: Dim, rows: str) -> list[str]:
+    """Start sums over the chunk tokens from ``begin`` to ``stop``, for a tile of ``rows`` rows."""
     if not spec.fp8_chunks:
-        return [*loads, bias]
+        return e.zeros("acc", rows)
+    cast = "value_pairs_ptr = rfa_v_ptr.to(tl.pointer_type(tl.int16))"
     return [
-        *loads,
-        *(line for n in d.indices for line in _numbers(spec, f"k{n}", "q_ptr")),
-        *_powers("key", 0),
-        *_powers("value", 1),
-        bias,
+        *fp8_products.start(spec, d, e, rows),
+        *([cast] if fp8_products.pairs_of(e) else []),
+        "pairs_ptr = rfa_exponents_ptr.to(tl.pointer_type(tl.int16))",
+        *_load_exponents("begin + offs_t"),
     ]
 
 
-def scaled_products(spec: KernelSpec) -> list[str]:
-    """Multiply products ``s [rows, BLOCK_N]`` by the powers of their keys."""
-    return ["s = s * key_power[None, :]"] if spec.fp8_chunks else []
+def chunk_tile(
+    spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim, visible: str | None = None
+) -> list[str]:
+    """Go on with softmax and sums by a tile of chunk tokens.
 
-
-def value_tile(spec: KernelSpec, e: Dim) -> list[str]:
-    """Load the values ``inside`` a tile, ``v0``, ..."""
-    lines = e.load_tile("v", "rfa_v_ptr", "inside")
+    Args:
+        spec: What the kernel computes.
+        schedule: How fp8 becomes numbers.
+        d: Columns of keys.
+        e: Columns of values.
+        visible: Which of them rows see, ``[rows, BLOCK_N]``; None = all before ``stop``.
+    """
+    bias = 'tl.load(rfa_bias_ptr + offs_n, mask=inside, other=float("-inf"))'
+    lines = ["offs_n = offset + offs_t", "inside = offs_n < stop"]
+    lines += d.load_tile("k", "rfa_k_ptr", "inside")
+    lines.append(f"bias = {bias} * {scores.LOG2E}")
     if spec.fp8_chunks:
-        for n in e.indices:
-            lines += _numbers(spec, f"v{n}", "v_ptr", "value_power")
-    return lines
+        lines += fp8_products.powers(schedule, "pairs")
+        lines.append("# Two bytes a token are too few to be copied ahead: asked for a tile before")
+        lines += _load_exponents("offs_n + BLOCK_N")
+        lines += fp8_products.keys(spec, schedule)
+        scale = fp8_products.SCALE
+    else:
+        lines += d.contract("s", "q", "k", scores.precision(spec))
+        scale = "score_scale"
+    lines += scores.cached_position(spec, "chunk")
+    lines += scores.scores(spec, "chunk", keys_first=False, scale=scale)
+    lines += scores.masked(visible)
+    if not spec.fp8_chunks:
+        values = e.load_tile("v", "rfa_v_ptr", "inside")
+        sums = e.accumulate("acc", "p", "v", scores.precision(spec))
+        return [*lines, *scores.softmax_step(e), *values, *sums]
+    pairs = fp8_products.pairs_of(e)
+    values = (pairs or e).load_tile("v", "value_pairs_ptr" if pairs else "rfa_v_ptr", "inside")
+    sums = fp8_products.values(spec, schedule, e)
+    return [*lines, *fp8_products.softmax(spec), *values, *sums]
 
 
-def _numbers(spec: KernelSpec, tile: str, like: str, power: str = "") -> list[str]:
-    """Make numbers of bytes, in the dtype of ``like``: exactly, for their mantissas are short."""
-    # Exponents and mantissas go to the middle of a half, whose exponents have another origin.
-    half = f"((({tile} & 0x7F) << 7) | (({tile} & 0x80) << 8))"
-    lines = [
-        f"{tile} = {tile}.to(tl.int16)",
-        f"{tile} = {half}.to(tl.float16, bitcast=True) * 256.0",
-    ]
-    if power:
-        lines.append(f"{tile} = {tile}.to(tl.float32) * {power}[:, None]")
-        lines += within_fp16(tile) if spec.dtype == "fp16" else []
-    return [*lines, f"{tile} = {tile}.to({like}.dtype.element_ty)"]
+def after_chunks(spec: KernelSpec, e: Dim) -> list[str]:
+    """Define the sums of values ``acc0``, ... for the maximum ``m_i``."""
+    return fp8_products.finish(e) if spec.fp8_chunks else []
 
 
-def _powers(which: str, place: int) -> list[str]:
-    at = f"rfa_exponents_ptr + offs_n * 2{' + 1' * place}"
-    return [
-        f"exponent = tl.load({at}, mask=inside, other=0).to(tl.int32)",
-        f"{which}_power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)",
-        f'{which}_power = tl.where(exponent > {LOST}, {which}_power, float("nan"))',
-    ]
+def _load_exponents(at: str) -> list[str]:
+    return [f"pairs = tl.load(pairs_ptr + {at}, mask={at} < stop, other=0)"]
 
 
 # --- writing --------------------------------------------------------------------------------------

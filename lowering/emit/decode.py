@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
 from flasheva_compile.lowering.emit.chunk_fp8 import (
+    after_chunks,
+    before_chunks,
     chunk_pointers,
-    key_tile,
-    scaled_products,
-    value_tile,
+    chunk_tile,
 )
 from flasheva_compile.lowering.emit.decode_append import append
 from flasheva_compile.lowering.emit.source import Dim, Source
 
 if TYPE_CHECKING:
-    from flasheva_compile.lowering.spec import KernelSpec
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 LOWEST = "-3.4028234663852886e38"
 
@@ -50,7 +50,7 @@ def exact_pointers(spec: KernelSpec) -> list[str]:
 # --- decode ---------------------------------------------------------------------------------------
 
 
-def emit_decode(spec: KernelSpec) -> str:
+def emit_decode(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the body of ``decode``."""
     out = Source()
     d, e = Dim("d", spec.head_dim, split=False), Dim("e", spec.value_dim, split=False)
@@ -58,12 +58,17 @@ def emit_decode(spec: KernelSpec) -> str:
     out.lines(*program(), *place(spec), *_ranges(spec), *_rows(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)", "")
     out.lines(*_own_token(spec, d, e))
-    if spec.window != "whole":
+    if spec.window == "whole":
+        out.lines(*e.zeros("acc", "BLOCK_G"))
+    else:
         out.lines("", "# Chunk tokens behind the window", *_chunk_bounds(spec))
+        out.lines(*before_chunks(spec, d, e, "BLOCK_G"))
         with out.block("for offset in range(begin, stop, BLOCK_N):"):
-            out.lines(*_chunk_tile(spec, d, e))
+            out.lines(*chunk_tile(spec, schedule, d, e))
+        out.lines(*after_chunks(spec, e))
+    out.lines(*_own_value(e))
     out.lines("", "# Sinks and window", *_exact_bounds())
-    with out.block("for offset in range(begin, stop, BLOCK_N):"):
+    with out.block(f"for offset in {exact_range(schedule)}:"):
         out.lines(*_exact_tile(spec, d, e))
     lost = "position >= room" if spec.window == "whole" else f"low // {spec.chunk_size} > chunks"
     out.lines("", *store_part(spec, e, lost), "")
@@ -168,9 +173,14 @@ def _own_token(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "# The lowest finite maximum: a part that sees nothing makes no NaN.",
         f"m_i = tl.where(is_own, own, {LOWEST})",
         "l_i = tl.where(is_own, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)",
-        *e.zeros("acc", "BLOCK_G"),
-        *(f"acc{n} += tl.where(is_own, new_v{n}.to(tl.float32), 0.0)" for n in e.indices),
     ]
+
+
+def _own_value(e: Dim) -> list[str]:
+    """Add the token's own value to the sums of the first part."""
+    weight = "own_weight = tl.where(is_own, tl.exp2(own - m_i), 0.0)"
+    own = "tl.where(is_own, new_v{n}.to(tl.float32), 0.0) * own_weight[:, None]"
+    return [weight, *(f"acc{n} += {own.format(n=n)}" for n in e.indices)]
 
 
 def group_bound(spec: KernelSpec) -> str | None:
@@ -188,26 +198,24 @@ def _chunk_bounds(spec: KernelSpec) -> list[str]:
     ]
 
 
+def exact_range(schedule: Schedule) -> str:
+    """Return the loop over tiles of exact slots, which are few.
+
+    Beside tiles of fp8 theirs are large, and no more of them are to wait in shared memory.
+    """
+    if schedule.e4m3 and schedule.num_stages > _EXACT_STAGES:
+        return f"tl.range(begin, stop, BLOCK_N, num_stages={_EXACT_STAGES})"
+    return "range(begin, stop, BLOCK_N)"
+
+
+_EXACT_STAGES = 2
+
+
 def _exact_bounds() -> list[str]:
     """Define this program's range of exact slots."""
     return [
         "begin = tl.maximum(tile_begin - chunk_tiles, 0) * BLOCK_N",
         "stop = tl.minimum(tl.maximum(tile_end - chunk_tiles, 0) * BLOCK_N, exact_stop)",
-    ]
-
-
-def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    return [
-        "offs_n = offset + offs_t",
-        "inside = offs_n < stop",
-        *key_tile(spec, d),
-        *d.contract("s", "q", "k", scores.precision(spec)),
-        *scaled_products(spec),
-        *scores.cached_position(spec, "chunk"),
-        *scores.scores(spec, "chunk", keys_first=False),
-        *softmax_step(e),
-        *value_tile(spec, e),
-        *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
 
@@ -228,22 +236,9 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *scores.cached_position(spec, "key", scores.exact_position(spec)),
         *scores.scores(spec, "key", keys_first=False),
         's = tl.where(is_key[None, :], s, float("-inf"))',
-        *softmax_step(e),
+        *scores.softmax_step(e),
         *e.load_tile("v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
-    ]
-
-
-def softmax_step(e: Dim, values: str = "v_ptr") -> list[str]:
-    """Go on with the softmax by the scores ``s``; leave weights ``p`` in the dtype of values."""
-    return [
-        "m_new = tl.maximum(m_i, tl.max(s, 1))",
-        "p = tl.exp2(s - m_new[:, None])",
-        "alpha = tl.exp2(m_i - m_new)",
-        "l_i = l_i * alpha + tl.sum(p, 1)",
-        "m_i = m_new",
-        *e.scale("acc", "alpha[:, None]"),
-        f"p = p.to({values}.dtype.element_ty)",
     ]
 
 
@@ -309,6 +304,7 @@ def emit_combine(spec: KernelSpec) -> str:
     out.lines(
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         *e.scale("acc", "(1.0 / l_safe)[:, None]"),
+        *(_within_fp16(e) if spec.dtype == "fp16" else []),
         *e.store_row("acc", f"out_ptr + pid64 * {e.size}"),
         f'lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) / {scores.LOG2E})',
         "tl.store(lse_ptr + pid64 + tl.arange(0, 1), lse)",
@@ -317,3 +313,10 @@ def emit_combine(spec: KernelSpec) -> str:
         out.line("# No program that attends reads it any more.")
         out.line(f"tl.store(length_ptr, tl.load(length_ptr) + {tokens})")
     return out.text()
+
+
+def _within_fp16(e: Dim) -> list[str]:
+    """Keep results numbers: where values are stored in fp8, rounding takes the largest to 2^16."""
+    kept = "tl.minimum(tl.maximum(acc{n}, -65504.0), 65504.0)"
+    line = f"acc{{n}} = tl.where(tl.abs(acc{{n}}) < 65540.0, {kept}, acc{{n}})"
+    return [line.format(n=n) for n in e.indices]

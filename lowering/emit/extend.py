@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, scores
 from flasheva_compile.lowering.emit.chunk_fp8 import (
+    after_chunks,
+    before_chunks,
     chunk_pointers,
-    key_tile,
-    scaled_products,
-    value_tile,
+    chunk_tile,
 )
 from flasheva_compile.lowering.emit.decode import (
     LOWEST,
     exact_pointers,
     ring_slots,
-    softmax_step,
 )
 from flasheva_compile.lowering.emit.source import Dim, Source
 
@@ -37,11 +36,16 @@ def emit_extend(spec: KernelSpec, schedule: Schedule) -> str:
     out.lines(*_program(queries), *place(), *_rows(spec, schedule, queries))
     out.lines(*_ranges(spec, queries), *_pointers(spec))
     out.lines(*d.offsets(), *e.offsets(), "offs_t = tl.arange(0, BLOCK_N)")
-    out.lines(*_start(spec, d, e))
-    if spec.window != "whole":
+    out.lines(*_start(spec, d))
+    if spec.window == "whole":
+        out.lines(*e.zeros("acc", "BLOCK_M"))
+    else:
+        visible = f"((offs_n + 1) * {spec.chunk_size})[None, :] <= low[:, None]"
         out.lines("", "# Chunk tokens behind the windows", *_chunk_bounds(spec))
+        out.lines(*before_chunks(spec, d, e, "BLOCK_M"))
         with out.block("for offset in range(begin, stop, BLOCK_N):"):
-            out.lines(*_chunk_tile(spec, d, e))
+            out.lines(*chunk_tile(spec, schedule, d, e, visible))
+        out.lines(*after_chunks(spec, e))
     out.lines("", "# Sinks and window as the cache holds them", *_exact_bounds())
     with out.block("for offset in range(begin, stop, BLOCK_N):"):
         out.lines(*_exact_tile(spec, d, e))
@@ -159,7 +163,7 @@ def new_pointers() -> list[str]:
     ]
 
 
-def _start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+def _start(spec: KernelSpec, d: Dim) -> list[str]:
     """Load the queries; start the softmax at the lowest finite maximum: nothing seen is no NaN."""
     return [
         "q_at = head * tl.cast(stride_qh, tl.int64) + token * tl.cast(stride_qm, tl.int64)",
@@ -167,7 +171,6 @@ def _start(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *scores.cached_slopes(spec, "head", "is_row", "position.to(tl.float32)"),
         f"m_i = tl.full([BLOCK_M], {LOWEST}, tl.float32)",
         "l_i = tl.zeros([BLOCK_M], tl.float32)",
-        *e.zeros("acc", "BLOCK_M"),
     ]
 
 
@@ -198,19 +201,6 @@ def _new_bounds() -> list[str]:
     ]
 
 
-def _chunk_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
-    return [
-        "offs_n = offset + offs_t",
-        "inside = offs_n < stop",
-        *key_tile(spec, d),
-        f"visible = ((offs_n + 1) * {spec.chunk_size})[None, :] <= low[:, None]",
-        *scores.cached_position(spec, "chunk"),
-        *_attend(spec, "chunk", d, e),
-        *value_tile(spec, e),
-        *e.accumulate("acc", "p", "v", scores.precision(spec)),
-    ]
-
-
 def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
     sinks, ring = spec.sink_size, ring_slots(spec)
     held = f"held = offs_n + (last - last_slot) - tl.where(offs_n > last_slot, {ring}, 0)"
@@ -225,7 +215,7 @@ def _exact_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "is_key = tl.load(exact_mask_ptr + offs_n, mask=inside, other=0) != 0",
         *visible,
         *scores.cached_position(spec, "key", scores.exact_position(spec)),
-        *_attend(spec, "key", d, e),
+        *_attend(spec, d, e),
         *e.load_tile("v", "exact_v_ptr", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
@@ -264,20 +254,19 @@ def _new_tile(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         *([] if whole else [f"seen = {in_window}"]),
         f"visible = {is_key}[None, :] & causal" + " & seen" * (not whole),
         *scores.cached_position(spec, "key", "key_at"),
-        *_attend(spec, "key", d, e),
+        *_attend(spec, d, e),
         *e.load("v", "v_ptr", "offs_n", "tl.cast(stride_vn, tl.int64)", "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]
 
 
-def _attend(spec: KernelSpec, source: scores.KeySource, d: Dim, e: Dim) -> list[str]:
-    """Go on with the softmax by the scores of a tile."""
+def _attend(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+    """Go on with the softmax by the scores of a tile of keys."""
     return [
         *d.contract("s", "q", "k", scores.precision(spec)),
-        *(scaled_products(spec) if source == "chunk" else []),
-        *scores.scores(spec, source, keys_first=False),
+        *scores.scores(spec, "key", keys_first=False),
         's = tl.where(visible, s, float("-inf"))',
-        *softmax_step(e),
+        *scores.softmax_step(e),
     ]
 
 

@@ -13,6 +13,7 @@ from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
 from flasheva_compile.lowering.emit.decode_features import FEATURE_FUNCTION
 from flasheva_compile.lowering.emit.extend import emit_extend
 from flasheva_compile.lowering.emit.extend_append import emit_extend_append, emit_extend_pool
+from flasheva_compile.lowering.emit.fp8_products import SPLIT_FUNCTION
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
 from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
@@ -92,6 +93,8 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
         source += "\n\n" + DROPOUT_FUNCTIONS + "\n\n"
     if "feature_map(" in body:
         source += ("\n\n" if constants else "\n") + FEATURE_FUNCTION + "\n\n"
+    if "split_pairs(" in body:
+        source += "\n\n" + SPLIT_FUNCTION + "\n\n"
     if "bias_rows(" in body:
         source += "\n\n" + PIECES_FUNCTION + "\n\n" + ROWS_FUNCTION + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)
@@ -117,22 +120,22 @@ _BODIES: dict[str, Callable[[Any], str]] = {  # a kind has its own class of spec
     "chunk_bounds": emit_chunk_bounds,
     "select": emit_select,
     "selection_bits": emit_selection_bits,
-    "decode": emit_decode,
     "decode_combine": emit_combine,
     "extend_pool": emit_extend_pool,
     "extend_combine": emit_combine,
-    "retrieval_decode": emit_retrieval_decode,
     "vecinfer_append": emit_vecinfer_append,
     "vecinfer_combine": emit_vecinfer_combine,
 }
 _TILED_BODIES: dict[str, Callable[[Any, Schedule], str]] = {
     **dict.fromkeys(("forward", "dq"), emit_query_kernel),
     **dict.fromkeys(("dchunk", "dsink", "dkv"), emit_key_kernel),
+    "decode": emit_decode,
     "extend": emit_extend,
     "extend_append": emit_extend_append,
     "retrieve": emit_retrieve,
     "retrieved_dq": emit_retrieved_dq,
     "retrieved_dkv": emit_retrieved_dkv,
+    "retrieval_decode": emit_retrieval_decode,
     "retrieval_scores": emit_decode_scores,
     "retrieval_select": emit_decode_select,
     "vecinfer_decode": emit_vecinfer_decode,

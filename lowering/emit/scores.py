@@ -1,4 +1,4 @@
-"""From products to scores in base 2: scale, softcap, bias, ALiBi, mask, dropout."""
+"""From products to scores in base 2: scale, softcap, bias, ALiBi, mask, dropout; to weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.loops import Mask
+    from flasheva_compile.lowering.emit.source import Dim
     from flasheva_compile.lowering.spec import KernelSpec
 
 KeySource = Literal["chunk", "key"]
@@ -61,16 +62,21 @@ def mask_text(mask: Mask, flags: str | None, *, keys_first: bool) -> str | None:
 
 
 def scores(
-    spec: KernelSpec, source: KeySource, *, keys_first: bool, product_bias: bool = False
+    spec: KernelSpec,
+    source: KeySource,
+    *,
+    keys_first: bool,
+    product_bias: bool = False,
+    scale: str = "score_scale",
 ) -> list[str]:
     """Turn ``s`` into scores times ``log2(e)``; with a softcap, ``tanh`` stays for the backward."""
     key, query = ("[:, None]", "[None, :]") if keys_first else ("[None, :]", "[:, None]")
     lines = []
     if spec.softcap:
-        lines.append("tanh = 1.0 - 2.0 / (tl.exp2(s * score_scale) + 1.0)")
+        lines.append(f"tanh = 1.0 - 2.0 / (tl.exp2(s * {scale}) + 1.0)")
         value = "tanh * softcap"
     else:
-        value = "s * score_scale"
+        value = f"s * {scale}"
     if source == "chunk" and not spec.whole_chunks and not product_bias:
         value += f" + bias{key}"
     if spec.alibi:
@@ -149,3 +155,26 @@ def exact_position(spec: KernelSpec) -> str:
     if spec.window == "whole":
         return "offs_n"
     return f"tl.where(offs_n < {spec.sink_size}, offs_n, held)" if spec.sink_size else "held"
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def softmax_weights() -> list[str]:
+    """Go on with the softmax by the scores ``s``: weights ``p``, factor ``alpha`` of older sums."""
+    return [
+        "m_new = tl.maximum(m_i, tl.max(s, 1))",
+        "p = tl.exp2(s - m_new[:, None])",
+        "alpha = tl.exp2(m_i - m_new)",
+        "l_i = l_i * alpha + tl.sum(p, 1)",
+        "m_i = m_new",
+    ]
+
+
+def softmax_step(e: Dim, values: str = "v_ptr") -> list[str]:
+    """Go on with the softmax and scale sums; leave weights ``p`` in the dtype of values."""
+    return [
+        *softmax_weights(),
+        *e.scale("acc", "alpha[:, None]"),
+        f"p = p.to({values}.dtype.element_ty)",
+    ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores, vecinfer_fp8
 from flasheva_compile.lowering.emit import vecinfer_fp8_tiles as fp8_tiles
-from flasheva_compile.lowering.emit.decode import LOWEST, softmax_step
+from flasheva_compile.lowering.emit.decode import LOWEST
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.emit.vecinfer_codes import (
     key_setup,
@@ -186,7 +186,7 @@ def _exact_tile(spec: VecInferSpec, d: Dim, e: Dim) -> list[str]:
         *scores.scores(spec, "key", keys_first=False),
         f"visible = {visible}",
         's = tl.where(visible, s, float("-inf"))',
-        *softmax_step(e, "tail_v_ptr"),
+        *scores.softmax_step(e, "tail_v_ptr"),
         *e.load("v", "v_rows", "slot", str(e.size), "inside"),
         *e.accumulate("acc", "p", "v", scores.precision(spec)),
     ]

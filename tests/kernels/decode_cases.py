@@ -65,6 +65,7 @@ class DecodeCase:
     dtype: torch.dtype = torch.float32
     fp8_chunks: bool = False
     alibi: bool = False
+    e4m3: bool = False
     layout: str = "contiguous"
     block_n: int = 16
     splits: int = 1
@@ -214,7 +215,8 @@ def run_reference(case: DecodeCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 @contextmanager
 def as_scheduled(case: DecodeCase):
     """Launch with the case's tiles and parts; check argument types against offline compiles."""
-    schedule = Schedule(block_m=16, block_n=case.block_n, num_warps=4, num_stages=1)
+    tiles = {"block_m": 16, "block_n": case.block_n, "num_warps": 4, "num_stages": 1}
+    schedule = Schedule(**tiles, e4m3=case.e4m3)
     types = {**POINTER_TYPES, torch.bool: "*i1"}
 
     def checking(kernel):
@@ -276,6 +278,7 @@ def decode_cases(draw, **fixed):
         "spare_chunks": draw(st.sampled_from([0, 0, 5])),
         "dtype": draw(st.sampled_from(DTYPES)),
         "alibi": draw(st.booleans()),
+        "e4m3": draw(st.booleans()) if fixed.get("fp8_chunks") else False,
         "layout": draw(st.sampled_from(LAYOUTS)),
         "block_n": draw(st.sampled_from([16, 32])),
         "splits": draw(st.sampled_from([1, 2, 3])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -187,9 +188,11 @@ def test_steps_over_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(case):
     assert_attended(case, lambda d: steps_of(case, d), (out, lse), [before, *states])
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize(("dtype", "rule"), [(torch.bfloat16, "mean"), (torch.float16, "eva")])
-def test_a_chunk_token_that_is_not_finite_is_nan_in_fp8(dtype, rule):
-    case = DecodeCase(fp8_chunks=True, dtype=dtype, rule=rule, prefix=6, steps=11)
+def test_a_chunk_token_that_is_not_finite_is_nan_in_fp8(dtype, rule, e4m3):
+    given = {"fp8_chunks": True, "e4m3": e4m3, "value_dim": 24}
+    case = DecodeCase(**given, dtype=dtype, rule=rule, prefix=6, steps=11)
     plain = dataclasses.replace(case, fp8_chunks=False)
     for x in (case, plain):
         x.qkv[2][0, 0, 5, 3] = torch.inf  # its value alone: the chunk is behind the sinks
@@ -200,8 +203,67 @@ def test_a_chunk_token_that_is_not_finite_is_nan_in_fp8(dtype, rule):
     assert torch.equal(out.isnan(), run_blocked(case, dtype)[0].isnan())
 
 
-def test_the_largest_values_of_fp16_stay_numbers_in_fp8():
-    case = DecodeCase(fp8_chunks=True, dtype=torch.float16, prefix=6, steps=11)
+WIDE = {"head_dim": 24, "value_dim": 40, "group": 3, "prefix": 160, "steps": 1}
+
+
+@pytest.mark.parametrize("value_dim", [16, 40, 23])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_both_ways_from_bytes_to_numbers_give_the_same_bits(dtype, value_dim):
+    given = {**WIDE, "value_dim": value_dim, "fp8_chunks": True, "dtype": dtype}
+    found = []
+    for e4m3 in (False, True):
+        case = DecodeCase(**given, e4m3=e4m3)
+        state = case.filled_state(dtype)
+        every = torch.arange(state.rfa_k.numel(), dtype=torch.uint8).view_as(state.rfa_k)
+        state.rfa_k.copy_(torch.where(every % 128 == 127, 126, every))  # with all tiny numbers
+        every = torch.arange(state.rfa_v.numel(), dtype=torch.uint8).view_as(state.rfa_v)
+        state.rfa_v.copy_(torch.where(every % 128 == 127, 254, every))
+        state.rfa_exponents.fill_(-7)
+        found.append(run_kernels(case, state))
+    (out, lse, _), (other, other_lse, _) = found
+    assert out.isfinite().all()
+    assert torch.equal(out, other)
+    assert torch.equal(lse, other_lse)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_of_very_different_size_keep_their_shares_in_fp8(dtype, e4m3):
+    """Values from 1 to 2^90 whose shares in the sum are about equal, in any order."""
+    case = DecodeCase(**WIDE, fp8_chunks=True, e4m3=e4m3, dtype=dtype, scale=1e-3)
+    for order in ((0, 90), (90, 0)):
+        before = case.filled_state(dtype)
+        sizes = torch.linspace(*order, before.rfa_bias.shape[-1]).round()
+        before.rfa_exponents[..., 1] = (sizes - 8).to(torch.int8)
+        before.rfa_bias.copy_(sizes * -0.6931)
+        check_attended(case, before)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("size", [1e36, 1e-30])
+def test_queries_of_any_size_attend_to_fp8(size, e4m3):
+    """Keys make up for it, but for one channel's that is far smaller than the others of its row."""
+    case = DecodeCase(**WIDE, fp8_chunks=True, e4m3=e4m3, dtype=torch.bfloat16)
+    case.qkv[0].mul_(size)
+    case.qkv[0][..., 5].mul_(2.0**-12)
+    case.qkv[1][:, :, -1].mul_(1 / size)
+    before = case.filled_state(torch.bfloat16)
+    before.exact_k.mul_(1 / size)
+    moved = before.rfa_exponents[..., 0].int() - round(math.log2(size))
+    before.rfa_exponents[..., 0] = moved.clamp(-126)
+    check_attended(case, before)
+
+
+def check_attended(case: DecodeCase, before: CacheState) -> None:
+    """Compare the steps after a state in fp8 with plain PyTorch over what it means."""
+    out, lse, states = run_kernels(case, CacheState(*(x.clone() for x in before)))
+    assert out.isfinite().all()
+    assert_attended(case, lambda d: steps_of(case, d), (out, lse), [before, *states])
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_the_largest_values_of_fp16_stay_numbers_in_fp8(e4m3):
+    case = DecodeCase(fp8_chunks=True, e4m3=e4m3, dtype=torch.float16, prefix=6, steps=11)
     case.qkv[2][0, 0, 4:8, 3] = 64000.0  # which e4m3 rounds up to 2^16
     out, _, states = run_kernels(case)
     wanted = run_blocked(case, torch.float16)[0]

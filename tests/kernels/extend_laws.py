@@ -173,9 +173,10 @@ def test_calls_over_fp8_chunk_tokens_are_the_codec_and_the_blocked_code(case):
     check_fp8(case)
 
 
-def test_calls_that_complete_many_fp8_chunk_tokens():
-    given = {"rule": "tangent", "parameter_count": 1, "fp8_chunks": True}
-    sequence = DecodeCase(prefix=5, steps=45, splits=2, group=2, head_dim=24, **given)
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_calls_that_complete_many_fp8_chunk_tokens(e4m3):
+    given = {"rule": "tangent", "parameter_count": 1, "fp8_chunks": True, "e4m3": e4m3}
+    sequence = DecodeCase(prefix=5, steps=45, splits=2, group=2, head_dim=24, value_dim=40, **given)
     assert check_fp8(ExtendCase(sequence=sequence, portions=(20, 25))) > 10
 
 

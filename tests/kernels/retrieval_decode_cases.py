@@ -147,7 +147,8 @@ def selector_scores(
 @contextmanager
 def as_scheduled(case: RetrievalDecodeCase):
     """Launch with the case's tiles and parts; check argument types against offline compiles."""
-    schedule = Schedule(block_m=16, block_n=case.block_n, num_warps=4, num_stages=1)
+    tiles = {"block_m": 16, "block_n": case.block_n, "num_warps": 4, "num_stages": 1}
+    schedule = Schedule(**tiles, e4m3=case.e4m3)
     types = {**POINTER_TYPES, torch.bool: "*i1"}
 
     def checking(kernel):
@@ -188,5 +189,6 @@ def retrieval_decode_cases(draw, **fixed):
         "room": draw(st.sampled_from([0, 0, 7])),
         "store": draw(st.sampled_from(["device", "offloaded", "fp8"])),
         "weighted": draw(st.booleans()),
+        "e4m3": draw(st.booleans()),
     }
     return RetrievalDecodeCase(**{**drawn, **fixed})

@@ -156,7 +156,8 @@ def test_what_no_token_was_written_to_is_never_read(case):
     out, lse, selected, _ = run_kernels(case)
     state = case.new_state(case.dtype)
     for name in ("keys", "values", "near_k", "near_v", *POOLED):
-        getattr(state, name).fill_(torch.nan)
+        stored = getattr(state, name)
+        stored.fill_(torch.nan if stored.is_floating_point() else 127)  # fp8's own
     state.mask.fill_(True)
     poisoned = run_kernels(case, RetrievalState(*state))
     assert torch.equal(out, poisoned[0])
@@ -184,13 +185,17 @@ def test_a_selected_chunk_that_stays_compressed_too_is_noticed(monkeypatch):
         load.cache_clear()
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_steps_over_fp8_with_large_channels_are_the_blocked_code(dtype):
-    check(RetrievalDecodeCase(prefix=40, steps=3, store="fp8", outliers=True, dtype=dtype))
+def test_steps_over_fp8_with_large_channels_are_the_blocked_code(dtype, e4m3):
+    case = {"prefix": 40, "steps": 3, "value_dim": 40, "dtype": dtype, "e4m3": e4m3}
+    check(RetrievalDecodeCase(**case, store="fp8", outliers=True))
 
 
-def test_a_token_that_fp8_has_no_numbers_of_is_nan_where_it_is_selected():
-    case = RetrievalDecodeCase(prefix=40, steps=1, retrieve_chunks=64, store="fp8")
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_a_token_that_fp8_has_no_numbers_of_is_nan_where_it_is_selected(e4m3):
+    given = {"retrieve_chunks": 64, "value_dim": 24, "e4m3": e4m3}
+    case = RetrievalDecodeCase(prefix=40, steps=1, store="fp8", **given)
     for name in ("keys", "values"):
         out = {}
         for at in (20, 39):  # behind the window, and in it, where copies are read

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from flasheva_compile.lowering.emit.module import emit
-from flasheva_compile.lowering.offline import TARGETS, resources
+from flasheva_compile.lowering.offline import TARGETS, compile_for, resources
 from flasheva_compile.lowering.schedule import choose, known_target
 
 from tests.kernels.test_decode_source import EVA, spec_of, specs, whole_spec
@@ -22,6 +23,7 @@ EVERYWHERE = {
     "eva-bf16-d64": spec_of(**EVA),
     "eva-bf16-d128": spec_of(head_dim=128, **EVA, key_mask=True, softcap=True),
     "combine-bf16-d64": spec_of().of_kind("decode_combine"),
+    "fp8-bf16-d128": spec_of(head_dim=128, **_EVABYTE, fp8_chunks=True),
 }
 SPECS = {
     **EVERYWHERE,
@@ -40,7 +42,7 @@ SPECS = {
     "fp32-d64": spec_of("fp32"),
     "fp32-d128": spec_of("fp32", 128),
     "fp8-bf16-d64": spec_of(fp8_chunks=True),
-    "fp8-bf16-d128": spec_of(head_dim=128, **_EVABYTE, fp8_chunks=True),
+    "fp8-eva-fp16-d80": spec_of("fp16", 80, group=12, **EVA, fp8_chunks=True),
     "fp8-fp32-d128": spec_of("fp32", 128, fp8_chunks=True),
     "alibi-bf16-d128": spec_of(head_dim=128, **_EVABYTE, alibi=True),
     "alibi-whole-bf16-d128": whole_spec(head_dim=128, key_mask=True, alibi=True),
@@ -75,3 +77,47 @@ def test_compiles_without_spills(target, name):
         # Sixteen query heads are too few for the newest instructions of NVIDIA.
         wanted = {"gfx942": "mfma"}.get(target, "mma")
         assert used.matrix == wanted or spec.group > 32
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("kind", ["decode", "extend"])
+def test_fp8_is_converted_by_instructions_where_there_are_any(target, kind):
+    of_kind = spec_of(head_dim=128, fp8_chunks=True).of_kind(kind)
+    chosen = choose(of_kind, known_target(target))
+    assert chosen.e4m3 == (target in ("sm_89", "sm_90", "sm_100"))
+    source = emit(of_kind, chosen).source
+    assert ("e4m3x2" in source) == ("float8e4nv" in source) == chosen.e4m3
+    plain = choose(spec_of(head_dim=128).of_kind(kind), known_target(target))
+    assert not plain.e4m3
+
+
+def test_a_number_costs_half_an_instruction_and_no_byte_is_loaded_alone():
+    """The loop over chunk tokens of fp8 is as lean as the other one."""
+    found = {}
+    for fp8 in (False, True):
+        spec = spec_of(head_dim=128, fp8_chunks=fp8)
+        chosen = choose(spec, known_target("sm_90"))
+        text = _first_loop(compile_for(emit(spec, chosen), "sm_90").asm["ptx"])
+        found[fp8] = len(text) / chosen.block_n
+        if fp8:
+            count = {name: sum(name in line for line in text) for name in _TELLING}
+            elements = 2 * 128 * chosen.block_n // (32 * chosen.num_warps)  # of a thread
+            wanted = (elements // 2, elements // 16, 0, 0)
+            assert count == dict(zip(_TELLING, wanted, strict=True))
+    assert found[True] < 1.5 * found[False]
+
+
+_TELLING = ("cvt.rn.f16x2.e4m3x2", "cp.async.cg", "ld.shared.b8", "ld.shared.u8")
+
+
+def _first_loop(ptx: str) -> list[str]:
+    """Return the instructions of the first loop, which a branch to what is before closes."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith("$L__BB")}
+    for at, line in enumerate(lines):
+        target = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if target and labels.get(target[1], at) < at:
+            text = "\n".join(x for x in lines[labels[target[1]] : at] if not x.startswith("//"))
+            pieces = (x.strip(" \t\n{}") for x in text.split(";"))
+            return [x for x in pieces if x and not x.startswith(".reg")]
+    raise AssertionError("no loop")

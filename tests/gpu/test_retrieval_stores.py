@@ -49,13 +49,13 @@ def test_the_exact_store_takes_no_memory_of_the_gpu():
 
 
 def test_steps_over_a_store_on_the_host_are_captured_in_a_graph():
-    model, ids = fe.prepare(llama(), RETRIEVING).to("cuda", torch.bfloat16), tokens(2, 75).cuda()
+    model, ids = fe.prepare(llama(), RETRIEVING).to("cuda"), tokens(2, 75).cuda()
     found = {}
     for store in ("device", "offloaded"):
         cache = fe.FlashEvaCache.for_model(model, store=store, max_batch_size=2, max_cache_len=128)
         found[store] = captured_steps(model, cache, ids)
     # Chunks from the host have a loop of their own: sums in another order.
-    torch.testing.assert_close(found["offloaded"], found["device"], atol=0.05, rtol=0.02)
+    torch.testing.assert_close(found["offloaded"], found["device"], atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()

@@ -221,6 +221,8 @@ def check_slopes(q: Tensor, slopes: Tensor | None, state: CacheState) -> None:
     require(sloped, "alibi_slopes must be [Hq]", op)
     fp32 = slopes is None or slopes.dtype in (torch.float32, torch.float64)
     require(fp32, "alibi_slopes must be fp32 or fp64", op)
+    here = slopes is None or slopes.device == q.device
+    require(here, "alibi_slopes must be on the device of the queries", op)
     kept = state.rfa_k.shape[2] == 0 or state.alibi == (slopes is not None)
     hint = "make the state with alibi=True for slopes, and only for them"
     require(kept, "the state keeps positions of chunk tokens, or else there are slopes", op, hint)

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from flasheva_compile.cache_ops import cache_options, cache_settings, pool_chunks
+from flasheva_compile.cache_ops import (
+    cache_options,
+    cache_settings,
+    multiplies_fp8,
+    pool_chunks,
+)
 from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.kernels.blocked import retrieval_cache as blocked
 from flasheva_compile.kernels.blocked.cache_state import ring_size
@@ -129,6 +134,7 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, parameters, key_mask, *tensors = args
     state, chunks = RetrievalState(*tensors), options["retrieve_chunks"]
     single = q.shape[2] == 1 and options["retrieve_block"] == 1
+    single = single and multiplies_fp8(q, k, fp8=state.is_fp8)
     if single and runs_kernels(k, v) and launch_retrieval_decode.covers(state, chunks):
         _check(args, options)
         rule, given = kernel_rule(options["rule"], list(parameters)), tuple(parameters)

@@ -203,7 +203,8 @@ def measure(
 
 def _tried(spec: KernelSpec, target: Target, top: int) -> dict[Schedule, None]:
     others = (converting(spec, tried, target) for tried in candidates(spec, target)[:top])
-    return dict.fromkeys((schedule.choose(spec, target), *others))
+    special = schedule.specialised(spec, target)  # of which the cost model knows nothing
+    return dict.fromkeys((schedule.choose(spec, target), *([special] if special else []), *others))
 
 
 def _trial(

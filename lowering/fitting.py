@@ -15,9 +15,14 @@ LEAST_SCALE = 1e-10  # biases are divided by it, and must stay numbers
 
 
 def with_what_is_there(schedule: Schedule, spec: KernelSpec, values: dict[str, Any]) -> Schedule:
-    """Leave biases to the scores where the products cannot add them, and specialists alone."""
+    """Leave biases to the scores where the products cannot add them, and specialists alone.
+
+    Specialists mask before they scale: nothing may be scaled to zero.
+    """
+    if not (schedule.consumers or schedule.product_bias):
+        return schedule
     has_columns = spec.kind != "forward" or "bias_columns_ptr" in values
-    fits = not schedule.product_bias or (has_columns and values["scale"] >= LEAST_SCALE)
+    fits = values["scale"] >= LEAST_SCALE and (has_columns or not schedule.product_bias)
     if schedule.consumers and not (fits and _stands_inside(values)):
         schedule = alike(spec, schedule)
     has_bias = schedule.product_bias and not fits

@@ -141,7 +141,7 @@ def decode(  # noqa: PLR0913 - the arguments of the op
             **plan.constants,
             **dict(zip(STATE_ARGUMENTS, state, strict=True)),
             **(rule_values(rule, parameters) if parameters else {}),
-            "slopes_ptr": alibi_slopes,
+            "slopes_ptr": None if alibi_slopes is None else alibi_slopes.contiguous().float(),
             "q_ptr": q,
             "k_ptr": k,
             "v_ptr": v,

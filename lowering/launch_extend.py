@@ -197,7 +197,7 @@ def _prepared(
         **plan.constants,
         **dict(zip(STATE_ARGUMENTS, state, strict=True)),
         **(rule_values(rule, parameters) if parameters else {}),
-        "slopes_ptr": alibi_slopes,
+        "slopes_ptr": None if alibi_slopes is None else alibi_slopes.contiguous().float(),
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,

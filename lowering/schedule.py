@@ -334,3 +334,4 @@ def forget() -> None:
     """Read tuned choices again: the file has changed."""
     _tuned_entries.cache_clear()
     _choose.cache_clear()
+    choose_alike.cache_clear()

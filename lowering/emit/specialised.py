@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 has another name for it.
+# Triton 3.8 gave it another name.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 """
 

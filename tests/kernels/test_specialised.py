@@ -245,16 +245,18 @@ def test_other_attentions_keep_their_kernel(name, value):
     assert not choose(spec, HOPPER).consumers
 
 
-@pytest.mark.parametrize("change", [{"q_offset": -1}, {"q_offset": 5}, {"scale": 1e-12}])
-def test_queries_beside_the_keys_and_tiny_scales_keep_their_kernel(change):
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("change", [{"q_offset": -1}, {"q_offset": 5}, {"scale": 1e-46}])
+def test_queries_beside_the_keys_and_tiny_scales_keep_their_kernel(change, whole):
     values = {"q_offset": 0, "queries": 4, "columns": 8, "scale": 0.1, "bias_columns_ptr": None}
-    schedule = choose(SPECIAL, HOPPER)
+    spec = dataclasses.replace(SPECIAL, whole_chunks=whole)
+    schedule = choose(spec, HOPPER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "current_target", lambda: HOPPER)
-        assert fitting.with_what_is_there(schedule, SPECIAL, values) == schedule
-        other = fitting.with_what_is_there(schedule, SPECIAL, {**values, **change})
+        assert fitting.with_what_is_there(schedule, spec, values) == schedule
+        other = fitting.with_what_is_there(schedule, spec, {**values, **change})
     assert not other.consumers
-    assert other == choose_alike(SPECIAL, HOPPER)
+    assert other == choose_alike(spec, HOPPER)
 
 
 # --- the interpreter itself -----------------------------------------------------------------------

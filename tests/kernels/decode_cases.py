@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flasheva_compile import cache_ops
-from tests.kernels.cases import DTYPES, HEAD_DIMS, HEADS, POINTER_TYPES
+from tests.kernels.cases import DTYPES, HEAD_DIMS, HEADS, POINTER_TYPES, strided
 
 if TYPE_CHECKING:
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
@@ -112,6 +112,11 @@ class DecodeCase:
         slopes = self._normal(7, self.kv_heads * self.group) / 8
         return slopes.float() if self.alibi else None
 
+    @property
+    def strided_slopes(self) -> Tensor | None:
+        """The same with NaN between them, as kernels get them."""
+        return None if self.slopes is None else strided(self.slopes)
+
     def parameters_in(self, dtype: torch.dtype) -> list[Tensor]:
         """Return a layer's parameters in this dtype; feature maps stay in fp32, as modules do."""
         dtype = torch.promote_types(dtype, torch.float32) if self.rule == "eva" else dtype
@@ -192,7 +197,7 @@ def run_kernels(
     rule, found, states = kernel_rule(case.rule, parameters), [], []
     with as_scheduled(case):
         for q, k, v, mask in steps_of(case, case.dtype):
-            given = (mask, parameters, state, case.settings, rule, case.slopes)
+            given = (mask, parameters, state, case.settings, rule, case.strided_slopes)
             found.append(launch_decode.decode(q, k, v, *given))
             states.append(CacheState(*(x.clone() for x in state)))
     return *(torch.cat(x, 2) for x in zip(*found, strict=True)), states

@@ -74,7 +74,7 @@ def run_kernels(
     with as_scheduled(case):
         for q, k, v, mask in portions_of(case, dtype):
             if attend:
-                given = (mask, state, settings, pooling, sequence.slopes)
+                given = (mask, state, settings, pooling, sequence.strided_slopes)
                 found.append(launch_extend.decode(q, (k, v), *given))
             else:
                 launch_extend.cache_append(q, (k, v), mask, state, settings, pooling)

@@ -49,6 +49,23 @@ def measure(specs, times, top=3, fails=()):
     return tune.measure(specs, TARGET, top=top, launches=launches, timer=lambda f: f())
 
 
+def test_it_tries_specialised_warps_whatever_was_tuned_before():
+    special = schedule.specialised(SPEC, TARGET)
+    assert special
+    plain = schedule.choose_alike(SPEC, TARGET)
+    with schedule.forced({SPEC: plain}):
+        assert list(tune._tried(SPEC, TARGET, 0)) == [plain, special]
+
+
+def test_what_was_tuned_is_forgotten_where_warps_do_not_specialise_either(monkeypatch):
+    before = schedule.choose_alike(SPEC, TARGET)
+    tuned = dataclasses.replace(before, num_stages=before.num_stages + 1)
+    monkeypatch.setattr(schedule, "tuned", lambda *_: tuned)
+    assert schedule.choose_alike(SPEC, TARGET) == before
+    schedule.forget()
+    assert schedule.choose_alike(SPEC, TARGET) == tuned
+
+
 def test_it_tries_the_current_choice_and_the_best_candidates():
     found = measure([SPEC, DQ], {})
     for spec in (SPEC, DQ):

@@ -145,12 +145,16 @@ def pool(
         tokens, pooled = launch_pooling.chunk_tokens_forward(
             k, v, tuple(parameters), _rows(k, masks, c), rule=rule, chunk_size=c, scale=scale
         )
-        like = tokens[2]  # outputs of an op may not share storage: one empty tensor each
-        masses = (like.new_empty(0) if x is None else x for x in (pooled.mass_k, pooled.mass_v))
-        return Pooled(*tokens, *masses)
+        return _outputs(tokens, pooled)
     settings = ChunkSettings(rule=rule, chunk_size=c, scale=scale)
     tokens = chunk_tokens_forward(k, v, parameters, masks.key_mask, masks.segment_ids, settings)
     return Pooled(*tokens, tokens[2].new_empty(0), tokens[2].new_empty(0))
+
+
+def _outputs(tokens: tuple[Tensor, Tensor, Tensor], pooled: PooledChunks) -> Pooled:
+    like = tokens[2]  # outputs of an op may not share storage: one empty tensor each
+    masses = (like.new_empty(0) if x is None else x for x in (pooled.mass_k, pooled.mass_v))
+    return Pooled(*tokens, *masses)
 
 
 def pool_backward(
@@ -197,11 +201,7 @@ def _parameter_gradients(
 
 
 def attend(
-    qkv: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    masks: Masks,
-    o: dict[str, Any],
-    pooled: PooledChunks | None = None,
+    qkv: Sequence[Tensor], tokens: Sequence[Tensor], masks: Masks, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Attend to chunk tokens, sinks and window: ``out`` and ``lse``."""
     q, k, v = qkv
@@ -211,7 +211,7 @@ def attend(
         return out, q.new_full(q.shape[:3], -torch.inf, dtype=t.compute_dtype)
     if runs_kernels(k, v, settings.dropout_p):
         rows = _rows(k, masks, settings.chunk_size)
-        return launch.attention_forward(t, rows, settings, pooled)
+        return launch.attention_forward(t, rows, settings)
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
@@ -255,11 +255,17 @@ def pool_and_attend(
 def _pool_and_attend(
     qkv: Sequence[Tensor], parameters: Sequence[Tensor], masks: Masks, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Pooled]:
-    _, k, v = qkv
-    pooled = pool(k, v, parameters, masks, o)
-    known = _known(pooled, parameters, o)
-    out, lse = attend(qkv, pooled[:3], masks, o, known)
-    return out, lse, pooled
+    q, k, v = qkv
+    if not runs_kernels(k, v, o["dropout_p"]):
+        pooled = pool(k, v, parameters, masks, o)
+        return *attend(qkv, pooled[:3], masks, o), pooled
+    s, rows = attention_settings(o), _rows(k, masks, o["chunk_size"])
+    pooling: dict[str, Any] = {name: o[name] for name in ("rule", "chunk_size", "scale")}
+    rule, sloped = kernel_rule(o["rule"], list(parameters)), masks.alibi_slopes is not None
+    pooling["bias_columns"] = launch.reads_bias_columns((q, k, v), s, rows, rule, sloped=sloped)
+    tokens, known = launch_pooling.chunk_tokens_forward(k, v, tuple(parameters), rows, **pooling)
+    out, lse = launch.attention_forward(_operands(qkv, tokens, masks), rows, s, known)
+    return out, lse, _outputs(tokens, known)
 
 
 def _known(pooled: Pooled, parameters: Sequence[Tensor], o: dict[str, Any]) -> PooledChunks:

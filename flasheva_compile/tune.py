@@ -21,6 +21,7 @@ import torch
 from flasheva_compile.kernels.blocked.block import Operands
 from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.lowering import launch, launch_pooling, schedule
+from flasheva_compile.lowering.kernel_arguments import DTYPES
 from flasheva_compile.lowering.rows import rows_of
 from flasheva_compile.lowering.schedule_cost import candidates
 from flasheva_compile.lowering.schedule_fp8 import converting
@@ -36,7 +37,7 @@ Launches = dict["KernelSpec", "Callable[[], None]"]
 """What repeats the launch of each kernel."""
 
 _TUNED = tuple(kind for kind in get_args(KernelKind) if kind != "bias_columns")  # has one schedule
-_DTYPES = {name: dtype for dtype, name in launch.DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _PARAMETERS = {"mean": 0, "tangent": 1, "evabyte": 2}
 _LONGEST_REASON = 120
 
@@ -159,7 +160,10 @@ def _run(attention: Attention, device: torch.device, *, pooling_alone: bool) -> 
         scale=a.head_dim**-0.5,
     )
     pooling: dict[str, Any] = {"rule": a.chunk_rule, "chunk_size": c, "scale": settings.scale}
-    tokens, pooled = launch_pooling.chunk_tokens_forward(k, v, parameters, rows, **pooling)
+    columns = launch.reads_bias_columns((q, k, v), settings, rows, a.chunk_rule)
+    tokens, pooled = launch_pooling.chunk_tokens_forward(
+        k, v, parameters, rows, bias_columns=columns, **pooling
+    )
     t = Operands(q=q, k=k, v=v, rfa_k=tokens[0], rfa_v=tokens[1], rfa_bias=tokens[2])
     out, lse = launch.attention_forward(t, rows, settings, pooled)
     launch.attention_backward(dout, out, lse, t, rows, settings, pooled)

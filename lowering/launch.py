@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from flasheva_compile.lowering import first_calls, recording
+from flasheva_compile.lowering.attention_spec import attention_spec, call_spec, of_kind
 from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.fitting import (
     LEAST_SCALE,
@@ -17,7 +18,6 @@ from flasheva_compile.lowering.fitting import (
     with_what_is_there,
 )
 from flasheva_compile.lowering.kernel_arguments import (
-    DTYPES,
     descriptors,
     key_values,
     row_values,
@@ -37,59 +37,10 @@ if TYPE_CHECKING:
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
     from flasheva_compile.lowering.pooled_chunks import PooledChunks
     from flasheva_compile.lowering.rows import Rows
-    from flasheva_compile.lowering.spec import AnyKind, Documents, Schedule
+    from flasheva_compile.lowering.spec import Schedule
     from torch import Tensor
 
 _LOG2E = math.log2(math.e)
-
-
-def attention_spec(
-    t: Operands, s: AttentionSettings, rows: Rows, pooled: PooledChunks | None
-) -> KernelSpec:
-    """Return the spec of the ``forward`` kernel of a call."""
-    q, k, v = t.q, t.k, t.v
-    inside = s.q_offset >= 0 and s.q_offset + q.shape[2] <= k.shape[2]
-    mean = pooled is not None and pooled.rule == "mean"
-    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    masked, sloped = rows.valid is not None, t.alibi_slopes is not None
-    heads = (q.shape[1] // k.shape[1], q.shape[3], v.shape[3])
-    return _spec((q.dtype, *heads), s, (rows.documents, masked, sloped, tf32, mean and inside))
-
-
-@lru_cache(maxsize=1024)
-def _spec(
-    heads: tuple[torch.dtype, int, int, int],
-    s: AttentionSettings,
-    facts: tuple[Documents, bool, bool, bool, bool],
-) -> KernelSpec:
-    dtype, group, head_dim, value_dim = heads
-    documents, key_mask, alibi, tf32, mean_inside = facts
-    return KernelSpec(
-        kind="forward",
-        dtype=DTYPES[dtype],
-        head_dim=head_dim,
-        value_dim=value_dim,
-        chunk_size=s.chunk_size,
-        documents=documents,
-        key_mask=key_mask,
-        group=group,
-        window_size=s.window_size,
-        sink_size=s.sink_tokens,
-        window=s.window,
-        causal=s.causal,
-        softcap=s.softcap > 0,
-        alibi=alibi,
-        dropout=s.dropout_p > 0,
-        negative_scale=s.scale <= 0,
-        tf32=tf32,
-        whole_chunks=mean_inside and s.causal and documents == "dense",
-    )
-
-
-@lru_cache(maxsize=4096)
-def of_kind(spec: KernelSpec, kind: AnyKind) -> KernelSpec:
-    """Return :meth:`KernelSpec.of_kind`, remembered."""
-    return spec.of_kind(kind)
 
 
 def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str, Any]) -> None:
@@ -119,20 +70,44 @@ def run(spec: KernelSpec, programs: Callable[[Schedule], int], values: dict[str,
             kernel.launch(count, *arguments)
 
 
+def reads_bias_columns(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    s: AttentionSettings,
+    rows: Rows,
+    rule: str,
+    *,
+    sloped: bool = False,
+) -> bool:
+    """Whether attention to what ``rule`` is about to pool reads biases as columns of keys."""
+    spec = call_spec(qkv, s, rows, rule, sloped=sloped)
+    return _reads_columns(spec, {"k_ptr": qkv[1], "scale": s.scale})
+
+
+def _reads_columns(spec: KernelSpec, values: dict[str, Any]) -> bool:
+    return _schedule(spec, values).product_bias and values["scale"] >= LEAST_SCALE
+
+
 def with_bias_columns(spec: KernelSpec, values: dict[str, Any]) -> dict[str, Any]:
-    """Add the columns of biases that a ``forward`` kernel reads, if it reads any; runs a launch."""
-    if not _schedule(spec, values).product_bias or values["scale"] < LEAST_SCALE:
+    """Add the columns of biases that a ``forward`` kernel reads, if it reads any.
+
+    Runs a launch, unless pooling has written them.
+    """
+    if "bias_columns_ptr" in values or not _reads_columns(spec, values):
         return values
     bias = values["rfa_bias_ptr"]
-    columns = bias.new_empty((*bias.shape, BIAS_COLUMNS), dtype=torch.bfloat16)
+    found = {**values, "bias_columns_ptr": empty_columns(bias)}
     count = bias.numel()
-    found = {**values, "bias_columns_ptr": columns}
     run(
         of_kind(spec, "bias_columns"),
         lambda how: -(-count // how.block_n),
         {**found, "chunks": count},
     )
     return found
+
+
+def empty_columns(bias: Tensor) -> Tensor:
+    """Allocate the columns of biases ``[B, Hkv, C]``: bf16 ``[B, Hkv, C, 16]``."""
+    return bias.new_empty((*bias.shape, BIAS_COLUMNS), dtype=torch.bfloat16)
 
 
 def _schedule(spec: KernelSpec, values: dict[str, Any]) -> Schedule:
@@ -146,13 +121,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend; see :func:`flasheva_compile.kernels.blocked.attention.attention_forward`.
 
-    ``pooled`` says how the chunk tokens were made, if that is known: it saves reading biases.
+    ``pooled`` says how the chunk tokens were made, if that is known: it saves reading biases, or
+    writing their columns.
     """
     batch, heads, length, _ = t.q.shape
     out = t.q.new_empty(batch, heads, length, t.v.shape[3])
     lse = t.q.new_empty((batch, heads, length), dtype=torch.float32)
     spec = attention_spec(t, s, rows, pooled)
     values = {**call_values(t, rows, s), "out_ptr": out, "lse_ptr": lse}
+    if pooled is not None and pooled.bias_columns is not None:
+        values["bias_columns_ptr"] = pooled.bias_columns
     run(spec, query_programs(t), with_bias_columns(spec, values))
     return out, lse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def chunk_tokens_forward(
+def chunk_tokens_forward(  # noqa: PLR0913 - the arguments of pooling, and what attention reads
     k: Tensor,
     v: Tensor,
     parameters: tuple[Tensor, ...],
@@ -39,18 +40,23 @@ def chunk_tokens_forward(
     rule: str,
     chunk_size: int,
     scale: float,
+    bias_columns: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], PooledChunks]:
     """Pool; see :func:`flasheva_compile.kernels.blocked.chunk_tokens.chunk_tokens_forward`.
 
     Returns:
-        ``(rfa_k, rfa_v, rfa_bias)`` and what their gradient needs.
+        ``(rfa_k, rfa_v, rfa_bias)`` and what their gradient needs; with ``bias_columns`` what
+        attention with the same ``scale`` reads, too.
     """
     k, v = unit_stride(k), unit_stride(v)
     head = (k.shape[0], k.shape[1], -(-k.shape[2] // chunk_size))
     rfa_k, rfa_v = k.new_empty(*head, k.shape[3]), v.new_empty(*head, v.shape[3])
     like = k.new_empty(head, dtype=torch.float32)
     pooled = _complete(rule, parameters, like, k)
-    spec = pooling_spec(_pool_spec("chunk_tokens", k, v, rows, chunk_size), pooled)
+    if bias_columns:
+        pooled = dataclasses.replace(pooled, bias_columns=launch.empty_columns(like))
+    own = _pool_spec("chunk_tokens", k, v, rows, chunk_size, bias_columns=bias_columns)
+    spec = pooling_spec(own, pooled)
     values = {
         **key_values(k, v),
         **row_values(rows),
@@ -60,6 +66,7 @@ def chunk_tokens_forward(
         "rfa_bias_ptr": like,
         "mass_k_ptr": pooled.mass_k,
         "mass_v_ptr": pooled.mass_v,
+        "bias_columns_ptr": pooled.bias_columns,
         "heads": k.shape[1],
         "chunks": head[2],
         "scale": scale,
@@ -77,7 +84,9 @@ def _complete(rule: str, parameters: tuple[Tensor, ...], like: Tensor, k: Tensor
     return with_vectors(PooledChunks(rule, parameters, *masses), k)
 
 
-def _pool_spec(kind: str, k: Tensor, v: Tensor, rows: Rows, chunk_size: int) -> KernelSpec:
+def _pool_spec(
+    kind: str, k: Tensor, v: Tensor, rows: Rows, chunk_size: int, *, bias_columns: bool = False
+) -> KernelSpec:
     return KernelSpec(
         kind=kind,  # pyright: ignore[reportArgumentType]
         dtype=DTYPES[k.dtype],
@@ -86,6 +95,7 @@ def _pool_spec(kind: str, k: Tensor, v: Tensor, rows: Rows, chunk_size: int) -> 
         chunk_size=chunk_size,
         documents=rows.documents,
         key_mask=rows.valid is not None,
+        bias_columns=bias_columns,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flasheva_compile.kernels.blocked.retrieval_select import group_size
 from flasheva_compile.lowering import launch
+from flasheva_compile.lowering.attention_spec import attention_spec
 from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.emit.retrieval_forward_attend import group_queries
 from flasheva_compile.lowering.emit.selection_bits import WORD
@@ -123,7 +124,7 @@ def specs(
 ) -> dict[str, KernelSpec]:
     """Return the specs of the kernels, by their kinds, in the order of their launches."""
     group = group_size(retrieval.block, uniform=rows.documents == "dense")
-    forward = launch.attention_spec(t, s, rows, None)
+    forward = attention_spec(t, s, rows, None)
     forward = dataclasses.replace(forward, selection_group=group)
     select = dataclasses.replace(
         forward,

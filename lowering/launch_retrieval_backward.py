@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flasheva_compile.kernels.blocked.retrieval_select import group_size
 from flasheva_compile.lowering import launch, launch_retrieval
+from flasheva_compile.lowering.attention_spec import attention_spec
 from flasheva_compile.lowering.emit.retrieval_backward_bits import GROUPS
 from flasheva_compile.lowering.emit.retrieval_backward_keys import chunk_parts
 from flasheva_compile.lowering.emit.retrieval_forward_attend import group_queries
@@ -94,7 +95,7 @@ def specs(
 ) -> dict[str, KernelSpec]:
     """Return the specs of the kernels, by their kinds, in the order of their launches."""
     group = group_size(retrieval.block, uniform=rows.documents == "dense")
-    whole = dataclasses.replace(launch.attention_spec(t, s, rows, None), selection_group=group)
+    whole = dataclasses.replace(attention_spec(t, s, rows, None), selection_group=group)
     bits = dataclasses.replace(
         whole.of_kind("dq"),
         kind="selection_bits",

@@ -1,4 +1,4 @@
-"""How the chunk tokens of a call were made, for kernels that differentiate it."""
+"""How the chunk tokens of a call were made, for kernels that read or differentiate them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PooledChunks:
-    """How the chunk tokens of a call were made, for the gradient of pooling.
+    """How the chunk tokens of a call were made, for attention and for the gradient of pooling.
 
     Attributes:
         rule: ``"mean"``, ``"tangent"``, ``"evabyte"`` or ``"eva"``.
         parameters: The rule's parameters.
         mass_k: ``[B, Hkv, C]`` fp32, log-mass of the softmax over keys; None for ``mean``.
         mass_v: The same of the softmax over values, where it is another.
+        bias_columns: ``[B, Hkv, C, 16]`` bf16, biases over the call's scale as columns of keys, if
+            pooling wrote them; for the forward pass alone, nobody keeps them.
     """
 
     rule: str
     parameters: tuple[Tensor, ...] = ()
     mass_k: Tensor | None = None
     mass_v: Tensor | None = None
+    bias_columns: Tensor | None = None
 
 
 def kernel_rule(rule: str, parameters: tuple[Tensor, ...] | list[Tensor]) -> str:

@@ -42,6 +42,7 @@ _TABLE = Path(__file__).with_name("schedules.json")
 _HEAD_SIZES = (64, 128, 256)
 _FEW_SINKS = 16
 _THREE_PROGRAMS = 168  # registers of a thread where a multiprocessor holds three of four warps
+_TWO_PROGRAMS = 128  # and two programs of eight warps
 _SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
 _forced: dict[KernelSpec, Schedule] = {}
@@ -265,6 +266,8 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         schedule = dataclasses.replace(schedule, block_m=block_m, block_n=16)
     if spec.kind == "chunk_tokens" and spec.chunk_rule in _SOFTMAX_RULES:
         schedule = dataclasses.replace(schedule, num_warps=2 * schedule.num_warps)
+    if _pools_with_columns_of_biases(spec) and target.capability == 90:
+        schedule = dataclasses.replace(schedule, max_registers=_TWO_PROGRAMS)
     if spec.kind == "decode" and schedule.num_warps == 2 and target.capability != 90:
         schedule = dataclasses.replace(schedule, num_warps=4, max_registers=128)
     if spec.kind == "decode" and spec.chunk_rule == "eva" and schedule.num_warps <= 4:
@@ -285,6 +288,13 @@ def _fit(spec: KernelSpec, schedule: Schedule, target: Target) -> Schedule:
         # A few registers less than it takes of itself, and no spill; others do, or take less.
         schedule = dataclasses.replace(schedule, max_registers=_THREE_PROGRAMS)
     return schedule
+
+
+def _pools_with_columns_of_biases(spec: KernelSpec) -> bool:
+    """Whether columns of biases take two registers more than two programs have; others do not."""
+    sizes = (spec.chunk_size, spec.head_dim, spec.value_dim)
+    plain = spec.chunk_rule == "tangent" and spec.documents == "dense"
+    return spec.bias_columns and plain and sizes == (16, 128, 128)
 
 
 # --- what the user has tuned ----------------------------------------------------------------------

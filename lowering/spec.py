@@ -12,11 +12,12 @@ KernelKind = Literal[
 ]
 """Kernels of one attention.
 
-``chunk_tokens`` pools keys and values; ``bias_columns`` writes its biases as columns of keys, for a
-``forward`` whose products add them; ``forward`` and ``dq`` keep a block of queries and walk over
-what it sees; ``dchunk``, ``dsink`` and ``dkv`` keep a block of chunk tokens, sinks or keys and walk
-over the queries that see it; ``dkv`` with a chunk rule and ``dpool`` add the gradient of pooling;
-``domega`` keeps a block of chunks of the ``eva`` rule, for the gradient of what it pools around.
+``chunk_tokens`` pools keys and values; ``bias_columns`` writes biases as columns of keys, for a
+``forward`` whose products add them and whose chunk tokens were not pooled in the same call;
+``forward`` and ``dq`` keep a block of queries and walk over what it sees; ``dchunk``, ``dsink`` and
+``dkv`` keep a block of chunk tokens, sinks or keys and walk over the queries that see it; ``dkv``
+with a chunk rule and ``dpool`` add the gradient of pooling; ``domega`` keeps a block of chunks of
+the ``eva`` rule, for the gradient of what it pools around.
 """
 
 DecodeKind = Literal["decode", "decode_combine"]
@@ -81,8 +82,8 @@ STATE_BLOCK = 128
 
 _QUERY_FIELDS = ("window_size", "sink_size", "window", "causal", "group", "softcap", "alibi")
 _SCORE_FIELDS = ("dropout", "negative_scale", "tf32", "whole_chunks")
-_POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate")
-_DECODE_FIELDS = ("documents", "causal", "accumulate", *_SCORE_FIELDS)
+_POOLING_FIELDS = ("chunk_rule", "parameters", "accumulate", "bias_columns")
+_DECODE_FIELDS = ("documents", "causal", "accumulate", "bias_columns", *_SCORE_FIELDS)
 _COMBINE_FIELDS = (
     *("key_mask", "chunk_size", "retrieve_chunks", "by_bounds", "weighted_bounds"),
     *("near_store", "fp8_store", "fp8_chunks"),
@@ -93,9 +94,10 @@ _SELECTED_BY = (
     *("window", "window_size", "chunk_size", "sink_size"),
 )
 _IGNORED: dict[str, tuple[str, ...]] = {  # by other kernels: what pools
-    **dict.fromkeys(("chunk_tokens", "dpool"), _QUERY_FIELDS + _SCORE_FIELDS),
+    "chunk_tokens": _QUERY_FIELDS + _SCORE_FIELDS,
+    "dpool": ("bias_columns", *_QUERY_FIELDS, *_SCORE_FIELDS),
     **dict.fromkeys(("chunk_bounds", "domega"), _QUERY_FIELDS + _SCORE_FIELDS + _POOLING_FIELDS),
-    "dkv": (),
+    "dkv": ("bias_columns",),
     "decode": _DECODE_FIELDS,
     "retrieval_scores": ("alibi", *_DECODE_FIELDS),
     **dict.fromkeys(("decode_combine", "extend_combine"), _COMBINE_FIELDS),
@@ -131,6 +133,7 @@ _NEUTRAL = {
     "chunk_rule": None,
     "parameters": 0,
     "accumulate": False,
+    "bias_columns": False,
     "retrieve_chunks": 0,
     "by_bounds": False,
     "weighted_bounds": False,
@@ -165,6 +168,7 @@ class KernelSpec:
         chunk_rule: Rule of the pooling that this kernel does; None = none.
         parameters: How many parameters the rule has; of ``eva``, over a cache, 8 or none.
         accumulate: ``dpool`` adds to gradients that are there, instead of writing them.
+        bias_columns: ``chunk_tokens`` writes its biases as columns of keys, too.
         tf32: Products of fp32 run in TF32.
         whole_chunks: Every query stands inside the keys and every chunk token that is seen has the
             bias ``ln c``: no bias is read, and none gets a gradient.
@@ -199,6 +203,7 @@ class KernelSpec:
     chunk_rule: str | None = None
     parameters: int = 0
     accumulate: bool = False
+    bias_columns: bool = False
     tf32: bool = False
     whole_chunks: bool = False
     selection_group: int = 0

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from flasheva_compile.lowering.emit import positions
 from flasheva_compile.lowering.emit.keys import key_rows, load_gradient, program, store_keys
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
+from flasheva_compile.lowering.emit.product_bias import store_columns
 from flasheva_compile.lowering.emit.queries import row_pointers
 from flasheva_compile.lowering.emit.scores import LOG2E
 from flasheva_compile.lowering.emit.source import Dim, Source
-from flasheva_compile.lowering.spec import padded
+from flasheva_compile.lowering.spec import BIAS_COLUMNS, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -277,4 +278,7 @@ def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
         "eva": "0.0",
     }[spec.chunk_rule or "mean"]
     lines.append(f'bias = tl.where(filled, {bias}, float("-inf"))')
-    return [*lines, "tl.store(rfa_bias_ptr + chunk_row + offs_t, bias, mask=exists)"]
+    lines.append("tl.store(rfa_bias_ptr + chunk_row + offs_t, bias, mask=exists)")
+    if spec.bias_columns:
+        lines += store_columns(f"bias_columns_ptr + chunk_row * {BIAS_COLUMNS}", "offs_t")
+    return lines

@@ -54,8 +54,8 @@ def bias_setup(spec: KernelSpec) -> list[str]:
 def bias_product(spec: KernelSpec, schedule: Schedule, at: str, bound: str | None) -> list[str]:
     """Begin ``s`` with the biases of a tile of chunk tokens.
 
-    ``forward`` has no registers for them and reads what ``bias_columns`` made; ``dq``, whose loop
-    waits for more, makes the pieces itself.
+    ``forward`` has no registers for them and reads what ``chunk_tokens`` or ``bias_columns`` made;
+    ``dq``, whose loop waits for more, makes the pieces itself.
 
     Args:
         spec: Of the kernel.
@@ -84,9 +84,16 @@ def emit_bias_columns(_spec: KernelSpec) -> str:
         "offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)",
         "exists = offs_n < chunks",
         'bias = tl.load(rfa_bias_ptr + offs_n, mask=exists, other=float("-inf"))',
-        "tile = tl.trans(bias_rows(bias / scale, BLOCK_N))",
-        f"offs_p = tl.arange(0, {BIAS_COLUMNS})",
-        f"rows = bias_columns_ptr + offs_n.to(tl.int64)[:, None] * {BIAS_COLUMNS}",
-        "tl.store(rows + offs_p[None, :], tile, mask=exists[:, None])",
+        *store_columns("bias_columns_ptr", "offs_n.to(tl.int64)"),
     )
     return out.text()
+
+
+def store_columns(pointer: str, rows: str) -> list[str]:
+    """Store ``bias`` as columns of keys, to those of rows ``rows`` of ``pointer`` that exist."""
+    return [
+        "tile = tl.trans(bias_rows(bias / scale, BLOCK_N))",
+        f"offs_p = tl.arange(0, {BIAS_COLUMNS})",
+        f"rows = {pointer} + {rows}[:, None] * {BIAS_COLUMNS}",
+        "tl.store(rows + offs_p[None, :], tile, mask=exists[:, None])",
+    ]

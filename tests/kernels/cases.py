@@ -15,7 +15,7 @@ from flasheva_compile.kernels.blocked.geometry import AttentionSettings
 from flasheva_compile.kernels.reference import attention as reference
 from flasheva_compile.kernels.reference.chunk_rules import chunk_tokens
 from flasheva_compile.kernels.reference.positions import chunks_of, key_positions
-from flasheva_compile.lowering import launch, launch_pooling, offline
+from flasheva_compile.lowering import kernel_arguments, launch, launch_pooling, offline
 from flasheva_compile.lowering.pooled_chunks import kernel_rule
 from flasheva_compile.lowering.rows import rows_of
 from flasheva_compile.lowering.spec import Schedule, adds_bias_by_product
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tests.attention_cases import MASKS, RULES, AttentionCase
 
-DTYPES = tuple(launch.DTYPES)
+DTYPES = tuple(kernel_arguments.DTYPES)
 LAYOUTS = ("contiguous", "heads_last", "slice", "columns_last", "same_rows")
 HEAD_DIMS = ((16, 16), (8, 8), (24, 24), (40, 40), (80, 80), (16, 40), (48, 16), (24, 112))
 HEADS = ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 3), (2, 2, 1), (1, 2, 2), (3, 1, 1), (1, 1, 4))
@@ -184,7 +184,11 @@ def run_kernels(case: KernelCase) -> dict[str, Tensor]:
     parameters = tuple(p.to(case.dtype) for p in case.parameters)
     rows = rows_of(k, *case.masks.values(), chunk_size=case.chunk_size, alibi=case.alibi)
     with as_scheduled(case):
-        tokens, pooled = launch_pooling.chunk_tokens_forward(k, v, parameters, rows, **case.pooling)
+        rule = kernel_rule(case.rule, parameters)
+        asked = ((q, k, v), case.settings, rows, rule)
+        pooling = {"bias_columns": launch.reads_bias_columns(*asked, sloped=case.alibi)}
+        pooling |= case.pooling
+        tokens, pooled = launch_pooling.chunk_tokens_forward(k, v, parameters, rows, **pooling)
         pooled = pooled if case.fused else None
         seed = torch.tensor([case.seed * 0x123456789]) if case.dropout_p else None
         slopes = None if case.slopes is None else strided(case.slopes.float())

@@ -36,6 +36,8 @@ FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
     "causal-bf16-d64": (base("bf16", 64, **_TANGENT), KINDS),
     "gqa-bf16-d128": (base("bf16", 128, group=4, **_TANGENT), KINDS),
     "added-bf16-d128": (base("bf16", 128, accumulate=True, **_TANGENT), ("dpool",)),
+    "columns-bf16-d64": (base("bf16", 64, bias_columns=True, **_TANGENT), ("chunk_tokens",)),
+    "columns-bf16-d128": (base("bf16", 128, bias_columns=True, **_TANGENT), ("chunk_tokens",)),
     "whole-bf16-d64": (base("bf16", 64, whole_chunks=True, chunk_rule="mean"), ("forward", "dkv")),
     "padded-fp16-d128": (base("fp16", 128, chunk_rule="mean", **_PADDED), ("dq", "dkv", "dpool")),
     "bidirectional-bf16-d80": (

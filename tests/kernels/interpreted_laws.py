@@ -19,6 +19,7 @@ from flasheva_compile.lowering.rows import rows_of
 from hypothesis import HealthCheck, Phase, given, settings
 from triton.runtime.errors import InterpreterError
 
+from tests.attention_cases import RULES
 from tests.kernels import cases
 from tests.kernels.cases import KernelCase, kernel_cases, run_formula, run_kernels
 from tests.property.test_attention_laws import full_mask, softmax_attention
@@ -163,6 +164,33 @@ def test_products_add_biases_of_any_size(mask, tma):
     torch.testing.assert_close(folded_lse, lse, atol=2e-4, rtol=0)
     for x, y in zip((out, *grads), (folded_out, *folded_grads), strict=True):
         torch.testing.assert_close(y, x, atol=2**-7 * max(1.0, x.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("mask", ["none", "left_padding", "holes", "segments_with_holes"])
+@pytest.mark.parametrize("rule", RULES)
+def test_pooling_writes_the_columns_of_biases_that_their_own_launch_does(rule, mask):
+    """To the bit, -inf of chunks without a key included; chunk tokens stay what they are."""
+    shape = {"keys": 45, "head_dim": 24, "value_dim": 16, "chunk_size": 2, "rule": rule}
+    schedule = dataclasses.replace(cases.SMALLEST, product_bias=True)
+    fixed = {"dtype": torch.bfloat16, "with_parameters": True, "schedule": schedule, "seed": 3}
+    case = KernelCase(**shape, **fixed, mask=mask)
+    q, k, v, _ = case.inputs()
+    parameters = tuple(p.to(case.dtype) for p in case.parameters)
+    rows = rows_of(k, *case.masks.values(), chunk_size=case.chunk_size)
+    call = (k, v, parameters, rows)
+    with triton_interpreter.poisoned_buffers(), cases.as_scheduled(case):
+        plain, none = launch_pooling.chunk_tokens_forward(*call, **case.pooling)
+        tokens, made = launch_pooling.chunk_tokens_forward(*call, bias_columns=True, **case.pooling)
+        names = dict(zip(cases.TOKENS, plain, strict=True))
+        t = Operands(q=q, k=k, v=v, **names)
+        spec = launch.attention_spec(t, case.settings, rows, None)
+        values = launch.call_values(t, rows, case.settings)
+        wanted = launch.with_bias_columns(spec, values)["bias_columns_ptr"]
+    assert none.bias_columns is None
+    assert all(torch.equal(x, y) for x, y in zip(tokens, plain, strict=True))
+    assert torch.equal(made.bias_columns.view(torch.int16), wanted.view(torch.int16))
+    assert wanted[..., 0].isneginf().any() == (mask != "none")
+    assert not wanted.isnan().any()
 
 
 @given(kernel_cases(batch=3, kv_heads=1, group=2, dropout_p=0.0, max_keys=50))

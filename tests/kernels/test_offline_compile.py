@@ -71,6 +71,11 @@ def test_compiles_within_the_limits_of_the_target(target, name):
         assert (used.matrix, used.matrix_count > 0) == (wanted, True)
 
 
+def test_columns_of_biases_leave_room_for_two_programs_that_pool():
+    """Of eight warps each; a few registers more and there is one."""
+    assert used_by("columns-bf16-d128-chunk_tokens", "sm_90").registers <= 128
+
+
 def test_every_exception_is_compiled():
     """An entry for a kernel that nothing compiles would never be found to be stale."""
     everything = {**families.specs(), **families.all_specs()}

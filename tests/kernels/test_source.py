@@ -7,6 +7,7 @@ import builtins
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from flasheva_compile.lowering import inspect
@@ -14,7 +15,7 @@ from flasheva_compile.lowering.emit.arguments import arguments
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.load import write
 from flasheva_compile.lowering.schedule import choose
-from flasheva_compile.lowering.spec import digest
+from flasheva_compile.lowering.spec import AnyKind, digest
 
 from tests.kernels import families
 
@@ -113,7 +114,16 @@ def test_a_switched_off_feature_leaves_no_trace(kernels):
     plain = kernels["causal-bf16-d64-forward"].source
     for word in ("slope", "seed", "dropout", "tanh", "valid", "begin_ptr", "start_ptr"):
         assert word not in plain, word
+    for name, there in (("causal", False), ("columns", True)):
+        source = kernels[f"{name}-bf16-d64-chunk_tokens"].source
+        assert ("bias_columns" in source, "bias_rows(" in source) == (there, there)
     assert "mix(" in kernels["everything-fp16-d64-forward"].source
+
+
+def test_columns_of_biases_are_a_matter_of_pooling_alone():
+    spec = families.base("bf16", 64, bias_columns=True)
+    kept = [kind for kind in get_args(AnyKind) if spec.of_kind(kind).bias_columns]
+    assert kept == ["chunk_tokens"]
 
 
 def test_arguments_are_found_by_whole_words():

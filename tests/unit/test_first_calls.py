@@ -10,13 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from flasheva_compile.lowering import direct_launch, first_calls
+from flasheva_compile.lowering import direct_launch, first_calls, launch
 from triton.runtime.jit import JITFunction
 
+from flasheva_compile.op_checks import OP_VERSION
 from flasheva_compile.ops import flasheva_attention
 from tests.stand_in_device import stand_in_device
 
-FORWARD = ["chunk_tokens", "bias_columns", "forward"]
+FORWARD = ["chunk_tokens", "forward"]
 BACKWARD = ["dq", "dchunk", "dsink", "dkv"]
 
 
@@ -61,6 +62,34 @@ def test_kernels_of_a_pass_are_compiled_before_any_is_launched(launches):
     assert threading.get_ident() not in threads
 
 
+@pytest.mark.parametrize("call", [{}, {"masked": True}, {"phi": False, "masked": True}], ids=str)
+def test_pooling_writes_the_columns_that_attention_reads(call):
+    """One launch less; means of whole chunks have one bias, which no kernel reads."""
+    pooling, attending = forward_specs(**call)
+    assert (pooling.kind, attending.kind) == ("chunk_tokens", "forward")
+    assert pooling.bias_columns
+    pooling, attending = forward_specs(phi=False)
+    assert attending.whole_chunks
+    assert not pooling.bias_columns
+
+
+def forward_specs(**call):
+    """Return the specs that a step launches up to the first of its backward pass."""
+    with mock.patch.object(launch, "load", side_effect=launch.load) as loads:
+        step(**call)
+    specs = list(dict.fromkeys(call.args[0] for call in loads.call_args_list))
+    return specs[: [spec.kind for spec in specs].index("dq")]
+
+
+def test_columns_of_chunk_tokens_that_are_there_have_a_launch_of_their_own(launches):
+    x, tokens = torch.zeros(1, 2, 64, 16).bfloat16(), torch.zeros(1, 2, 8, 16).bfloat16()
+    operands = (x, x, x, tokens, tokens, torch.zeros(1, 2, 8), None, None, None, None)
+    sizes = {"window_size": 32, "chunk_size": 8, "sink_tokens": 8, "window": "sliding"}
+    options = {"causal": True, "q_offset": 0, "scale": 0.25, "softcap": 0.0, "dropout_p": 0.0}
+    torch.ops.flasheva.attention(*operands, **sizes, **options, version=OP_VERSION)
+    assert [name for name, *_ in launches] == ["bias_columns", "forward"]
+
+
 def test_what_was_compiled_ahead_is_launched_directly():
     with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as seen:
         step()
@@ -78,9 +107,7 @@ def test_nothing_is_compiled_ahead_twice(launches):
 )
 def test_other_binaries_are_compiled_ahead_too(other, launches):
     step()
-    ahead = set(compiled_ahead(lambda: step(**other), launches))
-    # Means of whole chunks have one bias, which no kernel reads.
-    assert {*FORWARD, *BACKWARD} - ahead == ({"bias_columns"} if "phi" in other else set())
+    assert {*FORWARD, *BACKWARD} <= set(compiled_ahead(lambda: step(**other), launches))
 
 
 def test_a_compilation_that_fails_ahead_is_left_to_the_launch(launches):

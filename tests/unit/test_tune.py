@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import pytest
-from flasheva_compile.lowering import launch, schedule
+import torch
+from flasheva_compile.lowering import launch, recording, schedule
 from flasheva_compile.lowering.schedule import choose, known_target
 from flasheva_compile.lowering.schedule_cost import candidates
 from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 from flasheva_compile import tune
+from flasheva_compile.ops import flasheva_attention
 
 TARGET = known_target("sm_90", device="an H100")
 SPEC = KernelSpec(
@@ -142,6 +144,21 @@ def test_launches_are_recorded_and_repeated_with_the_schedule_of_then(monkeypatc
     with schedule.forced({DQ: FAST}):
         found[DQ]()
     assert ran == [("dq", 32, {"pooling": True})]
+
+
+@pytest.mark.parametrize("rule", ["tangent", "mean"])
+def test_what_is_measured_is_what_calls_launch(rule):
+    """Pooling writes columns of biases here and there, or nowhere: means of whole chunks."""
+    sizes = {"heads": 2, "kv_heads": 2, "head_dim": 64, "value_dim": 64, "length": 512}
+    kinds = ["chunk_tokens", "bias_columns", "forward"]
+    with recording.recorded(TARGET):
+        found = tune.launches_of(tune.Attention(**sizes, chunk_rule=rule), kinds, device="cpu")
+    x, phi = torch.zeros(1, 2, 512, 64).bfloat16(), torch.zeros(2, 64).bfloat16()
+    with recording.recorded(TARGET) as launched:
+        parameters = [phi] if rule == "tangent" else []
+        flasheva_attention(x, x, x, parameters=parameters, window_size=256, chunk_size=16)
+    assert list(found) == launched
+    assert [spec.bias_columns for spec in found] == [rule == "tangent", False]
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):

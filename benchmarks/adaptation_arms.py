@@ -31,6 +31,8 @@ class Arm:
         compiled: Train through ``model.compile(backend="flasheva")``.
         seed: Of the order of training sequences.
         noise: What the ``eva`` rule adds to its random features in training.
+        probe_lengths: Of the pass-key prompts that choose layers [tokens].
+        select_length: Of the texts that choose layers [tokens].
         context_length: ``calibrate`` learns weights of bounds for it, from texts of that length
             [tokens]; None = none, and texts of 2048.
     """
@@ -44,6 +46,8 @@ class Arm:
     compiled: bool = False
     seed: int = 0
     noise: FeatureNoise = "none"
+    probe_lengths: tuple[int, ...] = (2000, 6000)
+    select_length: int = 2048
     context_length: int | None = None
 
 
@@ -194,6 +198,22 @@ def retrieval_arms() -> tuple[Arm, ...]:
         found.append(Arm(name=name, config=config, training="none"))
         name = f"{name}, weights"
         found.append(Arm(name=name, config=config, training="none", context_length=8192))
+    found += [_with_full_layers(count, keep) for count, keep in ((8, 2), (4, 3), (0, 5))]
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
     return tuple(found)
+
+
+def _with_full_layers(count: int, keep: int) -> Arm:
+    """Return an arm that touches a quarter of the keys, some of them in full layers."""
+    retrieves = {"retrieve_chunks": count, "retrieve_by": "bounds"} if count else {}
+    name = f"tangent c32 top-{count} by bounds" if count else "tangent c32"
+    return Arm(
+        name=f"{name}, {keep} full",
+        config=eva("tangent", 32, **retrieves),
+        training="none",
+        keep=keep,
+        placement="retrieval",
+        probe_lengths=(4000, 7600),
+        select_length=8192,
+    )

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).parent / "results" / "adaptation_gpu.json"
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
-PROBE_LENGTHS = (2000, 6000)  # of prompts that choose layers [tokens]
 NEVER = -1e30  # bias of a chunk token that no query attends to
 SOURCES = ("austen", "faq", "linux")
 NOTHING = "skipped: time budget"
@@ -167,7 +166,8 @@ def run_arm(
     row: dict[str, Any] = {**asdict(arm), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     train = torch.from_numpy(text["train"].astype(np.int64))
     calibration = list(train[-4:, : arm.context_length or 2048].split(1))
-    layers = choose_layers(a, arm, model, tokenizer, calibration, row)
+    texts = list(train[-a.select :, : arm.select_length].split(1))
+    layers = choose_layers(arm, model, tokenizer, (calibration, texts), row, autocast(a))
     fe.prepare(model, layers)
     if arm.chunk_tokens and arm.config["chunk_rule"] in ("tangent", "evabyte"):
         fe.calibrate(model, calibration, context_length=arm.context_length)
@@ -185,14 +185,17 @@ def run_arm(
 
 
 def choose_layers(
-    a: argparse.Namespace,
     arm: Arm,
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
-    calibration: list[Tensor],
+    texts: tuple[list[Tensor], list[Tensor]],
     row: dict[str, Any],
+    casting: torch.autocast,
 ) -> dict[str, Any]:
-    """Return what ``prepare`` gets: which layers stay full, and how."""
+    """Return what ``prepare`` gets: which layers stay full, and how.
+
+    ``texts`` are those that calibrate rules, and those that choose layers.
+    """
     layers: dict[str, Any] = {"default": arm.config}
     count = model.config.num_hidden_layers
     if arm.placement == "periodic":
@@ -201,14 +204,14 @@ def choose_layers(
     elif arm.placement:
         fe.prepare(model, {"default": arm.config})
         if arm.chunk_tokens:
-            fe.calibrate(model, calibration)
+            fe.calibrate(model, texts[0])
         switched = nullcontext() if arm.chunk_tokens else without_chunk_tokens(model)
         start = time.monotonic()
-        with switched, autocast(a):
+        with switched, casting:
             probe = arm.placement == "retrieval"
-            prompts = passkey_batches(tokenizer, PROBE_LENGTHS, samples=4, seed=1)
+            prompts = passkey_batches(tokenizer, arm.probe_lengths, samples=4, seed=1)
             options = {"probe": prompts, "mode": "greedy"} if probe else {}
-            selection = fe.select_full_layers(model, calibration[: a.select], arm.keep, **options)
+            selection = fe.select_full_layers(model, texts[1], arm.keep, **options)
         row["selection"] = selection.to_dict() | {"seconds": time.monotonic() - start}
         layers |= {str(index): "full" for index in selection.chosen}
         fe.revert(model)

@@ -27,8 +27,14 @@ from flasheva_compile.lowering.kernel_arguments import (
 )
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.pooled_chunks import with_vectors
-from flasheva_compile.lowering.schedule import choose
-from flasheva_compile.lowering.spec import BIAS_COLUMNS, STATE_BLOCK, KernelSpec
+from flasheva_compile.lowering.schedule import choose, current_target
+from flasheva_compile.lowering.spec import (
+    BIAS_COLUMNS,
+    NARROW,
+    STATE_BLOCK,
+    KernelSpec,
+    pools_by_products,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
     from flasheva_compile.kernels.blocked.geometry import AttentionSettings
     from flasheva_compile.lowering.pooled_chunks import PooledChunks
     from flasheva_compile.lowering.rows import Rows
+    from flasheva_compile.lowering.schedule_cost import Target
     from flasheva_compile.lowering.spec import Schedule
     from torch import Tensor
 
@@ -297,19 +304,23 @@ def _key_gradients(
         return dk, dv, ()
     pooled = with_vectors(pooled, t.k)
     whole = pooling_spec(spec, pooled)
-    if not _fuses_pooling(whole):
+    with on_device(dk.device):
+        fuses = fuses_pooling(whole, current_target())
+    if not fuses:
         run_over_keys(spec, values, kv_rows)
         whole = dataclasses.replace(of_kind(whole, "dpool"), accumulate=True)
         values = values | {"heads": t.k.shape[1]}  # pooling knows only heads of keys
     return dk, dv, run_over_keys(whole, values, kv_rows, pooled)
 
 
-def _fuses_pooling(spec: KernelSpec) -> bool:
+def fuses_pooling(spec: KernelSpec, target: Target) -> bool:
     """Whether ``dkv`` also does the gradient of pooling, or ``dpool`` adds it.
 
-    Weights that depend on keys take four more tiles of registers, which wide heads do not have.
+    Weights that depend on keys take four more tiles of registers, which wide heads do not have, or
+    products with few rows, which spill where no warpgroup multiplies from shared memory.
     """
-    return spec.chunk_rule == "mean" or max(spec.head_dim, spec.value_dim) <= 64
+    few = spec.chunk_rule == "mean" or max(spec.head_dim, spec.value_dim) <= NARROW
+    return few or (pools_by_products(spec) and target.capability == 90)
 
 
 def run_over_keys(

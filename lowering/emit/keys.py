@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions, resident_loops, scores
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
+from flasheva_compile.lowering.emit.pool_gradient_products import (
+    key_part,
+    parameter_part,
+    value_part,
+)
 from flasheva_compile.lowering.emit.queries import key_side, row_pointers, valid_flags
 from flasheva_compile.lowering.emit.retrieval_backward_keys import retrieved_parts
 from flasheva_compile.lowering.emit.selection_bits import unselected_rows
 from flasheva_compile.lowering.emit.source import Dim, Source
-from flasheva_compile.lowering.spec import STATE_BLOCK
+from flasheva_compile.lowering.spec import STATE_BLOCK, pools_by_products
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.resident_loops import QueryLoop
@@ -34,7 +39,7 @@ def emit_key_kernel(spec: KernelSpec, schedule: Schedule) -> str:
             _walk(out, spec, schedule, walks, d, e)
     else:
         _walk(out, spec, schedule, walks, d, e)
-    out.lines(*_results(spec, d, e))
+    out.lines(*_results(spec, schedule, d, e))
     return out.text()
 
 
@@ -250,11 +255,11 @@ def _query_side(spec: KernelSpec, *, needs_window: bool) -> list[str]:
     return lines
 
 
-def _results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+def _results(spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim) -> list[str]:
     lines = d.scale("dk", "scale")
     lines += e.scale("dv", "keep_scale") if spec.dropout else []
     if spec.kind == "dkv":
-        return lines + _key_results(spec, d, e)
+        return lines + _key_results(spec, schedule, d, e)
     if spec.kind == "dsink":
         rows = str(spec.sink_size)
         flags = valid_flags(spec, "key")
@@ -292,7 +297,7 @@ def _select(tile: str, dim: Dim, rows: str) -> list[str]:
     return [f"{tile}{n} = tl.where(({rows})[:, None], {tile}{n}, 0.0)" for n in dim.indices]
 
 
-def _key_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
+def _key_results(spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim) -> list[str]:
     lines = []
     if spec.sink_size and spec.documents != "packed":
         bound = f"exists & (offs_n < {spec.sink_size})"
@@ -302,14 +307,15 @@ def _key_results(spec: KernelSpec, d: Dim, e: Dim) -> list[str]:
             lines += [f"{tile}{n} += sink{n}" for n in dim.indices]
     if spec.selection_group:
         lines += retrieved_parts(spec, d, e)
-    if spec.chunk_rule:
+    if spec.chunk_rule and not pools_by_products(spec):
         lines += pool_gradient(spec, d, e)
-    flags = valid_flags(spec, "key")
-    if flags:
-        lines += _select("dk", d, flags) + _select("dv", e, flags)
-    elif spec.documents == "padded":
-        lines += _select("dk", d, "exists") + _select("dv", e, "exists")
-    return lines + key_rows() + store_keys(d, e)
+    flags = valid_flags(spec, "key") or ("exists" if spec.documents == "padded" else "")
+    keys = [*(_select("dk", d, flags) if flags else []), *store_keys(d)]
+    values = [*(_select("dv", e, flags) if flags else []), *store_values(e)]
+    if not pools_by_products(spec):
+        return [*lines, *key_rows(), *keys, *values]
+    values = [*value_part(spec, schedule, d, e), *key_rows(), *values]
+    return [*lines, *values, *key_part(spec, d), *keys, *parameter_part(spec, schedule, d)]
 
 
 def key_rows() -> list[str]:
@@ -323,10 +329,14 @@ def load_gradient(tile: str, pointer: str, dim: Dim, bound: str) -> list[str]:
     return dim.load(tile, rows, "offs_t", str(dim.size), bound, cast=".to(tl.float32)")
 
 
-def store_keys(d: Dim, e: Dim) -> list[str]:
-    """Store the gradients of a block of keys and values."""
-    bound = "column + offs_t < columns"
-    return [
-        *d.store("dk", f"dk_ptr + key_row * {d.size}", "offs_t", str(d.size), bound),
-        *e.store("dv", f"dv_ptr + key_row * {e.size}", "offs_t", str(e.size), bound),
-    ]
+def store_values(e: Dim) -> list[str]:
+    """Store the gradients of a block of values."""
+    return e.store("dv", f"dv_ptr + key_row * {e.size}", "offs_t", str(e.size), _BOUND)
+
+
+def store_keys(d: Dim) -> list[str]:
+    """Store the gradients of a block of keys."""
+    return d.store("dk", f"dk_ptr + key_row * {d.size}", "offs_t", str(d.size), _BOUND)
+
+
+_BOUND = "column + offs_t < columns"

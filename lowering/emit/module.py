@@ -17,6 +17,7 @@ from flasheva_compile.lowering.emit.fp8_products import SPLIT_FUNCTION
 from flasheva_compile.lowering.emit.keys import emit_key_kernel
 from flasheva_compile.lowering.emit.layout import without_unread, wrapped
 from flasheva_compile.lowering.emit.loops import SINK_STEP
+from flasheva_compile.lowering.emit.pool_gradient_products import HALVES_FUNCTION
 from flasheva_compile.lowering.emit.pooling import (
     emit_centre_gradient,
     emit_chunk_tokens,
@@ -95,6 +96,8 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
         source += ("\n\n" if constants else "\n") + FEATURE_FUNCTION + "\n\n"
     if "split_pairs(" in body:
         source += "\n\n" + SPLIT_FUNCTION + "\n\n"
+    if "halves(" in body:
+        source += "\n\n" + HALVES_FUNCTION + "\n\n"
     if "bias_rows(" in body:
         source += "\n\n" + PIECES_FUNCTION + "\n\n" + ROWS_FUNCTION + "\n\n"
     source += _function(spec, names, body) + _launcher(spec, schedule, names)

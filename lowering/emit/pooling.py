@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import positions
-from flasheva_compile.lowering.emit.keys import key_rows, load_gradient, program, store_keys
+from flasheva_compile.lowering.emit.keys import (
+    key_rows,
+    load_gradient,
+    program,
+    store_keys,
+    store_values,
+)
 from flasheva_compile.lowering.emit.pool_gradient import pool_gradient
 from flasheva_compile.lowering.emit.product_bias import store_columns
 from flasheva_compile.lowering.emit.queries import row_pointers
@@ -57,7 +63,7 @@ def emit_pool_gradient(spec: KernelSpec) -> str:
         )
     else:
         out.lines(*d.zeros("dk", "BLOCK_N"), *e.zeros("dv", "BLOCK_N"))
-    out.lines(*pool_gradient(spec, d, e), *store_keys(d, e))
+    out.lines(*pool_gradient(spec, d, e), *store_keys(d), *store_values(e))
     return out.text()
 
 

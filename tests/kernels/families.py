@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, get_args
 
-from flasheva_compile.lowering.launch import _fuses_pooling
+from flasheva_compile.lowering.launch import fuses_pooling
+from flasheva_compile.lowering.schedule import known_target
 from flasheva_compile.lowering.spec import KernelKind, KernelSpec
 
 if TYPE_CHECKING:
@@ -68,30 +69,30 @@ EVERYWHERE = ("causal-bf16-d64", "whole-bf16-d64", "eva-bf16-d64", "eva-packed-b
 """Families that every run of CI compiles for all targets."""
 
 
-def launched(spec: KernelSpec, kind: str) -> KernelSpec:
+def launched(spec: KernelSpec, kind: str, target: str) -> KernelSpec:
     """Return the spec of a kernel as launches ask for it: ``dkv`` pools only where that is fast."""
-    if kind == "dkv" and not _fuses_pooling(spec):
+    if kind == "dkv" and not fuses_pooling(spec.of_kind("dkv"), known_target(target)):
         spec = dataclasses.replace(spec, chunk_rule=None, parameters=0)
     return spec.of_kind(kind)  # pyright: ignore[reportArgumentType]
 
 
-def specs(families: Iterable[str] = FAMILIES) -> dict[str, KernelSpec]:
+def specs(families: Iterable[str] = FAMILIES, target: str = "sm_90") -> dict[str, KernelSpec]:
     """Return the specs of some families, by a name for each kernel."""
     return {
-        f"{name}-{kind}": launched(FAMILIES[name][0], kind)
+        f"{name}-{kind}": launched(FAMILIES[name][0], kind, target)
         for name in families
         for kind in FAMILIES[name][1]
     }
 
 
-def all_specs() -> dict[str, KernelSpec]:
+def all_specs(target: str = "sm_90") -> dict[str, KernelSpec]:
     """Return many more: every head dimension, dtype, layout of rows, score change and rule."""
     sizes = [(d, d) for d in (16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)] + [(192, 128)]
     found = {}
     for (d, e), dtype in itertools.product(sizes, ("bf16", "fp16", "fp32")):
         found[f"{dtype}-d{d}-e{e}"] = base(dtype, d, e, **_TANGENT)
     pooled = {
-        f"eva-{dtype}-d{d}-e{e}-{kind}": launched(base(dtype, d, e, **_EVA), kind)
+        f"eva-{dtype}-d{d}-e{e}-{kind}": launched(base(dtype, d, e, **_EVA), kind, target)
         for (d, e), dtype in itertools.product(sizes, ("bf16", "fp16", "fp32"))
         for kind in ("chunk_tokens", "dkv", "dpool")
     }
@@ -110,7 +111,7 @@ def all_specs() -> dict[str, KernelSpec]:
     for rule, count in (("mean", 0), ("tangent", 1), ("evabyte", 2), ("evabyte", 3), ("eva", 0)):
         found[f"{rule}{count}"] = base("bf16", 128, chunk_rule=rule, parameters=count)
     return pooled | {
-        f"{name}-{kind}": launched(spec, kind)
+        f"{name}-{kind}": launched(spec, kind, target)
         for name, spec in found.items()
         for kind in KINDS
         if not (kind == "dsink" and (not spec.sink_size or spec.documents == "packed"))

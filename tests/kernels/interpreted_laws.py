@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from flasheva_compile.kernels.blocked.block import Operands
 from flasheva_compile.lowering import launch, launch_pooling
+from flasheva_compile.lowering.emit import keys
 from flasheva_compile.lowering.rows import rows_of
+from flasheva_compile.lowering.spec import pools_by_products
 from hypothesis import HealthCheck, Phase, given, settings
 from triton.runtime.errors import InterpreterError
 
-from tests.attention_cases import RULES
+from tests.attention_cases import MASKS, RULES
 from tests.kernels import cases
 from tests.kernels.cases import KernelCase, kernel_cases, run_formula, run_kernels
 from tests.property.test_attention_laws import full_mask, softmax_attention
@@ -72,7 +74,8 @@ def test_attention_and_its_gradients_are_the_reference(case):
 @pytest.mark.parametrize("mask", ["none", "left_padding", "segments"])
 @pytest.mark.parametrize("rule", ["mean", "tangent", "evabyte", "eva"])
 def test_pooling_of_wide_heads_and_of_whole_chunks(rule, mask):
-    """``dpool`` adds its gradient to that of ``dkv``; the mean of dense rows reads no biases."""
+    """``dpool`` adds its gradient to that of ``dkv`` where products have no rows for its chunks,
+    and the mean of dense rows reads no biases."""
     fixed = {"dtype": torch.bfloat16, "seed": 5, "sink_tokens": 5, "with_parameters": True}
     sizes = {"head_dim": 80, "value_dim": 24, "chunk_size": 4, "window_size": 8}
     schedule = dataclasses.replace(cases.SMALLEST, split_window=True, tma=mask == "none")
@@ -84,8 +87,50 @@ def test_pooling_of_wide_heads_and_of_whole_chunks(rule, mask):
         load = launch.load
         patch.setattr(launch, "load", lambda spec, how: specs.append(spec) or load(spec, how))
         check(case)
-    assert any(spec.accumulate for spec in specs) == (rule != "mean")
+    by_products = rule == "tangent" and mask != "segments"
+    assert any(spec.accumulate for spec in specs) == (rule != "mean" and not by_products)
+    assert any(map(pools_by_products, specs)) == (
+        mask != "segments" and rule in ("mean", "tangent")
+    )
     assert any(spec.whole_chunks for spec in specs) == (rule == "mean" and mask == "none")
+
+
+_POOLED_BY_PRODUCTS = {
+    "dtype": torch.bfloat16,
+    "fused": True,
+    "with_parameters": True,
+    "head_dim": 72,
+    "value_dim": 24,
+}
+
+
+@given(
+    kernel_cases(
+        max_keys=60,
+        masks=[mask for mask in MASKS if "segments" not in mask],
+        rules=("tangent", "tangent", "mean"),
+        **_POOLED_BY_PRODUCTS,
+    ).filter(lambda case: case.chunk_size >= 4)
+)
+@examples(15)
+def test_gradients_of_pooling_by_products_are_the_reference(case):
+    check(case)
+
+
+def test_products_lose_next_to_nothing_and_find_chunks_far_on():
+    """Keys that differ little from their mean: what moves a weight is a small difference."""
+    shape = {"batch": 1, "kv_heads": 2, "keys": 150, "queries": 150, "rule": "tangent"}
+    sizes = {"chunk_size": 4, "window_size": 8, "seed": 3}
+    case = KernelCase(**shape, **sizes, **_POOLED_BY_PRODUCTS)
+    q, k, v = case.qkv
+    vars(case)["qkv"] = (q, k / 8 + 4, v / 8 + 4)
+    found = run_kernels(case)["dp0"]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (keys, launch):
+            patch.setattr(module, "pools_by_products", lambda _: False)
+        key_by_key = run_kernels(case)["dp0"]
+    error = (found - key_by_key).abs().max() / key_by_key.abs().max()
+    assert 0 < error < 2e-3  # by one bf16 number each it would be 0.7
 
 
 @given(kernel_cases(max_keys=60))

@@ -35,7 +35,10 @@ def alike(spec: KernelSpec, schedule: Schedule) -> Schedule:
 
 
 def _stands_inside(values: dict[str, Any]) -> bool:
-    """Whether every query has a key of its own, which specialised warps begin with."""
+    """Whether every query stands at a key, valid or not: behind the last, nothing hides tiles.
+
+    Those in front of a padded row's first valid key see nothing, as elsewhere.
+    """
     offset = values["q_offset"]
     return 0 <= offset <= values["columns"] - values["queries"]
 

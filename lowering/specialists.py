@@ -26,8 +26,8 @@ _LANES = 64  # columns of results that change their layout at a time
 def specialists_rejection(spec: KernelSpec, target: Target) -> str | None:
     """Return why no warps can specialise in a kernel; None = they can.
 
-    What a product does not add or a comparison of positions does not hide is left to the kernel
-    whose warps all do the same.
+    What a product does not add or a comparison of positions and a key's flag do not hide is left to
+    the kernel whose warps all do the same.
     """
     if target.capability != 90:
         return f"{target.arch} has no products of warpgroups on shared memory"
@@ -35,8 +35,9 @@ def specialists_rejection(spec: KernelSpec, target: Target) -> str | None:
         return "only forward in 16 bits is written for them"
     if spec.head_dim not in HEAD_DIMS or spec.value_dim != spec.head_dim:
         return f"heads of {spec.head_dim} and {spec.value_dim} columns"
-    if spec.documents != "dense" or spec.key_mask or not spec.causal or spec.selection_group:
-        return "rows are dense and causal, and every chunk token is read"
+    padded = spec.documents == "padded"
+    if spec.documents == "packed" or spec.key_mask != padded or spec.selection_group:
+        return "rows hold one document each, and every chunk token is read"
     if spec.softcap or spec.alibi or spec.dropout or spec.negative_scale:
         return "scores are scaled products"
     return None

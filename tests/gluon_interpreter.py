@@ -6,11 +6,13 @@ What it is strict about:
   too early may be overwritten before that (copies are made at once);
 - what has not been waited for cannot be used;
 - barriers count arrivals and bytes as the hardware does, so a partition that walks over other tiles
-  than the rest never ends: after a time limit that is a failure that names the waiting.
+  than the rest never ends: after a time limit that is a failure that names the waiting;
+- nothing negative is divided: machines round to zero, Python rounds down.
 """
 
 from __future__ import annotations
 
+import ast
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -119,13 +121,14 @@ def copy_tile(tile: Tile, begin: list[int], barrier: Barrier, slot: torch.Tensor
     d = tile.described
     whole = torch.as_strided(d.base, d.shape, d.strides, d.base.storage_offset())
     got = torch.zeros(tile.block, dtype=tile.dtype)
-    assert all(int(x) >= 0 for x in begin)
-    part = [
-        slice(int(x), min(int(x) + n, size))
-        for x, n, size in zip(begin, tile.block, d.shape, strict=True)
-    ]
-    found = whole[part[0], part[1], part[2], part[3]]
-    got[tuple(slice(0, n) for n in found.shape)] = found
+    assert all(0 <= int(x) < size for x, size in zip(begin[:2], d.shape, strict=False))
+    there, here = [], []
+    for x, n, size in zip(map(int, begin), tile.block, d.shape, strict=True):
+        low = max(x, 0)
+        high = max(min(x + n, size), low)
+        there.append(slice(low, high))
+        here.append(slice(low - x, high - x))
+    got[tuple(here)] = whole[tuple(there)]
     slot.copy_(got.view(slot.shape))
     barrier.land(tile.block_type.nbytes)
 
@@ -172,6 +175,33 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Slots:
     slots = Slots(torch.full(shape[1:], torch.nan, dtype=dtype) for _ in range(shape[0]))
     slots.dtype = dtype
     return slots
+
+
+def _load(places: Pointer, mask: Any = None, other: Any = None) -> Any:
+    if not isinstance(places.at, torch.Tensor):
+        return int(places.flat[places.at])
+    at = places.at
+    mask = torch.full(at.shape, True) if mask is None else mask
+    found = torch.full(at.shape, other or 0, dtype=places.flat.dtype)
+    assert ((at[mask] >= 0) & (at[mask] < len(places.flat))).all(), "read outside of a tensor"
+    found[mask] = places.flat[at[mask]]
+    return found
+
+
+def _divided(x: Any, y: int) -> Any:
+    assert x >= 0 if isinstance(x, int) else (x >= 0).all(), f"{x} is negative"
+    return x // y
+
+
+class _Divisions(ast.NodeTransformer):
+    """Turns ``x // y`` into ``divided(x, y)``."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.FloorDiv):
+            return node
+        divided = ast.Name("divided", ast.Load())
+        return ast.copy_location(ast.Call(divided, [node.left, node.right], []), node)
 
 
 def _store(places: Pointer, values: torch.Tensor, mask: torch.Tensor) -> None:
@@ -227,7 +257,8 @@ def _language() -> SimpleNamespace:
         sum=lambda x, axis: x.sum(axis),
         exp2=torch.exp2,
         log2=torch.log2,
-        cdiv=lambda x, y: -(-x // y),
+        cdiv=lambda x, y: _divided(x + y - 1, y),
+        load=_load,
         cast=lambda x, _: x,
         convert_layout=lambda x, _: x,
         static_range=range,
@@ -264,8 +295,10 @@ def interpreted(source: str, name: str) -> Callable[..., None]:
         "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait,
         "copy_tile": copy_tile,
+        "divided": _divided,
     }
-    exec(compile(text, f"<{name}>", "exec"), names)
+    tree = ast.fix_missing_locations(_Divisions().visit(ast.parse(text)))
+    exec(compile(tree, f"<{name}>", "exec"), names)
 
     def launch(programs: int, *arguments: Any) -> None:
         made = [

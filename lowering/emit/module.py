@@ -107,7 +107,7 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
 
 
 def _specialised(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
-    names = specialised.arguments(schedule)
+    names = specialised.arguments(spec, schedule)
     text = wrapped(specialised.emit_specialised(spec, schedule)).rstrip("\n") + "\n"
     source = _header(spec, schedule, specialised.IMPORTS) + text + _launcher(spec, schedule, names)
     return GeneratedKernel(

@@ -15,14 +15,15 @@ from flasheva_compile.lowering.emit.source import Source
 from flasheva_compile.lowering.emit.specialised_consumer import emit_consumer, emit_steps
 from flasheva_compile.lowering.emit.specialised_names import (
     BARRIERS,
-    LENGTHS,
     RESULTS,
     SLOTS,
     TENSORS,
+    layout,
+    lengths,
     without_biases,
 )
 from flasheva_compile.lowering.emit.specialised_producer import emit_load_tile, emit_producer
-from flasheva_compile.lowering.emit.specialised_walks import emit_window_start
+from flasheva_compile.lowering.emit.specialised_walks import emit_window
 from flasheva_compile.lowering.spec import BIAS_COLUMNS
 from flasheva_compile.lowering.specialists import OWN, consumer_registers, query_stages
 
@@ -46,10 +47,10 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 """
 
 
-def arguments(schedule: Schedule) -> tuple[str, ...]:
+def arguments(spec: KernelSpec, schedule: Schedule) -> tuple[str, ...]:
     """Return the arguments of the entry point."""
     tensors = without_biases(TENSORS, schedule)
-    return (*tensors, *RESULTS, *LENGTHS, "score_scale")
+    return (*tensors, *RESULTS, *layout(spec), *lengths(spec), "score_scale")
 
 
 def emit_specialised(spec: KernelSpec, schedule: Schedule) -> str:
@@ -59,7 +60,7 @@ def emit_specialised(spec: KernelSpec, schedule: Schedule) -> str:
         _RING,
         _item(schedule),
         _query_slot(schedule),
-        emit_window_start(spec),
+        emit_window(spec),
         emit_load_tile(schedule),
         emit_producer(spec, schedule),
         *emit_steps(spec, schedule),
@@ -85,7 +86,7 @@ def _constants(spec: KernelSpec, schedule: Schedule) -> str:
         "COLUMNS = gl.constexpr(gl.SliceLayout(0, SCORES))",
         f"RESULTS = gl.constexpr(gl.BlockedLayout([1, 8], [{256 // e}, {e // 8}], [4, 1], [1, 0]))",
         "# A new length is no new kernel.",
-        f"LENGTHS = ({', '.join(f'{n!r}' for n in LENGTHS)})".replace("'", '"'),
+        f"LENGTHS = ({', '.join(f'{n!r}' for n in lengths(spec))})".replace("'", '"'),
     ]
     if schedule.product_bias:
         lines.insert(-2, "ONES = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))")
@@ -137,9 +138,8 @@ def query_slot(item):
 
 def _entry(spec: KernelSpec, schedule: Schedule) -> str:
     out = Source()
-    with out.block(
-        f"@gluon.jit(do_not_specialize=LENGTHS)\ndef {spec.kind}({', '.join(arguments(schedule))}):"
-    ):
+    taken = ", ".join(arguments(spec, schedule))
+    with out.block(f"@gluon.jit(do_not_specialize=LENGTHS)\ndef {spec.kind}({taken}):"):
         out.lines("# Slots of queries, keys, values and biases, and who may use them")
         tiles = [
             ("qs", "q_desc0", "QUERY_STAGES * CONSUMERS", f"OWN, {spec.head_dim}"),
@@ -168,16 +168,22 @@ def _entry(spec: KernelSpec, schedule: Schedule) -> str:
         out.lines(
             f"slots = ({', '.join(without_biases(SLOTS, schedule))})",
             f"barriers = ({', '.join(BARRIERS)})",
-            f"lengths = ({', '.join(LENGTHS)})",
+            f"lengths = ({', '.join(lengths(spec))})",
+            *([f"layout = ({', '.join(layout(spec))})"] if layout(spec) else []),
             f"tensors = ({', '.join(without_biases(TENSORS, schedule))})",
         )
-        taken = "slots, barriers, lengths, score_scale, out_ptr, lse_ptr"
+        walked = "slots, barriers, lengths" + ", layout" * bool(layout(spec))
         warps = [4] * (schedule.consumers - 1) + [1]
         most = [consumer_registers(schedule)] * (schedule.consumers - 1) + [PRODUCER_REGISTERS]
         with out.block("gl.warp_specialize("):
             with out.block("["):
-                out.lines(*(f"(consumer, ({c}, {taken}))," for c in range(schedule.consumers)))
-                out.line("(producer, (tensors, slots, barriers, lengths)),")
+                out.lines(
+                    *(
+                        f"(consumer, ({c}, {walked}, score_scale, out_ptr, lse_ptr)),"
+                        for c in range(schedule.consumers)
+                    )
+                )
+                out.line(f"(producer, (tensors, {walked})),")
             out.lines("],", f"{warps},", f"{most},")
         out.line(")")
     return out.text()

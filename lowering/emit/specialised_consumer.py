@@ -7,13 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores
+from flasheva_compile.lowering.emit.loops import Either
 from flasheva_compile.lowering.emit.source import Source
-from flasheva_compile.lowering.emit.specialised_names import items_loop, unpacked
+from flasheva_compile.lowering.emit.specialised_names import items_loop, layout, unpacked
 from flasheva_compile.lowering.emit.specialised_walks import (
     HI,
     LO,
     consumer_walks,
     own_bounds,
+    row_lines,
     walk_bounds,
 )
 from flasheva_compile.lowering.spec import BIAS_COLUMNS
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.loops import Mask
     from flasheva_compile.lowering.emit.specialised_walks import Walk
     from flasheva_compile.lowering.spec import KernelSpec, Schedule
+
+_FIRST = "every query's own key is in it, or in front of it."
+_FIRST_BOTH = "whatever comes next is scored while its values are added."
 
 _SOFTMAX = '''\
 @gluon.jit
@@ -149,11 +154,12 @@ def _score(name: str, arguments: str, purpose: str, products: str) -> str:
 def emit_consumer(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the function of a consumer."""
     out = Source()
-    called = "c: gl.constexpr, slots, barriers, lengths, score_scale, out_ptr, lse_ptr"
+    handed = "slots, barriers, lengths" + ", layout" * bool(layout(spec))
+    called = f"c: gl.constexpr, {handed}, score_scale, out_ptr, lse_ptr"
     with out.block(f"@gluon.jit\ndef consumer({called}):"):
         out.lines(
             '"""Attend from the c-th 64 queries of one block after the other."""',
-            *unpacked(schedule),
+            *unpacked(spec, schedule),
             "blocks = gl.cdiv(queries, BLOCK_M)",
             "own = gl.arange(0, OWN, ROWS)",
             "offs_t = gl.arange(0, BLOCK_N, COLUMNS)",
@@ -169,6 +175,7 @@ def emit_consumer(spec: KernelSpec, schedule: Schedule) -> str:
             out.lines(
                 "bh, block = block_of(item, items, blocks)",
                 "row = block * BLOCK_M",
+                *_own_row(spec),
                 *walk_bounds(spec),
                 *own_bounds(spec, schedule),
             )
@@ -188,19 +195,21 @@ def _attend(out: Source, spec: KernelSpec, schedule: Schedule) -> None:
         f"acc = gl.zeros([OWN, {spec.value_dim}], gl.float32, SUMS)",
     )
     if schedule.overlap:
+        offset = "lo_first + (own_tiles - 1) * BLOCK_N"
+        before, hidden = _masked(spec, "key", (LO, HI), offset)
         out.lines(
             "",
-            "# The first tile: every query's own key is in it, or in front of it.",
+            f"# The first tile: {_FIRST if spec.causal else _FIRST_BOTH}",
+            *before,
             "s = scores(q, ks, k_full, k_empty, t)",
-            "offs_n = lo_first + (own_tiles - 1) * BLOCK_N + offs_t",
-            *_masked((LO, HI)),
+            *hidden,
             "p, m_i, l_i, alpha = softmax(s, m_i, l_i, score_scale, 0.0)",
             "acc, p = rescaled(acc, alpha, p, vs.dtype)",
             "t += 1",
         )
     for walk in consumer_walks(spec, schedule):
         out.lines("", f"# {walk.purpose}")
-        with out.block(walk.header("tile" if walk.mask else "_")):
+        with out.block(walk.header("tile" if any(_hide(spec, walk)) else "_")):
             out.lines(*_tile(spec, schedule, walk), "t += 1")
     if schedule.overlap:
         out.lines(
@@ -212,9 +221,36 @@ def _attend(out: Source, spec: KernelSpec, schedule: Schedule) -> None:
     out.line("mbarrier.arrive(q_empty.index(at), count=1)")
 
 
-def _masked(mask: Mask) -> list[str]:
-    text = " & ".join(part.text(keys_first=False) for part in mask)
-    return [f's = gl.where({text}, s, float("-inf"))'] if mask else []
+def _own_row(spec: KernelSpec) -> list[str]:
+    """Define where the row of a block begins, and its flags."""
+    if spec.documents == "dense":
+        return row_lines(spec)
+    flags = "flags = valid_ptr + gl.cast(b, gl.int64) * columns + start"
+    return ["b = bh // heads", *row_lines(spec), flags]
+
+
+def _masked(
+    spec: KernelSpec, source: scores.KeySource, mask: Mask, offset: str
+) -> tuple[list[str], list[str]]:
+    """Return how to hide what may not be attended: before a tile is scored, and after."""
+    has_flags = spec.documents == "padded" and source == "key"
+    terms = [part.text(keys_first=False) for part in mask] + ["valid[None, :]"] * has_flags
+    if not terms:
+        return [], []
+    places, text, lines = [f"offs_n = {offset} + offs_t"], " & ".join(terms), []
+    if any(isinstance(part, Either) for part in mask):  # too much for a line
+        lines = [f"visible = {terms[0]}", *(f"visible = visible & {x}" for x in terms[1:])]
+        text = "visible"
+    hidden = [*lines, f's = gl.where({text}, s, float("-inf"))']
+    if not has_flags:
+        return [], places + hidden
+    # They arrive while the tile does. What all own queries see ends before the row does.
+    bound = "" if mask in ((), (LO,)) else f", mask=offs_t < keys - ({offset}), other=0"
+    return [*places, f"valid = gl.load(flags + ({offset}) + offs_t{bound}) != 0"], hidden
+
+
+def _hide(spec: KernelSpec, walk: Walk) -> tuple[list[str], list[str]]:
+    return _masked(spec, walk.source, walk.mask, walk.offset)
 
 
 def _tile(spec: KernelSpec, schedule: Schedule, walk: Walk) -> list[str]:
@@ -223,22 +259,22 @@ def _tile(spec: KernelSpec, schedule: Schedule, walk: Walk) -> list[str]:
     operands = "q, ones, ks, bs, k_full" if biased else "q, ks, k_full"
     name = "chunk_scores" if biased else "scores"
     shift = math.log2(spec.chunk_size) if chunk and spec.whole_chunks else 0.0
-    offs = [f"offs_n = {walk.offset} + offs_t"] if walk.mask else []
+    before, hidden = _hide(spec, walk)
     weights = f"softmax(s, m_i, l_i, score_scale, {shift})"
     if not schedule.overlap:
         return [
+            *before,
             f"s = {name}({operands}, k_empty, t)",
-            *offs,
-            *_masked(walk.mask),
+            *hidden,
             f"p, m_i, l_i, alpha = {weights}",
             "acc = add_values(p, alpha, acc, vs, v_full, v_empty, t)",
         ]
     return [
+        *before,
         f"s = begin_{name}({operands}, t)",
         "acc = begin_values(p, acc, vs, v_full, t - 1)",
         "s = end_scores(s, k_empty, t)",
-        *offs,
-        *_masked(walk.mask),
+        *hidden,
         f"weights, m_i, l_i, alpha = {weights}",
         "acc = end_values(acc, p, v_empty, t - 1)",
         "acc, p = rescaled(acc, alpha, weights, vs.dtype)",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flasheva_compile.lowering.spec import Schedule
+    from flasheva_compile.lowering.spec import KernelSpec, Schedule
 
 SLOTS = ("qs", "ks", "vs", "bs")
 BARRIERS = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty")
 TENSORS = ("q_desc0", "k_desc0", "v_desc0", "rfa_k_desc0", "rfa_v_desc0", "bias_columns_desc0")
 RESULTS = ("out_ptr", "lse_ptr")
-LENGTHS = ("heads", "queries", "chunks", "q_offset", "items")
 
 
 def without_biases(names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...]:
@@ -20,12 +19,27 @@ def without_biases(names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...
     return tuple(n for n in names if schedule.product_bias or n not in biases)
 
 
-def unpacked(schedule: Schedule) -> list[str]:
+def lengths(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the integers that decide what is walked over."""
+    columns = () if spec.causal and spec.documents == "dense" else ("columns",)
+    return ("heads", "queries", *columns, "chunks", "q_offset", "items")
+
+
+def layout(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the pointers to the layout of the rows."""
+    if spec.documents == "dense":
+        return ()
+    return ("start_ptr", "valid_ptr") if spec.causal else ("start_ptr", "stop_ptr", "valid_ptr")
+
+
+def unpacked(spec: KernelSpec, schedule: Schedule) -> list[str]:
     """Give names to what a partition was handed."""
+    pointers = layout(spec)
     return [
         f"{', '.join(without_biases(SLOTS, schedule))} = slots",
         f"{', '.join(BARRIERS)} = barriers",
-        f"{', '.join(LENGTHS)} = lengths",
+        f"{', '.join(lengths(spec))} = lengths",
+        *([f"{', '.join(pointers)} = layout"] if pointers else []),
     ]
 
 

@@ -8,10 +8,11 @@ from flasheva_compile.lowering.emit.source import Source
 from flasheva_compile.lowering.emit.specialised_names import (
     TENSORS,
     items_loop,
+    layout,
     unpacked,
     without_biases,
 )
-from flasheva_compile.lowering.emit.specialised_walks import producer_walks, walk_bounds
+from flasheva_compile.lowering.emit.specialised_walks import producer_walks, row_lines, walk_bounds
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.emit.specialised_walks import Walk
@@ -49,9 +50,10 @@ def emit_producer(spec: KernelSpec, schedule: Schedule) -> str:
     """Return the function of the producer."""
     out = Source()
     tensors = ", ".join(without_biases(TENSORS, schedule))
-    with out.block("@gluon.jit\ndef producer(tensors, slots, barriers, lengths):"):
+    handed = "tensors, slots, barriers, lengths" + ", layout" * bool(layout(spec))
+    with out.block(f"@gluon.jit\ndef producer({handed}):"):
         out.line('"""Stream the tiles of one block after the other."""')
-        out.lines(f"{tensors} = tensors", *unpacked(schedule))
+        out.lines(f"{tensors} = tensors", *unpacked(spec, schedule))
         out.lines("blocks = gl.cdiv(queries, BLOCK_M)", "t = 0")
         with out.block(items_loop(schedule)):
             out.lines(
@@ -60,6 +62,7 @@ def emit_producer(spec: KernelSpec, schedule: Schedule) -> str:
                 "h = bh % heads",
                 f"hk = h // {spec.group}" if spec.group > 1 else "hk = h",
                 "row = block * BLOCK_M",
+                *row_lines(spec, keys=not spec.causal),
                 *walk_bounds(spec),
                 "slot, phase = query_slot(item)",
             )
@@ -73,8 +76,14 @@ def emit_producer(spec: KernelSpec, schedule: Schedule) -> str:
                 )
             for walk in producer_walks(spec):
                 with out.block(walk.header()):
-                    out.lines(f"offset = {walk.offset}", _load(walk, schedule), "t += 1")
+                    out.lines(f"offset = {_column(spec, walk)}", _load(walk, schedule), "t += 1")
     return out.text()
+
+
+def _column(spec: KernelSpec, walk: Walk) -> str:
+    """Return where descriptors find a tile: a padded row begins at its first valid key."""
+    origin = "first_slot" if walk.source == "chunk" else "start"
+    return f"{origin} + {walk.offset}" if spec.documents == "padded" else walk.offset
 
 
 def _load(walk: Walk, schedule: Schedule) -> str:

@@ -15,6 +15,7 @@ VERSIONS = ("3.6", "3.9")
 
 _EPILOGUE = "after the loop, once per program: "
 _POOLING = _EPILOGUE + "the sinks' sums and the gradient of pooling"
+_BOUNDS = "loop bounds, kept from before the loops of a block until each begins"
 _KEPT = "a few words kept from before the loops until after them"
 
 FOUND: dict[str, dict[str, tuple[dict[str, int], str]]] = {
@@ -22,6 +23,10 @@ FOUND: dict[str, dict[str, tuple[dict[str, int], str]]] = {
         "causal-bf16-d64-forward": ({"3.9": 32}, _KEPT),
         "whole-bf16-d64-forward": ({"3.9": 32}, _KEPT),
         "gqa-bf16-d128-forward": ({"3.6": 8, "3.9": 32}, _KEPT),
+        "padded-fp16-d128-forward": ({"3.6": 8, "3.9": 8}, _KEPT),
+        "padded-bf16-d64-forward": ({"3.9": 32}, _BOUNDS),
+        "bidirectional-bf16-d128-forward": ({"3.6": 8, "3.9": 24}, _BOUNDS),
+        "bidirectional-fp16-d64-forward": ({"3.9": 48}, _BOUNDS),
         "causal-bf16-d64-dkv": ({"3.6": 112, "3.9": 80}, _POOLING),
         "gqa-bf16-d128-dkv": ({"3.6": 352, "3.9": 520}, _POOLING + "; bounds, once per query head"),
         "gqa-bf16-d128-dchunk": ({"3.9": 64}, _KEPT + "; loop bounds, once per query head"),

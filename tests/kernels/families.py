@@ -40,7 +40,16 @@ FAMILIES: dict[str, tuple[KernelSpec, tuple[str, ...]]] = {
     "columns-bf16-d64": (base("bf16", 64, bias_columns=True, **_TANGENT), ("chunk_tokens",)),
     "columns-bf16-d128": (base("bf16", 128, bias_columns=True, **_TANGENT), ("chunk_tokens",)),
     "whole-bf16-d64": (base("bf16", 64, whole_chunks=True, chunk_rule="mean"), ("forward", "dkv")),
-    "padded-fp16-d128": (base("fp16", 128, chunk_rule="mean", **_PADDED), ("dq", "dkv", "dpool")),
+    "padded-fp16-d128": (
+        base("fp16", 128, chunk_rule="mean", **_PADDED),
+        ("forward", "dq", "dkv", "dpool"),
+    ),
+    "padded-bf16-d64": (base("bf16", 64, sink_size=0, chunk_rule="mean", **_PADDED), ("forward",)),
+    "bidirectional-bf16-d128": (base("bf16", 128, causal=False, chunk_rule="mean"), ("forward",)),
+    "bidirectional-fp16-d64": (
+        base("fp16", 64, causal=False, chunk_rule="mean", **_PADDED),
+        ("forward",),
+    ),
     "bidirectional-bf16-d80": (
         base("bf16", 80, causal=False, window="block", chunk_rule="mean", **_PADDED),
         ("forward", "dchunk"),

@@ -235,11 +235,17 @@ def attend_backward(
         rows = _rows(k, masks, settings.chunk_size)
         call = (dout, *result, t, rows, settings)
         grads = first_calls.side_by_side(partial(launch.attention_backward, *call))
-        return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
+        return _as_outputs(grads, (*qkv, *tokens))
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )
     return tuple(attention_backward(dout, *result, t, geometry, settings))
+
+
+def _as_outputs(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cast gradients to the dtypes of their inputs; those of chunk tokens share storage."""
+    pairs = enumerate(zip(grads, inputs, strict=True))
+    return tuple(g.to(x.dtype, copy=n >= 3) for n, (g, x) in pairs)
 
 
 # --- both -----------------------------------------------------------------------------------------
@@ -367,7 +373,7 @@ def retrieve_backward(
             call = (dout, (out, lse, selected), t, rows, settings, retrieval)
             differentiate = partial(launch_retrieval_backward.retrieval_backward, *call)
             grads = first_calls.side_by_side(differentiate)
-            return tuple(g.to(x.dtype) for g, x in zip(grads, (*qkv, *tokens), strict=True))
+            return _as_outputs(grads, (*qkv, *tokens))
     geometry = attention_geometry(
         q.shape[2], k.shape[2], settings, masks.key_mask, masks.segment_ids, q.device
     )

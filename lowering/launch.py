@@ -255,25 +255,42 @@ def _splits(wanted: int) -> int:
     return 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
 
 
-def _partial_sums(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in parts)
+def _in_parts(
+    like: Tensor, splits: int, rows: int, columns: tuple[int, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Allocate sums of ``rows`` rows for each split, and say where each kind of them begins.
+
+    All lie in one tensor, ``[splits, rows * sum(columns)]``: one launch adds up the splits.
+    """
+    parts = like.new_empty(splits, rows * sum(columns))
+    begins = (rows * sum(columns[:n]) for n in range(len(columns)))
+    return parts, [parts.view(-1)[begin:] for begin in begins]
+
+
+def _added(parts: Tensor, rows: int, columns: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Add up the splits, in their order: the same bits each time."""
+    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    return total.split([rows * count for count in columns])
 
 
 def chunk_gradients(
     spec: KernelSpec, values: dict[str, Any], kv_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``dchunk``: fp32 gradients of chunk tokens, rows ``B * Hkv``."""
+    """Run ``dchunk``: fp32 gradients of chunk tokens, rows ``B * Hkv``; they share storage."""
     schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
     splits = _splits(_TILES_IN_FLIGHT // tiles)
-    dims = (spec.head_dim, spec.value_dim)
-    sums = [like.new_empty(splits, kv_rows, chunks, dim) for dim in dims]
-    sums.append((like.new_zeros if spec.whole_chunks else like.new_empty)(splits, kv_rows, chunks))
+    rows, columns = kv_rows * chunks, (spec.head_dim, spec.value_dim, 1 - spec.whole_chunks)
+    parts, begins = _in_parts(like, splits, rows, columns)
     names = ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr")
-    outputs = dict(zip(names, sums, strict=True)) | {"splits": splits}
+    outputs = dict(zip(names, begins, strict=True)) | {"splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    return _partial_sums(tuple(sums))  # pyright: ignore[reportReturnType]
+    dk, dv, dbias = _added(parts, rows, columns)
+    if spec.whole_chunks:
+        dbias = like.new_zeros(rows)
+    k, v, bias = (x.view(kv_rows, chunks, -1) for x in (dk, dv, dbias))
+    return k, v, bias[..., 0]
 
 
 def sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> dict[str, Tensor]:
@@ -281,13 +298,11 @@ def sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> di
     like, sinks = values["lse_ptr"], spec.sink_size
     tiles = -(-sinks // _schedule(spec, values).block_n)
     splits = _splits(values["queries"] * spec.group // _QUERIES_PER_SINK_PROGRAM)
-    sums = tuple(
-        like.new_empty(splits, kv_rows, sinks, dim) for dim in (spec.head_dim, spec.value_dim)
-    )
-    outputs = {"dk_sink_ptr": sums[0], "dv_sink_ptr": sums[1], "splits": splits}
+    rows, columns = kv_rows * sinks, (spec.head_dim, spec.value_dim)
+    parts, (dk, dv) = _in_parts(like, splits, rows, columns)
+    outputs = {"dk_sink_ptr": dk, "dv_sink_ptr": dv, "splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    dk, dv = _partial_sums(sums)
-    return {"dk_sink_ptr": dk, "dv_sink_ptr": dv}
+    return dict(zip(("dk_sink_ptr", "dv_sink_ptr"), _added(parts, rows, columns), strict=True))
 
 
 def _key_gradients(

@@ -171,10 +171,10 @@ def rejection(spec: KernelSpec, schedule: Schedule, target: Target) -> str | Non
 
 
 def _bad_shape(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
-    for name in ("block_m", "block_n"):
-        block = getattr(schedule, name)
-        if block < 16 or block & (block - 1):
-            return f"{name}={block} is no power of two of at least 16"
+    least = 8 if spec.kind == "chunk_tokens" else 16  # which multiplies no matrices
+    for name, block in (("block_m", schedule.block_m), ("block_n", schedule.block_n)):
+        if block < least or block & (block - 1):
+            return f"{name}={block} is no power of two of at least {least}"
     if schedule.block_m > STATE_BLOCK:
         return f"block_m={schedule.block_m} exceeds the {STATE_BLOCK} of query states"
     warps, stages = schedule.num_warps, schedule.num_stages

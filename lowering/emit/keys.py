@@ -268,13 +268,16 @@ def _results(spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim) -> list[str]:
         lines += _select("dv", e, f"exists & {flags}" if flags else "exists")
         return [
             *lines,
-            f"part = (split * kv_rows + bhk64) * {rows} + offset",
-            *d.store("dk", f"dk_sink_ptr + part * {d.size}", "offs_t", str(d.size), bound),
-            *e.store("dv", f"dv_sink_ptr + part * {e.size}", "offs_t", str(e.size), bound),
+            *_first_of_part(spec, rows),
+            f"sink_row = bhk64 * {rows} + offset",
+            *d.store(
+                "dk", f"dk_sink_ptr + part + sink_row * {d.size}", "offs_t", str(d.size), bound
+            ),
+            *e.store(
+                "dv", f"dv_sink_ptr + part + sink_row * {e.size}", "offs_t", str(e.size), bound
+            ),
         ]
-    lines += [
-        "part = split * kv_rows * tl.cast(chunks, tl.int64) + chunk_row",
-    ]
+    lines += _first_of_part(spec, "chunks")
     if spec.documents == "packed":
         seen = "exists & (chunk_first >= 0)"
     else:
@@ -283,13 +286,23 @@ def _results(spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim) -> list[str]:
         f"seen = {seen}",
         *_select("dk", d, "seen"),
         *_select("dv", e, "seen"),
-        *d.store("dk", f"drfa_k_ptr + part * {d.size}", "offs_t", str(d.size), "exists"),
-        *e.store("dv", f"drfa_v_ptr + part * {e.size}", "offs_t", str(e.size), "exists"),
+        *d.store(
+            "dk", f"drfa_k_ptr + part + chunk_row * {d.size}", "offs_t", str(d.size), "exists"
+        ),
+        *e.store(
+            "dv", f"drfa_v_ptr + part + chunk_row * {e.size}", "offs_t", str(e.size), "exists"
+        ),
     ]
     if _has_bias(spec):
-        store = "tl.store(drfa_bias_ptr + part + offs_t, tl.where(seen, dbias, 0.0), mask=exists)"
-        lines.append(store)
+        place = "drfa_bias_ptr + part + chunk_row + offs_t"
+        lines.append(f"tl.store({place}, tl.where(seen, dbias, 0.0), mask=exists)")
     return lines
+
+
+def _first_of_part(spec: KernelSpec, rows: str) -> list[str]:
+    """Define where the sums of this program's split begin; all sums of a split lie together."""
+    columns = spec.head_dim + spec.value_dim + _has_bias(spec)
+    return [f"part = tl.cast(split, tl.int64) * kv_rows * {rows} * {columns}"]
 
 
 def _select(tile: str, dim: Dim, rows: str) -> list[str]:

@@ -12,6 +12,7 @@ from flasheva_compile.kernels.reference.attention import eva_attention
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
+from flasheva_compile import implementations
 from flasheva_compile.errors import LoweringError
 from flasheva_compile.ops import OP_VERSION, eva_features, flasheva_attention
 from tests.attention_cases import MASKS, RULES, AttentionCase
@@ -326,3 +327,13 @@ def test_features_of_the_eva_rule_have_the_dtype_of_keys():
 
     found = eva_features(q, k, tokens, parameters, None)
     assert [x.dtype for x in found] == [torch.bfloat16] * 2
+
+
+def test_gradients_that_an_op_returns_share_no_storage():
+    """Kernels add up those of chunk tokens in one tensor; outputs of an op may not be its parts."""
+    sums = torch.ones(12)
+    grads = [torch.ones(2) for _ in range(3)] + list(sums.split(4))
+    found = implementations._as_outputs(grads, [torch.ones(4) for _ in grads])
+    storages = {x.untyped_storage().data_ptr() for x in found}
+    assert len(storages) == len(grads)
+    assert all(a is b for a, b in zip(found[:3], grads, strict=False))

@@ -110,12 +110,17 @@ def test_few_sinks_make_a_small_tile():
     assert choose(spec_of("dsink", sink_size=48), H100).block_n == 64
 
 
-def test_pooling_with_softmaxes_gets_more_warps():
-    warps = {
-        rule: choose(spec_of("chunk_tokens", chunk_rule=rule), H100).num_warps
-        for rule in ("mean", "tangent", "evabyte", "eva")
-    }
-    assert warps == {"mean": 4, "tangent": 8, "evabyte": 8, "eva": 4}
+def test_pooling_with_softmaxes_gets_more_threads_for_a_chunk():
+    def tiles(**fields):
+        chosen = choose(spec_of("chunk_tokens", **fields), H100)
+        return chosen.block_n, chosen.num_warps
+
+    found = {rule: tiles(chunk_rule=rule) for rule in ("mean", "tangent", "evabyte", "eva")}
+    assert found == {"mean": (32, 4), "tangent": (8, 2), "evabyte": (32, 8), "eva": (32, 4)}
+    # As many numbers a thread in narrower heads; only what was measured.
+    assert tiles(chunk_rule="tangent", head_dim=32) == (16, 2)
+    assert tiles(chunk_rule="tangent", head_dim=128) == (16, 8)
+    assert tiles(chunk_rule="tangent", dtype="fp32") == (32, 8)
 
 
 def test_tensor_descriptors_are_dropped_where_rows_do_not_allow_them():

@@ -178,7 +178,7 @@ def call_values(t: Operands, rows: Rows, s: AttentionSettings) -> dict[str, Any]
 
 # --- backward -------------------------------------------------------------------------------------
 
-_TILES_IN_FLIGHT = 32  # resident tiles a head below which their queries are shared out
+_PROGRAMS_IN_FLIGHT = 512  # of a row, below which queries are shared out (measured: 256 to 1024)
 _QUERIES_PER_SINK_PROGRAM = 1024
 _MOST_SPLITS = 64
 
@@ -251,7 +251,7 @@ def _tokens(t: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _splits(wanted: int) -> int:
-    """Round down to a power of two; lengths alone decide, so that batches change no bit."""
+    """Round down to a power of two; never by the batch, which may change no bit."""
     return 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
 
 
@@ -280,7 +280,7 @@ def chunk_gradients(
     schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
-    splits = _splits(_TILES_IN_FLIGHT // tiles)
+    splits = _splits(_PROGRAMS_IN_FLIGHT // (tiles * (values["heads"] // spec.group)))
     rows, columns = kv_rows * chunks, (spec.head_dim, spec.value_dim, 1 - spec.whole_chunks)
     parts, begins = _in_parts(like, splits, rows, columns)
     names = ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr")

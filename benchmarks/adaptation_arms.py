@@ -198,6 +198,10 @@ def retrieval_arms() -> tuple[Arm, ...]:
         found.append(Arm(name=name, config=config, training="none"))
         name = f"{name}, weights"
         found.append(Arm(name=name, config=config, training="none", context_length=8192))
+    for chunk_size, count in ((32, 3), (64, 2)):  # an eighth of the keys
+        fields = {"window_size": 128, "retrieve_chunks": count, "retrieve_by": "bounds"}
+        name = f"tangent w128 c{chunk_size} top-{count} by bounds"
+        found.append(Arm(name=name, config=eva(chunk_size=chunk_size, **fields), training="none"))
     found += [_with_full_layers(count, keep) for count, keep in ((8, 2), (4, 3), (0, 5))]
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))

@@ -102,12 +102,19 @@ def mass_sizes(
     return kept_masses(kernel_rule(o["rule"], list(parameters)))
 
 
+_LONGEST = 2**30  # tokens; a row of bf16 keys would take 64 GiB and more
+
+
 def attention_settings(o: dict[str, Any]) -> AttentionSettings:
-    """Return the numbers of a call; sinks are rounded up to whole chunks."""
+    """Return the numbers of a call; sinks are rounded up to whole chunks.
+
+    Windows and sinks longer than any row are cut: kernels add and subtract them in 32 bits.
+    """
     c = o["chunk_size"]
-    names = ("window_size", "chunk_size", "window", "causal", "q_offset", "scale", "softcap")
+    names = ("chunk_size", "window", "causal", "q_offset", "scale", "softcap")
     return AttentionSettings(
-        sink_tokens=-(-o["sink_tokens"] // c) * c,
+        window_size=min(o["window_size"], _LONGEST // c * c),
+        sink_tokens=-(-min(o["sink_tokens"], _LONGEST) // c) * c,
         dropout_p=o["dropout_p"],
         **{name: o[name] for name in names},
     )

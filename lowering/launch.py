@@ -95,10 +95,7 @@ def _reads_columns(spec: KernelSpec, values: dict[str, Any]) -> bool:
 
 
 def with_bias_columns(spec: KernelSpec, values: dict[str, Any]) -> dict[str, Any]:
-    """Add the columns of biases that a ``forward`` kernel reads, if it reads any.
-
-    Runs a launch, unless pooling has written them.
-    """
+    """Add the columns of biases that ``forward`` reads, if any; a launch unless pooling did it."""
     if "bias_columns_ptr" in values or not _reads_columns(spec, values):
         return values
     bias = values["rfa_bias_ptr"]
@@ -280,15 +277,16 @@ def chunk_gradients(
     schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
-    splits = _splits(_PROGRAMS_IN_FLIGHT // (tiles * (values["heads"] // spec.group)))
-    rows, columns = kv_rows * chunks, (spec.head_dim, spec.value_dim, 1 - spec.whole_chunks)
+    wanted = _PROGRAMS_IN_FLIGHT // (tiles * (values["heads"] // spec.group))
+    splits = _splits(min(wanted, spec.chunk_size * spec.group // 4))  # no more bytes than ``dq``
+    # A bias has four columns, of which one is used: all rows begin at multiples of 16 bytes.
+    rows, columns = kv_rows * chunks, (spec.head_dim, spec.value_dim, 4 - 4 * spec.whole_chunks)
     parts, begins = _in_parts(like, splits, rows, columns)
     names = ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr")
     outputs = dict(zip(names, begins, strict=True)) | {"splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
     dk, dv, dbias = _added(parts, rows, columns)
-    if spec.whole_chunks:
-        dbias = like.new_zeros(rows)
+    dbias = like.new_zeros(rows) if spec.whole_chunks else dbias[:rows]
     k, v, bias = (x.view(kv_rows, chunks, -1) for x in (dk, dv, dbias))
     return k, v, bias[..., 0]
 
@@ -334,8 +332,10 @@ def fuses_pooling(spec: KernelSpec, target: Target) -> bool:
     Weights that depend on keys take four more tiles of registers, which wide heads do not have, or
     products with few rows, which spill where no warpgroup multiplies from shared memory.
     """
-    few = spec.chunk_rule == "mean" or max(spec.head_dim, spec.value_dim) <= NARROW
-    return few or (pools_by_products(spec) and target.capability == 90)
+    size = max(spec.head_dim, spec.value_dim)
+    measured = target.capability == 90 and size <= 128
+    few = spec.chunk_rule == "mean" or size <= NARROW
+    return few or (pools_by_products(spec) and measured)
 
 
 def run_over_keys(

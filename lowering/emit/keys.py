@@ -301,7 +301,7 @@ def _results(spec: KernelSpec, schedule: Schedule, d: Dim, e: Dim) -> list[str]:
 
 def _first_of_part(spec: KernelSpec, rows: str) -> list[str]:
     """Define where the sums of this program's split begin; all sums of a split lie together."""
-    columns = spec.head_dim + spec.value_dim + _has_bias(spec)
+    columns = spec.head_dim + spec.value_dim + 4 * _has_bias(spec)
     return [f"part = tl.cast(split, tl.int64) * kv_rows * {rows} * {columns}"]
 
 

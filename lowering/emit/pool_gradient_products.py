@@ -95,7 +95,8 @@ def _touched_chunks(spec: KernelSpec, schedule: Schedule) -> list[str]:
         f"BLOCK_C: tl.constexpr = {_touched(spec, schedule)}",
         "offs_c = tl.arange(0, BLOCK_C)",
         f"slots = first_chunk{slot} + offs_c",
-        "held = slots < chunks",
+        # Other chunks' numbers, should they be infinite, are not to come near these keys.
+        f"held = (slots < chunks) & (first_chunk + offs_c <= tl.maximum(last, 0) // {c})",
         "chunk_rows = bhk64 * chunks + slots",
         f"own = (offs_n // {c} - first_chunk)[:, None] == offs_c[None, :]",
         f"own &= (exists{valid})[:, None]",
@@ -158,9 +159,14 @@ def _tangent_weights(d: Dim) -> list[str]:
 def _deviation(
     tile: str, pooled: str, gradient: str, pointer: str, dim: Dim, *, more: bool = False
 ) -> list[str]:
-    """Multiply rows by their chunk's gradient, to ``inner``, and chunks' means, to ``pooled``."""
+    """Multiply rows by their chunk's gradient, to ``inner``, and chunks' means, to ``pooled``.
+
+    Both by the same numbers, those of the halves: what the two differ by is what counts.
+    """
+    high, low = (f"{gradient}{{0}}_{half}.to(tl.float32)" for half in ("high", "low"))
     return [
         *_times_rows("inner", tile, gradient, dim, more=more),
+        *(f"{gradient}{n} = {high.format(n)} + {low.format(n)}" for n in dim.indices),
         *_chunk_rows(dim, pooled, pointer),
         f"pooled {'+' if more else ''}= {dim.row_sum(pooled, gradient)}",
     ]

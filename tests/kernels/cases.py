@@ -35,7 +35,7 @@ SWITCHES = [
     for f in dataclasses.fields(Schedule)
     if isinstance(f.default, bool) and f.name not in OF_SPECIALISTS
 ]
-SPLITS = {"_PROGRAMS_IN_FLIGHT": (1, 16), "_QUERIES_PER_SINK_PROGRAM": (16, 1024)}
+SPLITS = {"_PROGRAMS_IN_FLIGHT": (1, 4), "_QUERIES_PER_SINK_PROGRAM": (16, 1024)}
 """Constants of the launches that share a kernel's work out, and what to try for them."""
 
 

@@ -117,6 +117,25 @@ def test_gradients_of_pooling_by_products_are_the_reference(case):
     check(case)
 
 
+def _both_ways(case: KernelCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return what products give, and what keys one by one do."""
+    found = run_kernels(case)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (keys, launch):
+            patch.setattr(module, "pools_by_products", lambda _: False)
+        return found, run_kernels(case)
+
+
+def test_weights_of_one_key_lose_nothing_by_large_vectors():
+    """One key has all the weight of a chunk: its deviation is zero, and is multiplied by phi."""
+    shape = {"batch": 1, "kv_heads": 1, "keys": 90, "queries": 90, "rule": "tangent", "seed": 3}
+    case = KernelCase(**shape, chunk_size=4, window_size=8, **_POOLED_BY_PRODUCTS)
+    vars(case)["parameters"] = tuple(100 * x for x in case.parameters)
+    truth = run_formula(case, torch.float64)["dk"]
+    for found in _both_ways(case):
+        assert (found["dk"].double() - truth).abs().max() < 5e-3 * truth.abs().max()
+
+
 def test_products_lose_next_to_nothing_and_find_chunks_far_on():
     """Keys that differ little from their mean: what moves a weight is a small difference."""
     shape = {"batch": 1, "kv_heads": 2, "keys": 150, "queries": 150, "rule": "tangent"}
@@ -124,13 +143,36 @@ def test_products_lose_next_to_nothing_and_find_chunks_far_on():
     case = KernelCase(**shape, **sizes, **_POOLED_BY_PRODUCTS)
     q, k, v = case.qkv
     vars(case)["qkv"] = (q, k / 8 + 4, v / 8 + 4)
-    found = run_kernels(case)["dp0"]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (keys, launch):
-            patch.setattr(module, "pools_by_products", lambda _: False)
-        key_by_key = run_kernels(case)["dp0"]
-    error = (found - key_by_key).abs().max() / key_by_key.abs().max()
+    found, key_by_key = _both_ways(case)
+    error = (found["dp0"] - key_by_key["dp0"]).abs().max() / key_by_key["dp0"].abs().max()
     assert 0 < error < 2e-3  # by one bf16 number each it would be 0.7
+
+
+def test_a_tile_of_keys_may_touch_more_chunks_than_a_product_has_rows_at_least():
+    """64 keys that begin inside a chunk of four touch 17: 32 rows, as on a GPU."""
+    shape = {"batch": 2, "kv_heads": 1, "keys": 150, "queries": 150, "rule": "tangent"}
+    sizes = {"chunk_size": 4, "window_size": 8, "seed": 3, "mask": "left_padding"}
+    tiles = dataclasses.replace(cases.SMALLEST, block_n=64)
+    check(KernelCase(**shape, **sizes, **_POOLED_BY_PRODUCTS, schedule=tiles))
+
+
+def test_an_infinite_gradient_stays_in_its_tile():
+    """Products multiply it by the zeros of other chunks' keys, but of no other tile's."""
+    case = KernelCase(keys=96, queries=96, chunk_size=4, rule="tangent", **_POOLED_BY_PRODUCTS)
+    gradients = launch.chunk_gradients
+
+    def with_infinity(*arguments):
+        found = gradients(*arguments)
+        found[1][:, 9] = torch.inf  # keys 36 to 39, in the tile of 32 to 47
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "chunk_gradients", with_infinity)
+        dv = run_kernels(case)["dv"]
+    lost = dv[0, 0].isfinite().logical_not().any(-1).nonzero().flatten()
+    assert 36 in lost.tolist()
+    assert lost.min() >= 32
+    assert lost.max() < 48
 
 
 @given(kernel_cases(max_keys=60))

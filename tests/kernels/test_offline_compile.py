@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from flasheva_compile.lowering.emit.module import emit
+from flasheva_compile.lowering.launch import fuses_pooling
 from flasheva_compile.lowering.offline import TARGETS, Resources, launch_options, resources
 from flasheva_compile.lowering.schedule import choose, known_target
 
@@ -106,3 +107,11 @@ def test_problems_are_named():
         target="gfx942", registers=100, shared=65537, stack=8, matrix="mfma", matrix_count=1
     )
     assert too_much.problems() == ("stack", "shared")
+
+
+def test_pooling_by_products_is_fused_where_that_was_measured():
+    spec = families.base("bf16", 128, chunk_rule="tangent", parameters=1).of_kind("dkv")
+    fused = {target for target in TARGETS if fuses_pooling(spec, known_target(target))}
+    assert fused == {"sm_90"}
+    wider = families.base("bf16", 256, chunk_rule="tangent", parameters=1).of_kind("dkv")
+    assert not fuses_pooling(wider, known_target("sm_90"))

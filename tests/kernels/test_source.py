@@ -195,3 +195,10 @@ def test_inspect_refuses_what_it_does_not_know(command, capsys):
     with pytest.raises(SystemExit):
         inspect.main(command.split())
     assert command.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dchunk", "dsink"])
+def test_parts_of_sums_are_found_in_64_bits(kernels, kind):
+    sources = [k.source for k in kernels.values() if k.spec.kind == kind]
+    assert sources
+    assert all("part = tl.cast(split, tl.int64) * " in source for source in sources)

@@ -113,7 +113,7 @@ def attention_settings(o: dict[str, Any]) -> AttentionSettings:
     c = o["chunk_size"]
     names = ("chunk_size", "window", "causal", "q_offset", "scale", "softcap")
     return AttentionSettings(
-        window_size=min(o["window_size"], _LONGEST // c * c),
+        window_size=min(o["window_size"], max(1, _LONGEST // c) * c),
         sink_tokens=-(-min(o["sink_tokens"], _LONGEST) // c) * c,
         dropout_p=o["dropout_p"],
         **{name: o[name] for name in names},

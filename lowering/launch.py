@@ -26,6 +26,7 @@ from flasheva_compile.lowering.kernel_arguments import (
     unit_stride,
 )
 from flasheva_compile.lowering.load import load
+from flasheva_compile.lowering.partial_sums import partial_sums, reduced
 from flasheva_compile.lowering.pooled_chunks import with_vectors
 from flasheva_compile.lowering.schedule import choose, current_target
 from flasheva_compile.lowering.spec import (
@@ -252,22 +253,10 @@ def _splits(wanted: int) -> int:
     return 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
 
 
-def _in_parts(
-    like: Tensor, splits: int, rows: int, columns: tuple[int, ...]
-) -> tuple[Tensor, list[Tensor]]:
-    """Allocate sums of ``rows`` rows for each split, and say where each kind of them begins.
-
-    All lie in one tensor, ``[splits, rows * sum(columns)]``: one launch adds up the splits.
-    """
-    parts = like.new_empty(splits, rows * sum(columns))
-    begins = (rows * sum(columns[:n]) for n in range(len(columns)))
-    return parts, [parts.view(-1)[begin:] for begin in begins]
-
-
-def _added(parts: Tensor, rows: int, columns: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Add up the splits, in their order: the same bits each time."""
-    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
-    return total.split([rows * count for count in columns])
+def chunk_splits(spec: KernelSpec, programs: int) -> int:
+    """Return the splits of ``dchunk`` for its programs a row; sums take ``dq``'s bytes at most."""
+    wanted = _PROGRAMS_IN_FLIGHT // programs
+    return _splits(min(wanted, spec.chunk_size * spec.group // 4))
 
 
 def chunk_gradients(
@@ -277,15 +266,14 @@ def chunk_gradients(
     schedule = _schedule(spec, values)
     chunks, like = values["chunks"], values["lse_ptr"]
     tiles = -(-chunks // schedule.block_n)
-    wanted = _PROGRAMS_IN_FLIGHT // (tiles * (values["heads"] // spec.group))
-    splits = _splits(min(wanted, spec.chunk_size * spec.group // 4))  # no more bytes than ``dq``
+    splits = chunk_splits(spec, tiles * (values["heads"] // spec.group))
     # A bias has four columns, of which one is used: all rows begin at multiples of 16 bytes.
     rows, columns = kv_rows * chunks, (spec.head_dim, spec.value_dim, 4 - 4 * spec.whole_chunks)
-    parts, begins = _in_parts(like, splits, rows, columns)
+    parts, begins = partial_sums(like, splits, rows, columns)
     names = ("drfa_k_ptr", "drfa_v_ptr", "drfa_bias_ptr")
     outputs = dict(zip(names, begins, strict=True)) | {"splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    dk, dv, dbias = _added(parts, rows, columns)
+    dk, dv, dbias = reduced(parts, rows, columns)
     dbias = like.new_zeros(rows) if spec.whole_chunks else dbias[:rows]
     k, v, bias = (x.view(kv_rows, chunks, -1) for x in (dk, dv, dbias))
     return k, v, bias[..., 0]
@@ -297,10 +285,10 @@ def sink_gradients(spec: KernelSpec, values: dict[str, Any], kv_rows: int) -> di
     tiles = -(-sinks // _schedule(spec, values).block_n)
     splits = _splits(values["queries"] * spec.group // _QUERIES_PER_SINK_PROGRAM)
     rows, columns = kv_rows * sinks, (spec.head_dim, spec.value_dim)
-    parts, (dk, dv) = _in_parts(like, splits, rows, columns)
+    parts, (dk, dv) = partial_sums(like, splits, rows, columns)
     outputs = {"dk_sink_ptr": dk, "dv_sink_ptr": dv, "splits": splits}
     run(spec, lambda _: kv_rows * tiles * splits, values | outputs)
-    return dict(zip(("dk_sink_ptr", "dv_sink_ptr"), _added(parts, rows, columns), strict=True))
+    return dict(zip(("dk_sink_ptr", "dv_sink_ptr"), reduced(parts, rows, columns), strict=True))
 
 
 def _key_gradients(

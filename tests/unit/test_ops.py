@@ -11,6 +11,7 @@ from flasheva_compile.kernels.blocked.dropout import keep_mask
 from flasheva_compile.kernels.reference.attention import eva_attention
 from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.nn import functional
 
 from flasheva_compile import implementations
 from flasheva_compile.errors import LoweringError
@@ -337,3 +338,24 @@ def test_gradients_that_an_op_returns_share_no_storage():
     storages = {x.untyped_storage().data_ptr() for x in found}
     assert len(storages) == len(grads)
     assert all(a is b for a, b in zip(found[:3], grads, strict=False))
+
+
+@pytest.mark.parametrize("chunk_size", [4, 16, 48])
+def test_windows_and_sinks_beyond_any_row_are_cut_to_what_32_bits_can_add(chunk_size):
+    """A padded row's first query minus a window near 2 ** 31 wrapped around, and saw nothing."""
+    huge = {"window_size": 2**40 * chunk_size, "sink_tokens": 2**40}
+    settings = implementations.attention_settings({**OPTIONS, **huge, "chunk_size": chunk_size})
+    for size in (settings.window_size, settings.sink_tokens):
+        assert size % chunk_size == 0
+        assert 2**30 - chunk_size < size < 2**30 + chunk_size
+    own = implementations.attention_settings({**OPTIONS, "chunk_size": 2**31, "window_size": 2**31})
+    assert own.window_size == 2**31  # never less than a chunk
+
+
+def test_a_window_beyond_any_row_is_softmax():
+    q, k, v = (torch.randn(1, 2, 40, 8) for _ in "qkv")
+    mask = torch.arange(40)[None] >= 20
+    seen = mask & torch.ones(40, 40, dtype=torch.bool).tril()
+    out = flasheva_attention(q, k, v, key_mask=mask, window_size=2**40, chunk_size=16)[0]
+    wanted = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(out[:, :, 20:], wanted[:, :, 20:])

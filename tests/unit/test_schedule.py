@@ -5,7 +5,9 @@ import json
 from typing import get_args
 
 import pytest
-from flasheva_compile.lowering import schedule, schedule_cost
+import torch
+from flasheva_compile.lowering import launch, schedule, schedule_cost
+from flasheva_compile.lowering.launch import chunk_splits
 from flasheva_compile.lowering.schedule import (
     Target,
     choose,
@@ -309,3 +311,27 @@ def test_pipelining_and_descriptors_help():
     cost = schedule_cost.cost
     assert cost(spec, deep, H100) < cost(spec, shallow, H100)
     assert cost(spec, deep, H100) < cost(spec, tile(num_stages=2), H100)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 8), (8, 4), (32, 1), (1, 1)])
+@pytest.mark.parametrize("length", [1024, 4096, 16384])
+def test_partial_sums_take_no_more_than_the_gradient_of_queries(kv_heads, group, length):
+    """Splits may not follow the batch, so that what they write grows with it."""
+    spec = spec_of("dchunk", head_dim=128, group=group, chunk_size=16)
+    chunks = length // 16
+    splits = chunk_splits(spec, -(-chunks // 64) * kv_heads)
+    bytes_of_sums = splits * chunks * (2 * 128 + 4) * 4
+    assert bytes_of_sums <= 1.02 * group * length * 128 * 2
+    assert splits > 1 or length * kv_heads > 2**17
+
+
+def test_splits_do_not_follow_the_batch(monkeypatch):
+    """They change the order of sums, and a row alone has the bits that it has in a batch."""
+    seen = []
+    how = Schedule(block_m=64, block_n=64, num_warps=4, num_stages=2)
+    monkeypatch.setattr(launch, "_schedule", lambda *_: how)
+    monkeypatch.setattr(launch, "run", lambda _, __, values: seen.append(values["splits"]))
+    values = {"chunks": 256, "lse_ptr": torch.zeros(1), "heads": 32}
+    for batch in (1, 3, 8):
+        launch.chunk_gradients(spec_of("dchunk"), values, 32 * batch)
+    assert seen == [4, 4, 4]

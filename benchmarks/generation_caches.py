@@ -101,18 +101,17 @@ ARMS = {
         config=TOP_8,
     ),
     "flasheva_offloaded": Arm(
-        about="the same with exact keys in host memory",
-        static=True,
-        eva=True,
-        config=TOP_8,
-        store="offloaded",
+        about="the same, keys on the host", static=True, eva=True, config=TOP_8, store="offloaded"
     ),
     "flasheva_fp8_store": Arm(
-        about="the same with keys and values in fp8 on the device",
+        about="the same, keys and values in fp8", static=True, eva=True, config=TOP_8, store="fp8"
+    ),
+    "flasheva_retrieval_full": Arm(
+        about="top-8 of chunks of 32 keys by bounds, and one layer of 16 full",
         static=True,
         eva=True,
-        config=TOP_8,
-        store="fp8",
+        config={**TOP_8, "retrieve_by": "bounds"},
+        full_every=16,
     ),
     "flasheva_hybrid": Arm(
         about="FlashEvaCache, preallocated; every fourth layer full",

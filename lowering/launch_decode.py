@@ -18,7 +18,7 @@ from flasheva_compile.lowering.direct_launch import on_device
 from flasheva_compile.lowering.kernel_arguments import DTYPES, rule_values, unit_stride
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose, current_target
-from flasheva_compile.lowering.spec import KernelSpec
+from flasheva_compile.lowering.spec import NARROW, KernelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,11 +37,11 @@ STATE_ARGUMENTS = (
 
 _is_contiguous = torch.Tensor.is_contiguous
 _LOG2E = math.log2(math.e)
-_PROGRAMS_PER_MULTIPROCESSOR = 2
-_TILES_PER_PART = 2
+_TILE_COST = 20  # of a tile that a part reads, where adding a part up costs 1 (measured: 10 to 20)
 _TILES_PER_LONG_PART = 32  # more parts than fill the device must not cost what they leave behind
 _OCCUPIED = 0.9
 _MOST_PARTS = 128
+_FEW_ROWS = 64  # and key heads
 
 
 class StepShape(NamedTuple):
@@ -167,10 +167,13 @@ def _plan(shape: StepShape, s: AttentionSettings) -> Plan:
     """Generate and load the kernels; schedules are those of the first step of such a layer."""
     spec = decode_spec(shape, s)
     schedule, combine_spec = choose(spec), spec.of_kind("decode_combine")
-    kernel, combine = load(spec, schedule), load(combine_spec, choose(combine_spec))
     rows, heads = shape.v[0] * shape.v[1], shape.q[0] * shape.q[1]
+    added = choose(combine_spec)
+    # Where programs are many, those that wait are in the way of those that read (measured).
+    added = dataclasses.replace(added, dependent=added.dependent and rows <= _FEW_ROWS)
+    kernel, combine = load(spec, schedule), load(combine_spec, added)
     slots = exact_slots(s)
-    splits = parts_of(schedule, rows, shape.chunks, slots)
+    splits = parts_of(schedule, rows, shape.chunks, slots, _held(spec))
     scale = s.scale * _LOG2E
     return Plan(
         programs=rows * splits,
@@ -242,31 +245,52 @@ def whole(spec: KernelSpec) -> KernelSpec:
     )
 
 
-def parts_of(schedule: Schedule, rows: int, chunks: int, slots: int) -> int:
+def parts_of(
+    schedule: Schedule, rows: int, chunks: int, slots: int, held: tuple[int, ...] = (2,)
+) -> int:
     """Return into how many parts the cache of a row and head is split.
 
     It follows from the room in the cache, not from what is in it, so that a captured graph with
     its fixed grid stays valid; parts that turn out to be empty end at once.
 
     Args:
-        schedule: Of ``decode``.
+        schedule: Of the kernel that attends.
         rows: Rows times key heads.
         chunks: Chunk tokens that the cache has room for.
         slots: Its exact slots.
+        held: Programs of four warps that a multiprocessor gets, best first.
     """
-    tiles = -(-chunks // schedule.block_n) + -(-slots // schedule.block_n)
-    most = max(1, min(tiles // _TILES_PER_PART, _MOST_PARTS))
-    programs = _PROGRAMS_PER_MULTIPROCESSOR * max(1, 4 // schedule.num_warps)
-    capacity = programs * current_target().multiprocessors
-    fewest = max(1, capacity // max(1, rows))
-    if fewest >= most:
-        return most
+    tiles = -(-chunks // schedule.block_n) - (-slots // schedule.block_n)
+    most = max(1, min(_filling(schedule, max(1, rows), tiles, held), tiles, _MOST_PARTS))
+    # With rows to spare there is room for parts of few tiles, but each part has to be added up.
+    return min(range(1, most + 1), key=lambda n: _TILE_COST * -(-tiles // n) + n)
 
-    def occupied(splits: int) -> float:
+
+def _held(spec: KernelSpec) -> tuple[int, ...]:
+    """Return how many programs of four warps to give a multiprocessor; narrow heads leave room."""
+    narrow = max(spec.head_dim, spec.value_dim) <= NARROW and spec.dtype != "fp32"
+    return (3, 4) if narrow and not spec.fp8_chunks else (2,)
+
+
+def _filling(schedule: Schedule, rows: int, tiles: int, held: tuple[int, ...]) -> int:
+    """Return how many parts fill the device: evenly, since the last program ends the step."""
+    capacities = [
+        programs * max(1, 4 // schedule.num_warps) * current_target().multiprocessors
+        for programs in held
+    ]
+
+    def occupied(splits: int, capacity: int) -> float:
         """Return which share of the device is busy while all programs run."""
         waves = rows * splits / capacity
         return waves / math.ceil(waves)
 
+    for capacity in capacities:
+        if capacity >= rows and occupied(capacity // rows, capacity) >= _OCCUPIED:
+            return capacity // rows
     # Long parts of rows that do not fill the device evenly leave it idle at the end.
-    tried = range(fewest, max(fewest, min(most, tiles // _TILES_PER_LONG_PART)) + 1)
-    return next((n for n in tried if occupied(n) >= _OCCUPIED), max(tried, key=occupied))
+    capacity = capacities[0]
+    fewest = max(1, capacity // rows)
+    tried = range(fewest, max(fewest, tiles // _TILES_PER_LONG_PART) + 1)
+    known = ((n, occupied(n, capacity)) for n in tried)
+    found = [n for n, share in known if share >= _OCCUPIED]
+    return found[0] if found else max(tried, key=lambda n: occupied(n, capacity))

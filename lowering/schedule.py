@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from flasheva_compile.lowering import recording, schedule_cost
+from flasheva_compile.lowering.emit.dependent_launch import CHAINED
 from flasheva_compile.lowering.load import cache_directory
 from flasheva_compile.lowering.schedule_cost import DECODE_KINDS, SHARED_LIMITS, Target
 from flasheva_compile.lowering.schedule_extend import EXTEND_KINDS, extend_schedule
@@ -43,6 +44,7 @@ _HEAD_SIZES = (64, 128, 256)
 _FEW_SINKS = 16
 _THREE_PROGRAMS = 168  # registers of a thread where a multiprocessor holds three of four warps
 _TWO_PROGRAMS = 128  # and two programs of eight warps
+_LAUNCHES_DEPENDENTS = 90  # the least compute capability
 _SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
 _forced: dict[KernelSpec, Schedule] = {}
@@ -77,7 +79,9 @@ def choose_alike(spec: KernelSpec, target: Target) -> Schedule:
 
 @cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
-    return converting(spec, _tiles(spec, target), target)
+    schedule = converting(spec, _tiles(spec, target), target)
+    dependent = spec.kind in CHAINED and target.capability >= _LAUNCHES_DEPENDENTS
+    return dataclasses.replace(schedule, dependent=dependent)
 
 
 def _tiles(spec: KernelSpec, target: Target) -> Schedule:

@@ -247,6 +247,8 @@ class Schedule:
         overlap: Consumers add the values of one tile while they score the next.
         persistent: As many programs as fit walk over all blocks of queries.
         e4m3: Instructions that know e4m3 turn fp8 into numbers (sm_89 and later).
+        dependent: Launched before the kernel in front of it ends, and lets the next one be
+            launched, see ``emit/dependent_launch.py`` (sm_90 and later).
     """
 
     block_m: int
@@ -261,6 +263,7 @@ class Schedule:
     overlap: bool = False
     persistent: bool = False
     e4m3: bool = False
+    dependent: bool = False
 
 
 def adds_bias_by_product(spec: KernelSpec) -> bool:

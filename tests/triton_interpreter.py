@@ -12,7 +12,8 @@ What it changes:
 - e4m3, which it keeps as raw bits, too, becomes fp16 exactly;
 - an access outside of the tensors of the launch is an error, not a read of whatever is there;
 - so are two stores to one address: they would race on a GPU;
-- the one text of assembly that kernels hold is known, by what it computes.
+- the one text of assembly that kernels hold is known, by what it computes;
+- launches wait for each other anyway, so that there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def install() -> None:
     _fix_products()
     _fix_casts()
     Builder.create_inline_asm = _split_pairs
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        setattr(tl.extra.cuda, name, lambda: None)
     for name in [n for n in dir(Builder) if n.startswith("create_")]:
         if name.removeprefix("create_") not in MOVES:
             setattr(Builder, name, _refusing_bfloat16(name, getattr(Builder, name)))

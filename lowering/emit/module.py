@@ -11,6 +11,7 @@ from flasheva_compile.lowering.emit import specialised
 from flasheva_compile.lowering.emit.arguments import LENGTHS, arguments
 from flasheva_compile.lowering.emit.decode import emit_combine, emit_decode
 from flasheva_compile.lowering.emit.decode_features import FEATURE_FUNCTION
+from flasheva_compile.lowering.emit.dependent_launch import follows, prologue
 from flasheva_compile.lowering.emit.extend import emit_extend
 from flasheva_compile.lowering.emit.extend_append import emit_extend_append, emit_extend_pool
 from flasheva_compile.lowering.emit.fp8_products import SPLIT_FUNCTION
@@ -87,6 +88,7 @@ def emit(spec: KernelSpec, schedule: Schedule) -> GeneratedKernel:
     if schedule.consumers:
         return _specialised(spec, schedule)
     body = without_unread(_body(spec, schedule))
+    body = prologue(spec.kind) + body if schedule.dependent else body
     names = arguments(body)
     constants = _constants(body, spec, schedule)
     source = _header(spec, schedule) + constants
@@ -205,10 +207,11 @@ def _function(spec: KernelSpec, names: tuple[str, ...], body: str) -> str:
 def _launcher(spec: KernelSpec, schedule: Schedule, names: tuple[str, ...]) -> str:
     options = f"num_warps={schedule.num_warps}, num_stages={schedule.num_stages}"
     options += f", maxnreg={schedule.max_registers}" if schedule.max_registers else ""
+    options += ", launch_pdl=True" if schedule.dependent and follows(spec.kind) else ""
     return (
         f"\n\ndef launch(programs, *arguments):\n"
         f'    """Launch {spec.kind} over ``programs`` programs; return what Triton compiled."""\n'
-        f"    return {spec.kind}[(programs,)](*arguments, {options})\n"
+        + wrapped(f"    return {spec.kind}[(programs,)](*arguments, {options})")
     )
 
 

@@ -121,3 +121,26 @@ def _first_loop(ptx: str) -> list[str]:
             pieces = (x.strip(" \t\n{}") for x in text.split(";"))
             return [x for x in pieces if x and not x.startswith(".reg")]
     raise AssertionError("no loop")
+
+
+_MEMORY = re.compile(r"\b(ld|st|atom|red|cp\.async)\b[.\w]*\.global|cp\.async")
+
+
+@pytest.mark.parametrize("kind", ["decode_combine", "extend_append", "extend_combine"])
+def test_what_follows_waits_before_it_touches_memory(kind):
+    """A kernel that is launched early and reads early computes from what is not there yet."""
+    spec = spec_of().of_kind(kind)
+    generated = emit(spec, choose(spec, known_target("sm_90")))
+    assert "launch_pdl=True" in generated.source
+    text = compile_for(generated, "sm_90").asm["ptx"]
+    assert text.count("griddepcontrol.wait") == 1
+    assert text.index("griddepcontrol.wait") < _MEMORY.search(text).start()
+
+
+def test_only_what_waits_is_launched_early():
+    for target in ("sm_80", "sm_90", "gfx942"):
+        for kind in ("decode", "decode_combine", "extend", "extend_append", "extend_combine"):
+            spec = spec_of().of_kind(kind)
+            source = emit(spec, choose(spec, known_target(target))).source
+            assert ("launch_pdl" in source) == ("gdc_wait()" in source), (target, kind)
+            assert ("gdc" in source) == (target == "sm_90"), (target, kind)

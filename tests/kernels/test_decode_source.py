@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,21 +146,50 @@ def test_a_cache_of_every_token_has_one_kernel_without_chunk_tokens():
 
 @pytest.mark.parametrize("room", [1024, 65536, 131072])
 @pytest.mark.parametrize("rows", [1, 8, 24, 64, 133, 144, 256, 272, 512, 800])
-def test_parts_keep_a_device_busy_to_the_end(rows, room):
-    """Of 132 multiprocessors with two programs each, while parts stay long."""
+@pytest.mark.parametrize("held", [(2,), (3, 4)])
+def test_parts_keep_a_device_busy_to_the_end(rows, room, held):
+    """Of 132 multiprocessors with so many programs each, while parts stay long."""
     spec = whole_spec()
     tiles = schedule.choose(spec, schedule.known_target("sm_90"))
-    parts = launch_decode.parts_of(tiles, rows, 0, room)
-    most = room // tiles.block_n // 2
-    assert 1 <= parts <= most
-    waves = rows * parts / (2 * 132)
-    if room >= 65536 and rows >= 8:
-        assert waves / math.ceil(waves) >= 0.9
+    parts = launch_decode.parts_of(tiles, rows, 0, room, held)
+    most = room // tiles.block_n
+    assert 1 <= parts <= min(most, 128)
+    waves = [rows * parts / (programs * 132) for programs in held]
+    if room >= 65536 and rows >= 24:
+        assert max(n / math.ceil(n) for n in waves) >= 0.9
         # What parts leave behind is little beside what they read.
         left, read = parts * 4 * (64 + 2) * 4, room * 64 * 2 * 2
         assert left < read / 200
+    elif rows * most <= held[0] * 132:
+        assert parts == most  # a tile each
     else:
-        assert parts == min(most, 128, max(1, 2 * 132 // rows))
+        assert parts == 1 or waves[-1] <= 1
+
+
+def test_parts_are_no_more_than_their_longest_one_asks_for():
+    """Parts that do not shorten the longest one have to be added up, and nothing else."""
+    tiles = schedule.choose(spec_of(), schedule.known_target("sm_90"))
+    for rows, room in itertools.product((8, 16, 32), (10240, 65536, 131072)):
+        chunks, slots = room // 16, 288
+        parts = launch_decode.parts_of(tiles, rows, chunks, slots, (3, 4))
+        read = -(-chunks // tiles.block_n) - (-slots // tiles.block_n)
+        assert -(-read // parts) < -(-read // (parts - 1))
+
+
+def test_steps_of_many_rows_launch_one_kernel_behind_the_other(monkeypatch):
+    """There programs that wait for the end of others take time from them (measured)."""
+    seen = {}
+
+    def load(spec, chosen):
+        seen[spec.kind] = chosen.dependent
+        return SimpleNamespace(launch=None, generated=SimpleNamespace(arguments=()))
+
+    monkeypatch.setattr(launch_decode, "load", load)
+    for rows, early in ((8, True), (64, True), (72, False)):
+        launch_decode._plan.cache_clear()
+        launch_decode._plan(*step_of(rows))
+        assert seen["decode_combine"] == early
+    launch_decode._plan.cache_clear()
 
 
 def test_one_kernel_combines_for_all_layers_with_the_same_values():

@@ -382,6 +382,7 @@ def _filled_eva(
             size = (rows, shape.kv_heads, context, shape.head_dim)
             keys = torch.empty(1, dtype=model.dtype, device=model.device).expand(size)
             layer.lazy_initialization(keys, keys)
+        if full or not arm.static:  # layers of one cache say that they hold alike
             layer.seen = context
         layer.is_empty = False
         exact = ("keys", "values") if config.retrieve_chunks else ("exact_k", "exact_v")

@@ -3,6 +3,7 @@
 Run ``PYTHONPATH=. python benchmarks/sustained_power.py``. Benchmarks repeat a call for hundreds of
 milliseconds; a device at its limit of power then lowers its clock, whatever the kernel waits for.
 ``burst_ms`` is a call after a quarter of a second of rest, ``ms`` one among two seconds of them.
+Needs nvidia-ml-py, by which PyTorch asks the driver.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -35,16 +35,14 @@ def main() -> None:
     """Measure every contestant and write the JSON."""
     a = parse_arguments()
     device = torch.device("cuda:0")
-    described = header(device, a.commit) | {"power_limit_w": sample(a.gpu, "power.limit")[0]}
-    described["max_clock_mhz"] = sample(a.gpu, "clocks.max.sm")[0]
-    results = Results(path=a.out, identity=IDENTITY, header=described)
+    results = Results(path=a.out, identity=IDENTITY, header=header(device, a.commit))
     with side_stream(device):
         for case, name, step in itertools.product(cases(a), a.contestants, a.passes):
             x = make_inputs(case, device, 0)
             prepare = build(name, case, FlexSettings(), device)
             call = step_function(prepare(case, x), x, step)
             row: dict[str, Any] = {"contestant": name, "pass": step, "length": case.length}
-            row |= {"head_dim": case.op.head_dim, **measured(call, a.gpu)}
+            row |= {"head_dim": case.op.head_dim, **measured(call)}
             work = flops(case.op, case.length, FORMULATIONS[name], step)
             row |= {f"{k}tflops": round(work / row[f"{k}ms"] * 1e-9, 1) for k in ("", "burst_")}
             results.add(row)
@@ -53,7 +51,7 @@ def main() -> None:
             release(device)
 
 
-def measured(call: Callable[[], object], gpu: str) -> dict[str, Any]:
+def measured(call: Callable[[], object]) -> dict[str, Any]:
     """Return times [ms], and median clock [MHz] and power [W] while calls go on."""
     for _ in range(3):
         call()
@@ -64,9 +62,9 @@ def measured(call: Callable[[], object], gpu: str) -> dict[str, Any]:
         bursts.append(milliseconds(call, 1))
     calls = max(4, int(SUSTAINED_S * 1e3 / statistics.median(bursts)))
     milliseconds(call, calls // 2)
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[int, float]] = []
     stop = threading.Event()
-    watch = threading.Thread(target=watched, args=(gpu, seen, stop))
+    watch = threading.Thread(target=watched, args=(seen, stop))
     watch.start()
     sustained = milliseconds(call, calls)
     stop.set()
@@ -92,20 +90,11 @@ def milliseconds(call: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-def watched(gpu: str, seen: list[tuple[float, float]], stop: threading.Event) -> None:
-    """Collect clock and power until told to stop."""
+def watched(seen: list[tuple[int, float]], stop: threading.Event) -> None:
+    """Collect clock [MHz] and power [W] until told to stop."""
     while not stop.is_set():
-        clock, power = sample(gpu, "clocks.sm,power.draw.instant")
-        if not stop.is_set():
-            seen.append((clock, power))
-
-
-def sample(gpu: str, fields: str) -> list[float]:
-    """Return what the driver says of a GPU."""
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={fields}"]
-    command.append("--format=csv,noheader,nounits")
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [float(x) for x in done.stdout.strip().split(",")]
+        seen.append((torch.cuda.clock_rate(), torch.cuda.power_draw() / 1e3))
+        time.sleep(0.01)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,7 +106,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--passes", choices=("fwd", "bwd"), nargs="+", default=["fwd", "bwd"])
     names = ("flasheva", "flasheva_attention", "sdpa_flash", "sdpa_cudnn")
     add("--contestants", choices=names, nargs="+", default=list(names))
-    add("--gpu", default="0", help="what nvidia-smi calls the device")
     add("--out", type=Path, default=RESULT)
     add("--commit", help="recorded where git cannot say it")
     shape = {"gqa": [1], "masks": ["causal"], "chunks": ["size"], "windows": ["block:0"]}

@@ -32,6 +32,7 @@ class Arm:
         seed: Of the order of training sequences.
         noise: What the ``eva`` rule adds to its random features in training.
         probe_lengths: Of the pass-key prompts that choose layers [tokens].
+        probe_questions: How many questions on documents of 4000 tokens choose layers, too.
         select_length: Of the texts that choose layers [tokens].
         context_length: ``calibrate`` learns weights of bounds for it, from texts of that length
             [tokens]; None = none, and texts of 2048.
@@ -47,6 +48,7 @@ class Arm:
     seed: int = 0
     noise: FeatureNoise = "none"
     probe_lengths: tuple[int, ...] = (2000, 6000)
+    probe_questions: int = 0
     select_length: int = 2048
     context_length: int | None = None
 
@@ -203,21 +205,23 @@ def retrieval_arms() -> tuple[Arm, ...]:
         name = f"tangent w128 c{chunk_size} top-{count} by bounds"
         found.append(Arm(name=name, config=eva(chunk_size=chunk_size, **fields), training="none"))
     found += [_with_full_layers(count, keep) for count, keep in ((8, 2), (4, 3), (0, 5))]
+    found += [_with_full_layers(count, keep, questions=16) for count, keep in ((8, 2), (4, 3))]
     wide = eva(chunk_size=32, window_size=512, retrieve_chunks=16)
     found.append(Arm(name="tangent w512 c32 top-16", config=wide, training="none"))
     return tuple(found)
 
 
-def _with_full_layers(count: int, keep: int) -> Arm:
+def _with_full_layers(count: int, keep: int, questions: int = 0) -> Arm:
     """Return an arm that touches a quarter of the keys, some of them in full layers."""
     retrieves = {"retrieve_chunks": count, "retrieve_by": "bounds"} if count else {}
     name = f"tangent c32 top-{count} by bounds" if count else "tangent c32"
     return Arm(
-        name=f"{name}, {keep} full",
+        name=f"{name}, {keep} full" + " for questions" * bool(questions),
         config=eva("tangent", 32, **retrieves),
         training="none",
         keep=keep,
         placement="retrieval",
         probe_lengths=(4000, 7600),
+        probe_questions=questions,
         select_length=8192,
     )

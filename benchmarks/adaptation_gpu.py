@@ -33,7 +33,7 @@ from timing import describe
 
 import flasheva_compile as fe
 from flasheva_compile.adaptation.calibrate import converted_attentions
-from flasheva_compile.evaluation.extractive import extractive
+from flasheva_compile.evaluation.extractive import extractive, extractive_batches
 from flasheva_compile.evaluation.passkey import passkey, passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
 
@@ -210,6 +210,10 @@ def choose_layers(
         with switched, casting:
             probe = arm.placement == "retrieval"
             prompts = passkey_batches(tokenizer, arm.probe_lengths, samples=4, seed=1)
+            if arm.probe_questions:  # of other text and names than those that are measured
+                stream = torch.cat(texts[1], 1)[0].tolist()
+                items = questions(tokenizer, stream, arm.probe_questions, 4000, seed=1)
+                prompts += extractive_batches(tokenizer, items)
             options = {"probe": prompts, "mode": "greedy"} if probe else {}
             selection = fe.select_full_layers(model, texts[1], arm.keep, **options)
         row["selection"] = selection.to_dict() | {"seconds": time.monotonic() - start}

@@ -15,11 +15,13 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.evaluation.greedy import device_of, expect_known_tokens, greedy, running
 from flasheva_compile.evaluation.likelihood import next_token_losses
 from flasheva_compile.evaluation.progress import counted
-from flasheva_compile.evaluation.prompt_tokens import decode, encode, leading_tokens
+from flasheva_compile.evaluation.prompt_tokens import decode, encode, labelled, leading_tokens
 from flasheva_compile.validation import expect_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +180,31 @@ def extractive(
         )
         rows.append(row)
     return ExtractiveReport(rows=tuple(rows))
+
+
+def extractive_batches(
+    tokenizer: Any,  # noqa: ANN401
+    items: Iterable[ExtractiveItem],
+) -> list[dict[str, Tensor]]:
+    """Return texts with their answers, ``labels`` on the answers' tokens alone.
+
+    As a ``probe`` of ``select_full_layers``: layers are chosen by the likelihood of the answers.
+    Take other items than for :func:`extractive`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        items: Texts and answers; each is a batch of its own.
+
+    Raises:
+        ConfigError: There is no item.
+    """
+    start, batches = leading_tokens(tokenizer), []
+    for item in items:
+        prompt = start + encode(tokenizer, item.prompt)
+        batches.append(labelled(prompt, encode(tokenizer, f" {item.answer}")))
+    if not batches:
+        raise ConfigError("is empty", subject="items")
+    return batches
 
 
 def _loss_after(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:  # noqa: ANN401

@@ -17,6 +17,7 @@ from flasheva_compile.evaluation.prompt_tokens import (
     encode,
     expect_room,
     filler,
+    labelled,
     leading_tokens,
 )
 from flasheva_compile.validation import expect_integer
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NEW_TOKENS = 8
-_IGNORED = -100  # label of what is not predicted, as in transformers
 _DEPTHS = 5  # bins of depth in tables
 _TASK = (
     "There is important information hidden inside a lot of irrelevant text."
@@ -191,10 +191,7 @@ def passkey_batches(
     for length in lengths:
         for index in range(samples):
             prompt, key, _ = make_prompt(tokenizer, length, f"{seed}/{length}/{index}")
-            answer = encode(tokenizer, f" {key}")
-            labels = [_IGNORED] * len(prompt) + answer
-            pair = {"input_ids": [prompt + answer], "labels": [labels]}
-            batches.append({name: torch.tensor(rows) for name, rows in pair.items()})
+            batches.append(labelled(prompt, encode(tokenizer, f" {key}")))
     return batches
 
 

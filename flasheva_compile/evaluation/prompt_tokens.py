@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flasheva_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
+_IGNORED = -100  # label of what is not predicted, as in transformers
 FILLER = (
     " The grass is green.",
     " The sky is blue.",
@@ -30,6 +35,13 @@ def leading_tokens(tokenizer: Any) -> list[int]:  # noqa: ANN401
         if with_special[start : start + len(plain)] == plain:
             return with_special[:start]
     return []
+
+
+def labelled(prompt: list[int], answer: list[int]) -> dict[str, Tensor]:
+    """Return a batch of one row, ``labels`` on the answer's tokens alone."""
+    labels = [_IGNORED] * len(prompt) + answer
+    pair = {"input_ids": [prompt + answer], "labels": [labels]}
+    return {name: torch.tensor(rows) for name, rows in pair.items()}
 
 
 def filler(tokenizer: Any, count: int) -> tuple[list[int], list[int]]:  # noqa: ANN401

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.evaluation.extractive import ExtractiveItem, extractive, read_items
+from flasheva_compile.evaluation.extractive import (
+    ExtractiveItem,
+    extractive,
+    extractive_batches,
+    read_items,
+)
 from flasheva_compile.evaluation.passkey import make_prompt, passkey, passkey_batches
 from flasheva_compile.evaluation.recall import associative_recall
 from tests.models.evaluation_models import Oracle, byte_llama, byte_tokenizer
@@ -228,3 +233,20 @@ def test_answers_of_pass_key_batches_are_their_labels():
         assert tokenizer.decode(ids[0, :length]).count(answer.strip()) == 2
     again = passkey_batches(tokenizer, [300], samples=1, seed=3)
     assert torch.equal(again[0]["input_ids"], batches[0]["input_ids"])
+
+
+def test_answers_of_question_batches_are_their_labels():
+    """What is asked and answered is what ``extractive`` asks and scores."""
+    items = [ExtractiveItem(prompt=f"{n} is {name}. {n} is", answer=name) for n, name in PAIRS]
+    model, batches = byte_llama(), extractive_batches(TOKENIZER, items)
+    report = extractive(model, TOKENIZER, items, new_tokens=1)
+    for batch, row in zip(batches, report.rows, strict=True):
+        with torch.no_grad():
+            loss = model(**batch).loss.item()
+        assert int((batch["labels"] != -100).sum()) == row.answer_tokens
+        assert loss == pytest.approx(row.nll, rel=1e-4)
+    with pytest.raises(ConfigError, match="items: is empty"):
+        extractive_batches(TOKENIZER, [])
+
+
+PAIRS = (("Ada", "red"), ("Bo", "green"))

@@ -36,8 +36,10 @@ def specialists_rejection(spec: KernelSpec, target: Target) -> str | None:
     if spec.head_dim not in HEAD_DIMS or spec.value_dim != spec.head_dim:
         return f"heads of {spec.head_dim} and {spec.value_dim} columns"
     padded = spec.documents == "padded"
-    if spec.documents == "packed" or spec.key_mask != padded or spec.selection_group:
-        return "rows hold one document each, and every chunk token is read"
+    if spec.documents == "packed" or spec.key_mask != padded:
+        return "rows hold one document each"
+    if spec.selection_group and not spec.causal:
+        return "bits of what was selected are those of chunk tokens in front of the window"
     if spec.softcap or spec.alibi or spec.dropout or spec.negative_scale:
         return "scores are scaled products"
     return None

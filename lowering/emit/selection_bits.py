@@ -1,7 +1,8 @@
 """How kernels leave out selected chunk tokens: one bit per chunk token and group of queries.
 
 ``select`` or ``selection_bits`` write the bits, word by word, groups side by side: ``[B, Hkv,
-words, groups]``. They XX
+words, groups]``. Words of chunk tokens that no query of a group sees are not written: who reads
+them hides these chunk tokens anyway.
 """
 
 from __future__ import annotations
@@ -77,6 +78,37 @@ def unselected(spec: KernelSpec, block_n: int) -> tuple[list[str], str]:
     place = f"offs_t + {bit} % {WORD}" if block_n < WORD else f"offs_t % {WORD}"
     lines += [f"bits = {bits}", f"place = {WORD - 1} - ({place})"]
     return lines, "((bits << place[None, :]) >= 0)"
+
+
+def unselected_by_specialists(spec: KernelSpec, block_n: int) -> tuple[list[str], str]:
+    """Return what :func:`unselected` does, in Gluon, of the ``tile``-th tile of chunk tokens."""
+    words = max(1, block_n // WORD)
+    first = times("tile", words) if block_n >= WORD else f"tile // {WORD // block_n}"
+    lines = [f"tile_bits = bits_rows + gl.cast(groups, gl.int64) * ({first})"]
+    for n in range(words):
+        at = f"tile_bits + {n} * groups" if n else "tile_bits"
+        lines.append(f"bits{n} = gl.load({at}, mask=is_own, other=0)[:, None]")
+    bits = "bits0"
+    for n in range(1, words):
+        bits = f"gl.where((offs_t < {n * WORD})[None, :], {bits}, bits{n})"
+    place = (
+        f"offs_t + tile % {WORD // block_n} * {block_n}" if block_n < WORD else f"offs_t % {WORD}"
+    )
+    return [*lines, f"bits = {bits}", f"place = 1 << ({place})"], "((bits & place[None, :]) == 0)"
+
+
+def own_bits(spec: KernelSpec) -> list[str]:
+    """Define, in Gluon, where the bits of a consumer's own queries are."""
+    size, group = spec.selection_group, spec.group
+    key_row = f"b * (heads // {group}) + bh % heads // {group}" if group > 1 else "bh"
+    index = f"own_query // {size}" if size > 1 else "own_query"
+    return [
+        group_count(spec).replace("tl.", "gl."),
+        "own_query = row + c * OWN + own",
+        "is_own = own_query < queries",
+        f"key_row = {key_row}",
+        f"bits_rows = bits_ptr + gl.cast(key_row, gl.int64) * words * groups + {index}",
+    ]
 
 
 def unselected_rows(spec: KernelSpec, block_m: int) -> tuple[list[str], str]:

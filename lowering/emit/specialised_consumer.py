@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores
 from flasheva_compile.lowering.emit.loops import Either
+from flasheva_compile.lowering.emit.selection_bits import own_bits, unselected_by_specialists
 from flasheva_compile.lowering.emit.source import Source
 from flasheva_compile.lowering.emit.specialised_names import items_loop, layout, unpacked
 from flasheva_compile.lowering.emit.specialised_walks import (
@@ -196,7 +197,7 @@ def _attend(out: Source, spec: KernelSpec, schedule: Schedule) -> None:
     )
     if schedule.overlap:
         offset = "lo_first + (own_tiles - 1) * BLOCK_N"
-        before, hidden = _masked(spec, "key", (LO, HI), offset)
+        before, hidden = _masked(spec, schedule, "key", (LO, HI), offset)
         out.lines(
             "",
             f"# The first tile: {_FIRST if spec.causal else _FIRST_BOTH}",
@@ -209,7 +210,7 @@ def _attend(out: Source, spec: KernelSpec, schedule: Schedule) -> None:
         )
     for walk in consumer_walks(spec, schedule):
         out.lines("", f"# {walk.purpose}")
-        with out.block(walk.header("tile" if any(_hide(spec, walk)) else "_")):
+        with out.block(walk.header("tile" if any(_hide(spec, schedule, walk)) else "_")):
             out.lines(*_tile(spec, schedule, walk), "t += 1")
     if schedule.overlap:
         out.lines(
@@ -222,19 +223,24 @@ def _attend(out: Source, spec: KernelSpec, schedule: Schedule) -> None:
 
 
 def _own_row(spec: KernelSpec) -> list[str]:
-    """Define where the row of a block begins, and its flags."""
-    if spec.documents == "dense":
-        return row_lines(spec)
-    flags = "flags = valid_ptr + gl.cast(b, gl.int64) * columns + start"
-    return ["b = bh // heads", *row_lines(spec), flags]
+    """Define where the row of a block begins, its flags, and bits of what was selected."""
+    bits = own_bits(spec) if spec.selection_group else []
+    row = ["b = bh // heads"] if bits or spec.documents == "padded" else []
+    flags = ["flags = valid_ptr + gl.cast(b, gl.int64) * columns + start"]
+    return [*row, *row_lines(spec), *(flags if spec.documents == "padded" else []), *bits]
 
 
 def _masked(
-    spec: KernelSpec, source: scores.KeySource, mask: Mask, offset: str
+    spec: KernelSpec, schedule: Schedule, source: scores.KeySource, mask: Mask, offset: str
 ) -> tuple[list[str], list[str]]:
     """Return how to hide what may not be attended: before a tile is scored, and after."""
     has_flags = spec.documents == "padded" and source == "key"
     terms = [part.text(keys_first=False) for part in mask] + ["valid[None, :]"] * has_flags
+    if source == "chunk" and spec.selection_group:
+        loads, is_left = unselected_by_specialists(spec, schedule.block_n)
+        places = [f"offs_n = {offset} + offs_t"] if terms else []
+        text = " & ".join([*terms, is_left])
+        return [*loads, *places], [f's = gl.where({text}, s, float("-inf"))']
     if not terms:
         return [], []
     places, text, lines = [f"offs_n = {offset} + offs_t"], " & ".join(terms), []
@@ -249,8 +255,8 @@ def _masked(
     return [*places, f"valid = gl.load(flags + ({offset}) + offs_t{bound}) != 0"], hidden
 
 
-def _hide(spec: KernelSpec, walk: Walk) -> tuple[list[str], list[str]]:
-    return _masked(spec, walk.source, walk.mask, walk.offset)
+def _hide(spec: KernelSpec, schedule: Schedule, walk: Walk) -> tuple[list[str], list[str]]:
+    return _masked(spec, schedule, walk.source, walk.mask, walk.offset)
 
 
 def _tile(spec: KernelSpec, schedule: Schedule, walk: Walk) -> list[str]:
@@ -259,7 +265,7 @@ def _tile(spec: KernelSpec, schedule: Schedule, walk: Walk) -> list[str]:
     operands = "q, ones, ks, bs, k_full" if biased else "q, ks, k_full"
     name = "chunk_scores" if biased else "scores"
     shift = math.log2(spec.chunk_size) if chunk and spec.whole_chunks else 0.0
-    before, hidden = _hide(spec, walk)
+    before, hidden = _hide(spec, schedule, walk)
     weights = f"softmax(s, m_i, l_i, score_scale, {shift})"
     if not schedule.overlap:
         return [

@@ -22,14 +22,17 @@ def without_biases(names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...
 def lengths(spec: KernelSpec) -> tuple[str, ...]:
     """Return the integers that decide what is walked over."""
     columns = () if spec.causal and spec.documents == "dense" else ("columns",)
-    return ("heads", "queries", *columns, "chunks", "q_offset", "items")
+    words = ("words",) if spec.selection_group else ()
+    return ("heads", "queries", *columns, "chunks", "q_offset", "items", *words)
 
 
 def layout(spec: KernelSpec) -> tuple[str, ...]:
-    """Return the pointers to the layout of the rows."""
+    """Return the pointers to the layout of the rows, and to which chunk tokens were selected."""
+    bits = ("bits_ptr",) if spec.selection_group else ()
     if spec.documents == "dense":
-        return ()
-    return ("start_ptr", "valid_ptr") if spec.causal else ("start_ptr", "stop_ptr", "valid_ptr")
+        return bits
+    ends = () if spec.causal else ("stop_ptr",)
+    return ("start_ptr", *ends, "valid_ptr", *bits)
 
 
 def unpacked(spec: KernelSpec, schedule: Schedule) -> list[str]:

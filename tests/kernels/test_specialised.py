@@ -81,8 +81,13 @@ def attend(
     programs: int = 3,
     hide: torch.Tensor | None = None,
     by: float = -torch.inf,
+    bits: torch.Tensor | None = None,
+    group: int = 0,
 ) -> list[torch.Tensor]:
-    """Run the kernel on chunk tokens of the reference; return results and log-sum-exps."""
+    """Run the kernel on chunk tokens of the reference; return results and log-sum-exps.
+
+    ``hide`` says which get the bias ``by``, ``bits`` which each ``group`` queries leave out.
+    """
     q, k, v, _ = case.inputs()
     rows = rows_of(k, *case.masks.values(), chunk_size=case.chunk_size)
     tokens = reference_tokens(case, *(x.double() for x in (k, v)), case.parameters)
@@ -92,11 +97,13 @@ def attend(
     t = Operands(q=q, k=k, v=v, rfa_k=rfa_k, rfa_v=rfa_v, rfa_bias=biases)
     pooled = PooledChunks(rule="mean", parameters=()) if case.rule == "mean" else None
     spec = launch.attention_spec(t, case.settings, rows, pooled)
+    spec = dataclasses.replace(spec, selection_group=group)
     how = dataclasses.replace(schedule, product_bias=not spec.whole_chunks)
     out = torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=case.dtype)
     lse = torch.full(q.shape[:3], torch.nan)
     values = {**launch.call_values(t, rows, case.settings), "out_ptr": out, "lse_ptr": lse}
     values["bias_columns_ptr"] = bias_columns(biases / case.factor)
+    values |= {} if bits is None else {"bits_ptr": bits, "words": bits.shape[2]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "choose", lambda *_: how)
         patch.setattr(launch, "load", interpreted)
@@ -232,7 +239,6 @@ NOT_SPECIAL = {
     "dtype": "fp32",
     "head_dim": 96,
     "value_dim": 64,
-    "selection_group": 1,
     "key_mask": True,
     "documents": "packed",
 }
@@ -251,6 +257,8 @@ def test_warps_specialise_on_hopper_alone(head_dim, layout):
     whole = choose(dataclasses.replace(spec, whole_chunks=True), HOPPER)
     assert whole.consumers
     assert not whole.product_bias
+    left_out = choose(dataclasses.replace(spec, selection_group=16), HOPPER)
+    assert bool(left_out.consumers) == spec.causal
 
 
 @pytest.mark.parametrize(("name", "value"), NOT_SPECIAL.items())

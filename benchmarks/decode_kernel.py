@@ -9,6 +9,7 @@ in the L2 cache. With ``--sweep`` other tiles and splits are timed beside the de
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -138,7 +139,8 @@ def forced(schedule: Schedule | None, splits: int | None) -> Any:  # noqa: ANN40
     def chosen(spec: Any, *rest: Any) -> Schedule:  # noqa: ANN401
         if schedule is None or spec.kind != "decode":
             return choose(spec, *rest)
-        return converting(spec, schedule, current_target())
+        tiled = converting(spec, schedule, current_target())
+        return dataclasses.replace(tiled, dependent=choose(spec, *rest).dependent)
 
     def parts(*known: Any) -> int:  # noqa: ANN401
         return splits or own(*known)

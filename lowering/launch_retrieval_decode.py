@@ -5,6 +5,7 @@ As in :mod:`launch_decode`: what depends on shapes, dtypes and settings alone is
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -206,13 +207,15 @@ def _plan(shape: _Shape, s: AttentionSettings) -> _Plan:
     near = shape.retrieved * s.chunk_size + s.sink_tokens + s.window_size + s.chunk_size
     splits = parts_of(choose(attend), rows, shape.chunks, near)
     combine = spec.of_kind("decode_combine")
+    # What gathers would be placed unevenly beside programs that wait: one launch after the other.
+    added = dataclasses.replace(choose(combine), dependent=False)
     scale = s.scale * _LOG2E
     return _Plan(
         launches=(
             _launch(load(spec, schedule), rows * tiles, splits=tiles),
             _launch(load(select, fitted(choose(select), runs)), rows),
             _launch(load(attend, choose(attend)), rows * splits, splits=splits),
-            _launch(load(combine, choose(combine)), heads, splits=splits),
+            _launch(load(combine, added), heads, splits=splits),
         ),
         constants={
             "heads": shape.v[1],

@@ -44,7 +44,7 @@ _HEAD_SIZES = (64, 128, 256)
 _FEW_SINKS = 16
 _THREE_PROGRAMS = 168  # registers of a thread where a multiprocessor holds three of four warps
 _TWO_PROGRAMS = 128  # and two programs of eight warps
-_LAUNCHES_DEPENDENTS = 90  # the least compute capability
+_LAUNCHES_DEPENDENTS = 90  # the compute capability where it was run; later ones know it, too
 _SOFTMAX_RULES = ("tangent", "evabyte")  # pooling keeps so much that four warps spill
 
 _forced: dict[KernelSpec, Schedule] = {}
@@ -80,7 +80,7 @@ def choose_alike(spec: KernelSpec, target: Target) -> Schedule:
 @cache
 def _choose(spec: KernelSpec, target: Target) -> Schedule:
     schedule = converting(spec, _tiles(spec, target), target)
-    dependent = spec.kind in CHAINED and target.capability >= _LAUNCHES_DEPENDENTS
+    dependent = spec.kind in CHAINED and target.capability == _LAUNCHES_DEPENDENTS
     return dataclasses.replace(schedule, dependent=dependent)
 
 

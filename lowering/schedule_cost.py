@@ -1,7 +1,6 @@
 """Which tiles a target can run at all, in closed forms, and a model of what the others cost.
 
-The forms over-estimate slightly; the model says how many clocks of a multiprocessor a kernel spends
-per (query, key) pair, up to a factor.
+The forms over-estimate slightly; the model counts clocks per (query, key) pair, up to a factor.
 """
 
 from __future__ import annotations
@@ -186,13 +185,14 @@ def _bad_shape(spec: KernelSpec, schedule: Schedule, target: Target) -> str | No
 
 
 def _bad_features(spec: KernelSpec, schedule: Schedule, target: Target) -> str | None:
-    reason = tma_rejection(spec, target) if schedule.tma else None
-    if reason:
+    if reason := tma_rejection(spec, target) if schedule.tma else None:
         return f"tma: {reason}"
     if schedule.split_window and spec.kind not in QUERY_KINDS:
         return f"split_window: {spec.kind} walks over no window"
     if schedule.product_bias and not adds_bias_by_product(spec):
         return "product_bias: scores are no products, or have no biases"
+    if schedule.dependent and target.capability < 90:
+        return "dependent: nothing is launched early there"
     return specialists.rejection(spec, schedule, target) if schedule.consumers else None
 
 

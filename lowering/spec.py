@@ -248,7 +248,7 @@ class Schedule:
         persistent: As many programs as fit walk over all blocks of queries.
         e4m3: Instructions that know e4m3 turn fp8 into numbers (sm_89 and later).
         dependent: Launched before the kernel in front of it ends, and lets the next one be
-            launched, see ``emit/dependent_launch.py`` (sm_90 and later).
+            launched, see ``emit/dependent_launch.py`` (sm_90).
     """
 
     block_m: int

@@ -1,4 +1,4 @@
-"""Kernels of one step that begin before the kernel in front of them ends (sm_90 and later).
+"""Kernels of one step that begin before the kernel in front of them ends (on sm_90).
 
 A launch costs some microseconds, a short step not many more. A kernel that *leads* says at its
 start that the next launch may be prepared; one that *follows* waits, before it reads or writes

@@ -221,7 +221,7 @@ def run_reference(case: DecodeCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def as_scheduled(case: DecodeCase):
     """Launch with the case's tiles and parts; check argument types against offline compiles."""
     tiles = {"block_m": 16, "block_n": case.block_n, "num_warps": 4, "num_stages": 1}
-    schedule = Schedule(**tiles, e4m3=case.e4m3)
+    schedule = Schedule(**tiles, e4m3=case.e4m3, dependent=True)
     types = {**POINTER_TYPES, torch.bool: "*i1"}
 
     def checking(kernel):

@@ -93,7 +93,7 @@ def as_scheduled(case: ExtendCase):
     def choose(spec):
         m = rows if spec.kind == "extend" else 16
         tiles = {"block_m": m, "block_n": sequence.block_n, "num_warps": 4, "num_stages": 1}
-        return Schedule(**tiles, e4m3=sequence.e4m3)
+        return Schedule(**tiles, e4m3=sequence.e4m3, dependent=True)
 
     def load(spec, schedule):
         kernel = loaded(spec, schedule)

@@ -166,6 +166,17 @@ def test_parts_keep_a_device_busy_to_the_end(rows, room, held):
         assert parts == 1 or waves[-1] <= 1
 
 
+def test_narrow_heads_get_three_programs_a_multiprocessor():
+    """Of 16 bits, whose chunk tokens are no bytes; others have no registers for them."""
+    held = launch_decode._held
+    assert held(spec_of()) == held(spec_of("fp16", 40)) == (3, 4)
+    for spec in (spec_of("fp32"), spec_of(head_dim=128), spec_of(fp8_chunks=True)):
+        assert held(spec) == (2,)
+    shape, s = step_of(64)
+    programs = launch_decode._plan(shape, s).programs
+    assert 2 * 132 < programs <= 3 * 132
+
+
 def test_parts_are_no_more_than_their_longest_one_asks_for():
     """Parts that do not shorten the longest one have to be added up, and nothing else."""
     tiles = schedule.choose(spec_of(), schedule.known_target("sm_90"))

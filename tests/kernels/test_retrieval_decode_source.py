@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import pytest
-from flasheva_compile.lowering import inspect, schedule
+import torch
+from flasheva_compile.kernels.blocked.geometry import AttentionSettings
+from flasheva_compile.lowering import inspect, launch_retrieval_decode, schedule
 from flasheva_compile.lowering.emit.module import emit
 from flasheva_compile.lowering.emit.retrieval_decode_select import network_size
 from flasheva_compile.lowering.offline import TARGETS, resources
@@ -118,6 +121,24 @@ def test_choices_pass_the_static_rules(arch):
         if spec.kind == "retrieval_decode":  # it needs what ``decode`` needs
             like = dataclasses.replace(spec, kind="decode", retrieve_chunks=0)
             assert rejection(like, chosen, target) is None, (name, chosen)
+
+
+def test_nothing_of_its_chain_is_launched_early(monkeypatch):
+    """What gathers is placed unevenly beside programs that wait (measured)."""
+    chosen = {}
+
+    def load(spec, how):
+        chosen[spec.kind] = how.dependent
+        return SimpleNamespace(launch=None, generated=SimpleNamespace(arguments=()))
+
+    monkeypatch.setattr(launch_retrieval_decode, "load", load)
+    q, v = torch.Size((1, 32, 1, 64)), torch.Size((1, 8, 1, 64))
+    of_cache = (4096, 256, 8, False, False, False, False, torch.bfloat16, torch.device("cpu"))
+    shape = launch_retrieval_decode._Shape(q, v, *of_cache, "mean", 0, False)
+    sizes = {"window_size": 256, "chunk_size": 16, "sink_tokens": 16, "window": "sliding"}
+    s = AttentionSettings(**sizes, causal=True, q_offset=0, scale=0.125)
+    launch_retrieval_decode._plan.__wrapped__(shape, s)
+    assert chosen == dict.fromkeys((*KINDS, "decode_combine"), False)
 
 
 @pytest.mark.parametrize("runs", [1, 16, 17, 512, 100_000])

@@ -325,9 +325,13 @@ def selection_shape(
     return batch, kv_heads, groups, torch.sym_min(o["retrieve_chunks"], slots)
 
 
-def _nothing_to_retrieve(k: Tensor, s: AttentionSettings) -> bool:
-    """Whether sinks and window cover every key, so that no query sees any chunk token."""
-    return exact_interval(k.shape[2] - 1, k.shape[2], s)[0] <= s.sink_tokens
+def _nothing_to_retrieve(q: Tensor, k: Tensor, s: AttentionSettings) -> bool:
+    """Whether sinks and window cover every key, so that no query sees any chunk token.
+
+    Queries may stand behind the last key, and their windows, too.
+    """
+    last = max(k.shape[2], s.q_offset + q.shape[2]) - 1
+    return exact_interval(last, k.shape[2], s)[0] <= s.sink_tokens
 
 
 def retrieve(
@@ -336,7 +340,7 @@ def retrieve(
     """Attend exactly inside the best chunks too: ``out``, ``lse`` and the selection."""
     q, k, v = qkv
     settings, t = attention_settings(o), _operands(qkv, tokens, masks)
-    if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
+    if k.shape[2] == 0 or _nothing_to_retrieve(q, k, settings):
         out, lse = attend(qkv, tokens, masks, o)
         return out, lse, q.new_full(selection_shape(q, tokens, masks, o), -1, dtype=torch.int32)
     by, weight = o["retrieve_by"], o.get("selector_weight")
@@ -371,7 +375,7 @@ def retrieve_backward(
     q, k, v = qkv
     out, lse, selected = result
     settings, t = attention_settings(o), _operands(qkv, tokens, masks)
-    if k.shape[2] == 0 or _nothing_to_retrieve(k, settings):
+    if k.shape[2] == 0 or _nothing_to_retrieve(q, k, settings):
         return attend_backward(dout, (out, lse), qkv, tokens, masks, o)
     retrieval = Retrieval(chunks=o["retrieve_chunks"], block=o["retrieve_block"])
     if runs_kernels(k, v, settings.dropout_p):

@@ -13,6 +13,7 @@ from flasheva_compile.kernels.blocked.attention import attend_block
 from flasheva_compile.kernels.blocked.block import BLOCK_SIZE, Workspace
 from flasheva_compile.kernels.blocked.retrieval_block import RetrievalBlock, RetrievedKeys
 from flasheva_compile.kernels.blocked.retrieval_select import group_size
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +72,10 @@ def blocks(
     rows, queries = _schedule(t, geometry, s, selected.shape[-1] * s.chunk_size // group)
     batch, length = t.q.shape[0], t.q.shape[2]
     work = Workspace(t.q, t.compute_dtype)
-    t = dataclasses.replace(t, k=t.k.contiguous(), v=t.v.contiguous())  # gathered in whole chunks
+    # Gathered in whole chunks; queries behind all keys see the last chunk, too, whole or not.
+    missing = s.chunk_size if s.q_offset + length > geometry.keys else 0
+    k, v = (functional.pad(x, (0, 0, 0, missing)).contiguous() for x in (t.k, t.v))
+    t = dataclasses.replace(t, k=k, v=v)
     for lo in range(0, batch, rows):
         hi = min(batch, lo + rows)
         part, where, chosen = t.rows(lo, hi), geometry.rows(lo, hi), selected[lo:hi]

@@ -40,8 +40,9 @@ class RetrievalBlock(QueryBlock):
         pieces = [piece.hi for piece in self.columns.pieces if piece.is_chunk]
         self.slots = max(pieces, default=0)
         first, last = queries
-        # Slots ascend and -1 comes last: more than the block's queries can see need no look.
-        complete = geometry.keys >= settings.chunk_size
+        # Slots ascend and -1 comes last: more than the block's queries can see need no look. Where
+        # there is no whole chunk to gather, they see none.
+        complete = t.k.shape[2] >= settings.chunk_size
         count = min(selected.shape[-1], self.slots) if complete else 0
         self.group_size = group
         self.selected = selected[:, :, first // group : -(-last // group), :count]

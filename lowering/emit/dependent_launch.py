@@ -27,6 +27,6 @@ def prologue(kind: str) -> str:
         lines += ["# The kernel in front may still run: nothing is read or written before its end."]
         lines += ["tl.extra.cuda.gdc_wait()"]
     if kind in _LEADING:
-        lines += ["# The next kernel may be prepared; it waits for the end of this one."]
+        lines += ["# The next kernel may be launched; it begins behind the end of this one."]
         lines += ["tl.extra.cuda.gdc_launch_dependents()"]
     return "".join(f"{line}\n" for line in lines)

@@ -14,7 +14,7 @@ from flasheva_compile.lowering.launch import fuses_pooling
 from flasheva_compile.lowering.offline import TARGETS, Resources, launch_options, resources
 from flasheva_compile.lowering.schedule import choose, known_target
 
-from tests.kernels import families
+from tests.kernels import families, test_retrieval_forward
 from tests.kernels.compile_exceptions import FOUND, VERSIONS, allowed
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def test_columns_of_biases_leave_room_for_two_programs_that_pool():
 
 def test_every_exception_is_compiled():
     """An entry for a kernel that nothing compiles would never be found to be stale."""
-    everything = {**families.specs(), **families.all_specs()}
+    retrieving = {f"retrieval-{name}" for name in test_retrieval_forward.SPECS}
+    everything = {*families.specs(), *families.all_specs(), *retrieving}
     for target, spills in FOUND.items():
         assert set(spills) <= set(MATRIX[target]) | set(everything), target
         assert not {"", "unexplained"} & {reason for _, reason in spills.values()}

@@ -64,6 +64,14 @@ def test_edge_shapes(queries, keys):
     assert_as_accurate_as_pytorch(op(case, 2), reference(case, 2), FP64)
 
 
+@pytest.mark.parametrize("mask", ["none", "left_padding"])
+@pytest.mark.parametrize("keys", [1, 3, 6, 45])
+def test_queries_behind_all_keys_retrieve_the_last_chunk_whole_or_not(keys, mask):
+    case = dataclasses.replace(CASE, queries=3, keys=keys, q_offset=keys + 40, mask=mask)
+    for chunks in (1, ALL):
+        assert_as_accurate_as_pytorch(op(case, chunks), reference(case, chunks), FP64)
+
+
 @pytest.mark.parametrize("block", [2, 7, 24, 64, 100])
 @pytest.mark.parametrize("mask", ["none", "left_padding"])
 def test_blocks_of_any_size(block, mask):

@@ -119,13 +119,16 @@ ARMS = {
         eva=True,
         full_every=4,
     ),
-    "flasheva_hybrid_2bit": Arm(
-        about="the same with the full layers in codes of 2 bits",
-        static=True,
-        eva=True,
-        full_every=4,
-        kv="vq-2bit",
-    ),
+    **{
+        f"flasheva_hybrid_{name}": Arm(
+            about=f"the same with the full layers in {kv}",
+            static=True,
+            eva=True,
+            full_every=4,
+            kv=kv,
+        )
+        for name, kv in (("2bit", "vq-2bit"), ("tc2bit", "tc-2bit"), ("tc3bit", "tc-3bit"))
+    },
     "flasheva_dynamic": Arm(about="FlashEvaCache, growing", static=False, eva=True),
     "full_unmasked": Arm(
         about="StaticCache, SDPA without a mask: it reads the unwritten columns at the end too, "
@@ -225,7 +228,8 @@ class Shape:
         if not ARMS[name].eva:
             return self.bytes_of(context + 1)
         if every := ARMS[name].full_every:
-            bits = 16 if ARMS[name].kv == "exact" else 2
+            kv = ARMS[name].kv
+            bits = 16 if kv == "exact" else int(kv.split("-")[1].removesuffix("bit"))
             full = self.layers // every / self.layers
             eva = self.visible_bytes("flasheva_static", a, context)
             return round(full * self.bytes_of(context + 1) * bits / 16 + (1 - full) * eva)

@@ -8,9 +8,9 @@ cache. The arms:
 - ``sdpa_*``: SDPA over a static bf16 cache, without the append, through one backend; ``gqa`` passes
   ``enable_gqa``, ``folded`` makes the query heads of a key head the rows of one query: neither
   repeats keys. ``flash_attn``: the package's ``flash_attn_with_kvcache`` (split-KV), if installed.
-- ``fp8``, ``vq-...``: that format, as the op runs it: append, attend, add up. With ``--kernels``
-  also without the launches after each ``kernel``, whose results nothing reads then; with
-  ``--sweep`` with other tiles.
+- ``fp8``, ``vq-...``, ``tc-...``: that format, as the op runs it: append, attend, add up. With
+  ``--kernels`` also without the launches after each ``kernel``, whose results nothing reads then;
+  with ``--sweep`` with other tiles.
 
 ``bytes`` is what a call must read once; ``of_copy`` is its share of the bandwidth of a copy. Before
 a format is timed its results are compared with the PyTorch code; one that differs is not timed.
@@ -41,15 +41,20 @@ from records import OUT_OF_TIME, Results, Row, header
 from retrieval_decode import COLD_BYTES, MOST_SETS, ROOM, microseconds
 from timing import describe, release, side_stream
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from vecinfer_codecs import prepared, random_codec
 
 from flasheva_compile.quantization.attention import append_and_attend
 from flasheva_compile.quantization.formats import FORMATS, FP8, KvStorage, kv_format
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import QuantizedState, ring_size
-from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from flasheva_compile.lowering.vecinfer_books import KernelCodebooks, KernelTransforms
+
+    from flasheva_compile.quantization.transform_coding import TransformCodec
+    from flasheva_compile.quantization.vecinfer import VqCodec
 
 RESULT = Path(__file__).parent / "results" / "vecinfer_decode.json"
 IDENTITY = ("arm", "batch", "context", "kv_heads", "group", "kernel", "tiles")
@@ -70,6 +75,7 @@ KERNELS = ("vecinfer_append", "vecinfer_decode", "vecinfer_combine")
 TILES = (
     *((64, 1, 1, 0, 0), (32, 1, 1, 0, 0), (64, 2, 1, 0, 0), (64, 4, 1, 0, 0)),
     *((32, 1, 1, 168, 0), (64, 1, 2, 0, 0), (64, 2, 2, 0, 0), (32, 2, 1, 128, 0)),
+    *((128, 1, 1, 0, 0), (128, 2, 1, 0, 0), (128, 2, 2, 0, 0), (32, 1, 2, 0, 0)),
 )
 PARTS = (1, 2, 4, 8, 16, 32, 64, 128)
 MEMORY_SHARE = 0.85
@@ -146,17 +152,14 @@ def queries(cell: Cell) -> tuple[torch.Tensor, ...]:
     return normal(cell.batch, cell.kv_heads * cell.group, 1, HEAD_DIM), normal(*new), normal(*new)
 
 
-def codec_of(cell: Cell) -> VqCodec | Fp8Codec:
-    """Return a codec, with random codewords where it has some."""
+def codec_of(cell: Cell) -> VqCodec | TransformCodec | Fp8Codec:
+    """Return a codec, with random codewords or transforms where it has some."""
     if cell.arm == FP8:
         return Fp8Codec(HEAD_DIM, HEAD_DIM)
-    form = kv_format(cell.arm)
-    words = [torch.randn(1, x.entries, x.vector, device="cuda") for x in (form.key, form.value)]
-    scale = torch.rand(cell.kv_heads, HEAD_DIM, device="cuda") + 0.5
-    return VqCodec(LayerCodebooks(scale=scale, keys=words[0], values=words[1]), form, 128, 128)
+    return random_codec(kv_format(cell.arm), cell.kv_heads, HEAD_DIM)
 
 
-def state_of(cell: Cell, codec: VqCodec | Fp8Codec) -> QuantizedState:
+def state_of(cell: Cell, codec: VqCodec | TransformCodec | Fp8Codec) -> QuantizedState:
     """Return a state of random codes that holds ``context`` tokens."""
     head, is_fp8 = (cell.batch, cell.kv_heads), cell.arm == FP8
     room = cell.context + ROOM - STORAGE.sink_tokens
@@ -196,21 +199,14 @@ def calls(cell: Cell, sets: int) -> tuple[Sequence[Callable[[], Any]], list[torc
     return functions, [x for state in states for x in (state.length, state.written)]
 
 
-def prepared(codec: VqCodec | Fp8Codec) -> launch_vecinfer.KernelCodebooks | None:
-    """Return what kernels read of codebooks; fp8 has none."""
-    if isinstance(codec, Fp8Codec):
-        return None
-    return launch_vecinfer.kernel_codebooks(codec.codebooks, (HEAD_DIM, HEAD_DIM), torch.bfloat16)
-
-
 def decode(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     state: QuantizedState,
-    codec: VqCodec | Fp8Codec,
-    books: launch_vecinfer.KernelCodebooks | None,
+    codec: VqCodec | TransformCodec | Fp8Codec,
+    books: KernelCodebooks | KernelTransforms | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append a token and attend from it."""
-    form = codec.form if isinstance(codec, VqCodec) else None
+    form = None if isinstance(codec, Fp8Codec) else codec.form
     rest, rotate = (None, state, books, form, STORAGE), (form is not None, False)
     return launch_vecinfer.vecinfer_decode(qkv, *rest, rotate=rotate, scale=SCALE, softcap=0.0)
 

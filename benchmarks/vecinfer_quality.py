@@ -33,7 +33,6 @@ from records import OUT_OF_TIME, Results, header
 from timing import describe
 from vecinfer_storage import (
     ABLATIONS,
-    MANY,
     NAME,
     OURS,
     Learning,
@@ -41,6 +40,7 @@ from vecinfer_storage import (
     StoredAttention,
     exact,
     fp8,
+    has_many_codewords,
     head_dim,
     kivi_style,
     their_fp8,
@@ -51,7 +51,7 @@ from vecinfer_storage import (
 import flasheva_compile as fe
 from flasheva_compile.evaluation.passkey import passkey_batches
 from flasheva_compile.evaluation.perplexity import perplexity_by_position
-from flasheva_compile.quantization.formats import FORMATS, KvStorage, kv_format
+from flasheva_compile.quantization.formats import FORMATS, KvStorage
 from flasheva_compile.scope import KEPT
 
 if TYPE_CHECKING:
@@ -308,10 +308,11 @@ def format_arms(a: argparse.Namespace) -> dict[str, Any]:
     ablated = [name for name in a.ablate.split(",") if name]
     ours = replace(OURS, per_head=a.per_head)
     about_ours = "scaled, grouped, centred, weighed" + ", per head" * a.per_head
-    slow = [name for name in formats if kv_format(name).key.entries > MANY]
+    slow = [name for name in formats if has_many_codewords(name)]
     quick = [name for name in formats if name not in slow]
     for name in sorted(quick, key=lambda name: name != "vq-2bit"):
-        made[name] = partial(vecinfer, name, ours, about_ours)
+        about = "principal axes, weighed" if name.startswith("tc") else about_ours
+        made[name] = partial(vecinfer, name, ours, about)
     made |= {"fp8": fp8, "KIVI-style 2 bit": kivi_style}
     for name in slow:
         made[name] = partial(vecinfer, name, ours, about_ours)
@@ -348,6 +349,7 @@ def combined_arms(a: argparse.Namespace) -> dict[str, Any]:
     full = partial(_with, Bench.stored_everywhere, exact)
     hybrid = f"FlashEVA c={CONFIG['chunk_size']} + {len(a.full)} full layers"
     forms = {"bf16": None, "2 bits": "vq-2bit", "4 bits": "vq-4bit", "fp8": "fp8"}
+    forms |= {name: name for name in FORMATS if name.startswith("tc")}
     return {"full attention": full} | {
         f"{hybrid}, {about}": partial(_combined, a.full, form) for about, form in forms.items()
     }

@@ -16,10 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import flasheva_compile as fe
 from flasheva_compile.quantization.codebook import nearest_by_products
-from flasheva_compile.quantization.formats import KvStorage, kv_format
+from flasheva_compile.quantization.coding import codec_of
+from flasheva_compile.quantization.formats import KvFormat, KvStorage, kv_format
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.learn import LearningOptions
-from flasheva_compile.quantization.vecinfer import VqCodec
+from flasheva_compile.quantization.transform_coding import TransformCodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from flasheva_compile.quantization.codebooks import KvCodebooks
     from flasheva_compile.quantization.formats import CodeFormat
+    from flasheva_compile.quantization.vecinfer import VqCodec
 
     Quantise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -42,7 +44,7 @@ ABLATIONS = {
     "paper, no Hadamard": replace(PAPER, rotate="none"),
     "paper, neither": replace(PAPER, smooth="none", rotate="none"),
     "paper, centred": replace(PAPER, centre=True),
-    "paper, weighed": replace(PAPER, weigh=OURS.weigh),
+    "paper, weighed": replace(PAPER, weigh=0.7),
     "not weighed": replace(OURS, weigh=0.0),
     "not centred": replace(OURS, centre=False),
     "Hadamard of all channels": replace(OURS, rotate="hadamard"),
@@ -115,13 +117,14 @@ def vecinfer(name: str, options: LearningOptions, about: str, learning: Learning
     """Learn codebooks and return codes of them."""
     form, size = kv_format(name), head_dim(learning.model)
     options = replace(options, iterations=learning.iterations)
-    if form.key.entries > MANY:
+    if has_many_codewords(name):
         options = replace(options, iterations=learning.iterations // 2, vectors=128)
     rows = learning.rows.split(1)
     books = fe.calibrate_kv(learning.model, rows, name, options=options, layers=learning.layers)
     device = learning.model.device
     codecs = {
-        index: VqCodec(layer.to(device), form, size, size) for index, layer in books.layers.items()
+        index: codec_of(layer.to(device), form, (size, size))
+        for index, layer in books.layers.items()
     }
     return Stored(
         about=f"K {form.key}, V {form.value}: {about}",
@@ -129,6 +132,12 @@ def vecinfer(name: str, options: LearningOptions, about: str, learning: Learning
         quantise=lambda index: partial(coded, codecs[index]),
         books=books,
     )
+
+
+def has_many_codewords(name: str) -> bool:
+    """Whether k-means of a format's codebooks takes long."""
+    form = kv_format(name)
+    return isinstance(form, KvFormat) and form.key.entries > MANY
 
 
 def theirs(backend: str, bits: int, _: Learning) -> Stored | dict[str, Any]:
@@ -179,8 +188,15 @@ def head_dim(model: Any) -> int:  # noqa: ANN401
 # --- rounding -------------------------------------------------------------------------------------
 
 
-def coded(codec: VqCodec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def coded(codec: VqCodec | TransformCodec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Encode and decode; of equally near codewords, any."""
+    if isinstance(codec, TransformCodec):
+        words = codec.encode_keys(k), codec.encode_values(v)
+        keys, values = (
+            codec.decode_keys(words[0], torch.float32),
+            codec.decode_values(words[1], torch.float32),
+        )
+        return codec.restore_keys(keys).to(k), codec.restore_values(values).to(v)
     books = codec.codebooks
     offset = 0 if books.offset is None else books.offset[:, None]
     keys = _codewords(codec.transform_keys(k) - offset, books.keys, codec.form.key) + offset

@@ -26,7 +26,16 @@ ChunkRule: TypeAlias = Literal["mean", "tangent", "evabyte", "eva"]
 WindowKind: TypeAlias = Literal["sliding", "block"]
 Selector: TypeAlias = Literal["token", "bounds"]
 KvFormatName: TypeAlias = Literal[
-    "exact", "fp8", "vq-4bit", "vq-2bit", "vq-1.5bit", "vq-1.25bit", "vq-1bit"
+    "exact",
+    "fp8",
+    "vq-4bit",
+    "vq-2bit",
+    "vq-1.5bit",
+    "vq-1.25bit",
+    "vq-1bit",
+    "tc-4bit",
+    "tc-3bit",
+    "tc-2bit",
 ]
 
 _LEAST = dict.fromkeys(("window_size", "chunk_size", "retrieve_block"), 1)

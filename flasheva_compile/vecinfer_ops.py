@@ -16,12 +16,31 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flasheva_compile.implementations import runs_kernels
 from flasheva_compile.lowering import launch_vecinfer
+from flasheva_compile.lowering.vecinfer_books import (
+    KernelCodebooks,
+    KernelTransforms,
+    kernel_codebooks,
+    kernel_transforms,
+)
 from flasheva_compile.op_checks import OP_VERSION, require
 from flasheva_compile.op_registration import fakes, implements
 from flasheva_compile.quantization.attention import append_and_attend
-from flasheva_compile.quantization.formats import FP8, CodeFormat, KvFormat, KvStorage
+from flasheva_compile.quantization.coding import codec_of
+from flasheva_compile.quantization.formats import (
+    FP8,
+    CodeFormat,
+    KvFormat,
+    KvStorage,
+    WordFormat,
+    WordKvFormat,
+)
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import QuantizedState, append
+from flasheva_compile.quantization.transform_coding import (
+    TRANSFORM_TENSORS,
+    LayerTransforms,
+    TransformCodec,
+)
 from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 
 if TYPE_CHECKING:
@@ -47,8 +66,10 @@ def vecinfer_options(
     options: dict[str, Any] = {name: getattr(storage, name) for name in names}
     options |= {"scale": scale, "softcap": softcap, "version": OP_VERSION}
     if not isinstance(codec, VqCodec):
-        rotate = {"rotate_keys": False, "rotate_values": False, "lookup": False}
-        return {"key_code": FP8, "value_code": FP8, **rotate, **options}
+        words = isinstance(codec, TransformCodec)
+        rotate = {"rotate_keys": words, "rotate_values": False, "lookup": False}
+        key, value = (codec.form.key, codec.form.value) if words else (FP8, FP8)
+        return {"key_code": str(key), "value_code": str(value), **rotate, **options}
     books = codec.codebooks
     return {
         "key_code": str(codec.form.key),
@@ -63,9 +84,13 @@ def vecinfer_options(
 def op_books(codec: Codec, dtype: torch.dtype) -> list[Tensor]:
     """Return the tensors of a codec as the ops take them: to be made once for a layer.
 
-    The first five are those of ``LayerCodebooks``, empty where there is none; the others are what
-    kernels read. fp8 has none.
+    The first ones are those of ``LayerCodebooks``, empty where there is none, or of
+    ``LayerTransforms``; the others are what kernels read. fp8 has none.
     """
+    if isinstance(codec, TransformCodec):
+        own = list(codec.transforms.tensors().values())
+        prepared = launch_vecinfer.fits(codec.form, dtype)
+        return [*own, *(kernel_transforms(codec.transforms, dtype) if prepared else ())]
     if not isinstance(codec, VqCodec):
         return []
     books = codec.codebooks
@@ -75,14 +100,18 @@ def op_books(codec: Codec, dtype: torch.dtype) -> list[Tensor]:
     if not launch_vecinfer.fits(codec.form, dtype):
         return own
     sizes = (codec.head_dim, codec.value_dim)
-    return [*own, *launch_vecinfer.kernel_codebooks(books, sizes, dtype)]
+    return [*own, *kernel_codebooks(books, sizes, dtype)]
 
 
-def _code_format(text: str) -> CodeFormat:
-    found = re.fullmatch(r"d(\d+)b(\d+)", text)
-    require(found is not None, f"{text!r} is no format of codes", _SUBJECT, "such as 'd4b8'")
-    assert found is not None
-    return CodeFormat(*map(int, found.groups()))
+def _kv_format(key: str, value: str) -> KvFormat | WordKvFormat:
+    """Read the formats of keys and values, which are of one sort."""
+    words = [re.fullmatch(r"w(\d+)", text) for text in (key, value)]
+    if words[0] and words[1]:
+        return WordKvFormat(*(WordFormat(int(found[1])) for found in words if found))
+    codes = [re.fullmatch(r"d(\d+)b(\d+)", text) for text in (key, value)]
+    what, hint = f"{key!r} and {value!r} are no formats of codes", "such as 'd4b8'"
+    require(all(found is not None for found in codes), what, _SUBJECT, hint)
+    return KvFormat(*(CodeFormat(*map(int, found.groups())) for found in codes if found))
 
 
 class _Call(NamedTuple):
@@ -91,10 +120,10 @@ class _Call(NamedTuple):
     Attributes:
         form: Of the codes; None = fp8.
         storage: What is exact.
-        kernels: Whether generated kernels run: of codes, if ``op_books`` prepared codebooks.
+        kernels: Whether generated kernels run: of codes, if ``op_books`` prepared what they read.
     """
 
-    form: KvFormat | None
+    form: KvFormat | WordKvFormat | None
     storage: KvStorage
     kernels: bool
 
@@ -111,8 +140,8 @@ def _described(args: tuple[Any, ...], o: dict[str, Any]) -> _Call:
         storage = KvStorage(format=FP8, **{n: o[n] for n in names})  # the name is not read
         form = None
         if o["key_code"] != FP8:
-            form = KvFormat(_code_format(o["key_code"]), _code_format(o["value_code"]))
-        prepared = form is None or len(books) > _OWN
+            form = _kv_format(o["key_code"], o["value_code"])
+        prepared = form is None or len(books) > own_tensors(form)
         kernels = prepared and runs_kernels(k, v) and launch_vecinfer.covers(q, v, form)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
@@ -124,29 +153,44 @@ _known: dict[tuple[Any, ...], _Call] = {}
 _MOST_KNOWN = 4096
 
 
-def _codec(books: list[Tensor], sizes: tuple[int, int], form: KvFormat | None, o: Any) -> Codec:
+def own_tensors(form: KvFormat | WordKvFormat) -> int:
+    """Return how many of the books are what was learned; kernels read what is behind them."""
+    return _OWN if isinstance(form, KvFormat) else len(TRANSFORM_TENSORS)
+
+
+def _codec(
+    books: list[Tensor], sizes: tuple[int, int], form: KvFormat | WordKvFormat | None, o: Any
+) -> Codec:
     """Return what the PyTorch code reads the books by: made once, for it prepares rotations."""
     if form is None:
         return Fp8Codec(*sizes)
-    own = books[:_OWN]
+    own = books[: own_tensors(form)]
     flags = (o["rotate_keys"], o["rotate_values"], o["lookup"])
     # One layer's scale may be another's, too: their other tensors tell them apart.
     identity = (sizes, form, flags, *((x.data_ptr(), x.shape) for x in own))
     known: Any = _codecs.setdefault(own[0], {})
     if identity not in known:
         # Aliases: a codec that held the scale itself would keep its own entry alive.
-        scale, keys, values, order, offset = (x.detach() for x in own)
-        layer = LayerCodebooks(
-            scale=scale,
-            keys=keys,
-            values=values,
-            order=order if order.numel() else None,
-            offset=offset if offset.numel() else None,
-            rotate_keys=flags[0],
-            rotate_values=flags[1],
-        )
-        known[identity] = VqCodec(layer, form, *sizes, lookup=flags[2])
+        learned = _learned([x.detach() for x in own], form, flags)
+        known[identity] = codec_of(learned, form, sizes, lookup=flags[2])
     return known[identity]
+
+
+def _learned(
+    own: list[Tensor], form: KvFormat | WordKvFormat, flags: tuple[bool, bool, bool]
+) -> LayerCodebooks | LayerTransforms:
+    if isinstance(form, WordKvFormat):
+        return LayerTransforms(**dict(zip(TRANSFORM_TENSORS, own, strict=True)))
+    scale, keys, values, order, offset = own
+    return LayerCodebooks(
+        scale=scale,
+        keys=keys,
+        values=values,
+        order=order if order.numel() else None,
+        offset=offset if offset.numel() else None,
+        rotate_keys=flags[0],
+        rotate_values=flags[1],
+    )
 
 
 _codecs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -168,7 +212,9 @@ def _check(args: tuple[Any, ...], o: dict[str, Any]) -> None:
         message = f"{name} is {tuple(x.shape)} {x.dtype}, the cache holds {tuple(kept.shape)}"
         hint = "use the batch and the model that the cache was filled with, or reset it"
         require(fits and x.dtype == kept.dtype, f"{message} {kept.dtype}", _SUBJECT, hint)
-    coded = o["key_code"] == FP8 or len(books) >= _OWN
+    coded = True
+    if o["key_code"] != FP8:
+        coded = len(books) >= own_tensors(_kv_format(o["key_code"], o["value_code"]))
     require(coded, "codes without codebooks", _SUBJECT, "pass what op_books returned")
 
 
@@ -197,12 +243,11 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, key_mask, books, *tensors = args
     state, scale, softcap = QuantizedState(*tensors), options["scale"], options["softcap"]
     if call.kernels:
-        prepared = books[_OWN:]
         return launch_vecinfer.vecinfer_decode(
             (q, k, v),
             key_mask,
             state,
-            launch_vecinfer.KernelCodebooks(*prepared) if call.form else None,
+            _kernel_books(books, call.form),
             call.form,
             call.storage,
             rotate=(options["rotate_keys"], options["rotate_values"]),
@@ -212,6 +257,17 @@ def _decode(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     codec = _codec(books, (q.shape[3], v.shape[3]), call.form, options)
     valid = _valid(k, key_mask)
     return append_and_attend((q, k, v), valid, state, codec, call.storage, scale, softcap)
+
+
+def _kernel_books(
+    books: list[Tensor], form: KvFormat | WordKvFormat | None
+) -> KernelCodebooks | KernelTransforms | None:
+    """Return the part of the books that kernels read."""
+    if form is None:
+        return None
+    prepared = books[own_tensors(form) :]
+    kind = KernelCodebooks if isinstance(form, KvFormat) else KernelTransforms
+    return kind._make(prepared)
 
 
 @fakes("vecinfer_decode")

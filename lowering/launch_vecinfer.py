@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from flasheva_compile.lowering.direct_launch import on_device
@@ -17,20 +17,20 @@ from flasheva_compile.lowering.kernel_arguments import DTYPES, unit_stride
 from flasheva_compile.lowering.load import load
 from flasheva_compile.lowering.schedule import choose, current_target
 from flasheva_compile.lowering.spec_vecinfer import VecInferSpec
+from flasheva_compile.lowering.vecinfer_books import KernelCodebooks
 
-from flasheva_compile.quantization.formats import FP8
+from flasheva_compile.quantization.formats import FP8, KvFormat, WordKvFormat
 from flasheva_compile.quantization.state import QuantizedState, ring_size
-from flasheva_compile.quantization.transform import hadamard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flasheva_compile.lowering.load import LoadedKernel
     from flasheva_compile.lowering.spec import Schedule
+    from flasheva_compile.lowering.vecinfer_books import KernelTransforms
     from torch import Tensor
 
-    from flasheva_compile.quantization.formats import CodeFormat, KvFormat, KvStorage
-    from flasheva_compile.quantization.vecinfer import LayerCodebooks
+    from flasheva_compile.quantization.formats import CodeFormat, KvStorage
 
 MOST_NEW_TOKENS = 16
 """Tokens of one call that the kernels take; more are a prompt, and its products are large."""
@@ -41,74 +41,15 @@ _STATE_ARGUMENTS = (
 )
 """Names of the arguments that the fields of ``QuantizedState`` are, in order."""
 
+AnyKvFormat: TypeAlias = KvFormat | WordKvFormat
+
 _is_contiguous = torch.Tensor.is_contiguous
 _LOG2E = math.log2(math.e)
 _LARGEST_HEAD_DIM = 256
 _REGISTERS = 65536  # of a multiprocessor
-_REGISTERS_PER_THREAD = 256  # what the decode kernel needs, about
+_REGISTERS_PER_THREAD = 256  # what the decode kernel needs where its schedule says nothing, about
 _TILES_PER_PART = 2
 _MOST_PARTS = 160
-
-
-class KernelCodebooks(NamedTuple):
-    """What the kernels read of a layer's codebooks.
-
-    Attributes:
-        key_scale: What keys are divided by, ``[Hkv, D]`` fp32.
-        key_offset: What is added to coded keys, ``[Hkv, D]`` fp32.
-        key_centre: What queries are multiplied by for the share of that in scores, ``[Hkv, D]``
-            fp32.
-        key_words: Codewords as keys are compared with them, ``[1 or Hkv, K, d]`` fp32.
-        value_words: The same of values.
-        key_book: Codewords to multiply by, in fp16 (fp32 for fp32 models), divided by a power of
-            two so that they fit.
-        value_book: The same of values.
-        book_scale: Those powers of two, of keys and of values, ``[2]`` fp32.
-        key_rotation: Transposed, ``[1 or Hkv, D, D]`` fp32.
-        value_rotation: ``[Dv, Dv]`` fp32.
-    """
-
-    key_scale: Tensor
-    key_offset: Tensor
-    key_centre: Tensor
-    key_words: Tensor
-    value_words: Tensor
-    key_book: Tensor
-    value_book: Tensor
-    book_scale: Tensor
-    key_rotation: Tensor
-    value_rotation: Tensor
-
-
-def kernel_codebooks(
-    books: LayerCodebooks, sizes: tuple[int, int], dtype: torch.dtype
-) -> KernelCodebooks:
-    """Prepare codebooks, once for a layer.
-
-    Args:
-        books: Of the layer, on its device.
-        sizes: ``D`` and ``Dv``.
-        dtype: Of the model.
-    """
-    coded = torch.float32 if dtype == torch.float32 else torch.float16
-    words = [x.float().contiguous() for x in (books.keys, books.values)]
-    largest = torch.stack([x.abs().amax() for x in words])
-    _, exponent = torch.frexp(largest.where(largest > 0, 1.0))
-    powers = torch.ldexp(torch.ones_like(largest), exponent)
-    small = [(x / power).to(coded) for x, power in zip(words, powers, strict=True)]
-    scale, rotation = books.scale.double(), books.key_rotation()
-    offset = scale.new_zeros(scale.shape) if books.offset is None else books.offset.double()
-    centre = offset if rotation is None else (rotation @ offset[..., None])[..., 0]
-    turned = scale.new_zeros(1, 0, 0) if rotation is None else rotation.mT
-    made = (
-        *(x.float().contiguous() for x in (scale, offset, scale * centre)),
-        *words,
-        *small,
-        powers,
-        turned.float().contiguous(),
-        hadamard(sizes[1]).to(scale.device, torch.float32),
-    )
-    return KernelCodebooks._make(made)
 
 
 class _Shape(NamedTuple):
@@ -134,7 +75,7 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     key_mask: bool
-    form: KvFormat | None
+    form: AnyKvFormat | None
     storage: KvStorage
     per_head: tuple[bool, bool, bool]
     rotate: tuple[bool, bool]
@@ -159,13 +100,13 @@ class _Plan:
     partial: int
 
 
-def fits(form: KvFormat | None, dtype: torch.dtype) -> bool:
+def fits(form: AnyKvFormat | None, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such codes of such a model; None = fp8."""
     vectors = () if form is None else (form.key.vector, form.value.vector)
     return dtype in DTYPES and all(x & (x - 1) == 0 for x in vectors)
 
 
-def covers(q: Tensor, v: Tensor, form: KvFormat | None) -> bool:
+def covers(q: Tensor, v: Tensor, form: AnyKvFormat | None) -> bool:
     """Whether the kernels can run such a call; else the PyTorch code runs."""
     sizes = (q.shape[3], v.shape[3])
     few = q.shape[2] <= MOST_NEW_TOKENS and max(sizes) <= _LARGEST_HEAD_DIM
@@ -177,8 +118,8 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
     qkv: tuple[Tensor, Tensor, Tensor],
     key_mask: Tensor | None,
     state: QuantizedState,
-    books: KernelCodebooks | None,
-    form: KvFormat | None,
+    books: KernelCodebooks | KernelTransforms | None,
+    form: AnyKvFormat | None,
     storage: KvStorage,
     *,
     rotate: tuple[bool, bool],
@@ -194,7 +135,7 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
         qkv: ``[B, Hq, L, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, Dv]``, any strides.
         key_mask: ``[B, L]`` bool; None = all valid.
         state: Contiguous tensors, written in place.
-        books: Of :func:`kernel_codebooks`; fp8 has none.
+        books: Of ``kernel_codebooks`` or ``kernel_transforms``; fp8 has none.
         form: Of the codes; None = fp8; see :func:`covers`.
         storage: What is exact.
         rotate: Whether coded keys, and whether coded values, are rotated.
@@ -207,10 +148,7 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
     """
     assert all(map(_is_contiguous, state))  # kernels compute the addresses
     q, k, v = map(unit_stride, qkv)
-    per_head = (False, False, False)
-    if books is not None:
-        own = (books.key_book, books.value_book, books.key_rotation)
-        per_head = (own[0].shape[0] > 1, own[1].shape[0] > 1, own[2].shape[0] > 1)
+    per_head = _per_head(books)
     room, masked = state.key_codes.shape[2], key_mask is not None
     made_of = (room, q.dtype, q.device, masked, form, storage, per_head, rotate)
     with on_device(q.device):
@@ -230,18 +168,29 @@ def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op
         }
         for launch, programs, names in plan.launches:
             launch(programs, *[values[name] for name in names])
-        if rotated and books is not None:
+        if rotated and isinstance(books, KernelCodebooks):
             out = (out[0] + out[1] @ books.value_rotation).to(q.dtype)
     return out, lse
 
 
-def _book_values(books: KernelCodebooks | None, plan: _Plan) -> dict[str, Any]:
-    """Return codebooks and room for the queries that they transform."""
+def _per_head(books: KernelCodebooks | KernelTransforms | None) -> tuple[bool, bool, bool]:
+    """Return whether heads have key codebooks, value codebooks and key rotations of their own."""
+    if books is None:
+        return False, False, False
+    own = books.key_rotation.shape[0] > 1
+    if not isinstance(books, KernelCodebooks):
+        return False, False, own
+    return books.key_book.shape[0] > 1, books.value_book.shape[0] > 1, own
+
+
+def _book_values(books: KernelCodebooks | KernelTransforms | None, plan: _Plan) -> dict[str, Any]:
+    """Return codebooks or transforms, and room for the queries that they transform."""
     if books is None:
         return {}
+    coded = books.key_book if isinstance(books, KernelCodebooks) else books.coded
     return {
         **{f"{name}_ptr": x for name, x in books._asdict().items()},
-        "coded_q_ptr": books.key_book.new_empty(plan.coded_q),
+        "coded_q_ptr": coded.new_empty(plan.coded_q),
         "q_scale_ptr": books.book_scale.new_empty(plan.q_scale),
     }
 
@@ -281,10 +230,7 @@ def _plan(shape: _Shape, scale: float, softcap: float) -> _Plan:
             "heads": shape.v[1],
             "room": shape.room,
             "splits": splits,
-            "key_stride": _book_stride(shape.form.key) if shape.form and shape.per_head[0] else 0,
-            "value_stride": (
-                _book_stride(shape.form.value) if shape.form and shape.per_head[1] else 0
-            ),
+            **_book_strides(shape.form, shape.per_head),
             "rotation_stride": shape.q[3] ** 2 if shape.per_head[2] else 0,
             # tanh(x / softcap) is computed as a sigmoid of twice its argument.
             "score_scale": 2 * base2 / softcap if softcap else base2,
@@ -300,8 +246,18 @@ def _launch(kernel: LoadedKernel, programs: int) -> tuple[Callable[..., Any], in
     return kernel.launch, programs, kernel.generated.arguments
 
 
-def _book_stride(form: CodeFormat) -> int:
-    return form.entries * form.vector
+def _book_strides(form: AnyKvFormat | None, per_head: tuple[bool, bool, bool]) -> dict[str, int]:
+    """Return how far codebooks of neighbouring heads are apart."""
+    if not isinstance(form, KvFormat):
+        return {}
+
+    def stride(part: CodeFormat, own: bool) -> int:  # noqa: FBT001
+        return part.entries * part.vector if own else 0
+
+    return {
+        "key_stride": stride(form.key, per_head[0]),
+        "value_stride": stride(form.value, per_head[1]),
+    }
 
 
 def vecinfer_spec(shape: _Shape, *, softcap: bool) -> VecInferSpec:
@@ -341,7 +297,8 @@ def parts_of(schedule: Schedule, rows: int, room: int) -> int:
         rows: Rows times key heads times blocks of queries.
         room: Codes that the cache has room for.
     """
-    resident = _REGISTERS // (_REGISTERS_PER_THREAD * 32 * schedule.num_warps)
+    threads = 32 * schedule.num_warps
+    resident = _REGISTERS // ((schedule.max_registers or _REGISTERS_PER_THREAD) * threads)
     slots = max(1, resident) * current_target().multiprocessors
     most = max(1, min(-(-room // schedule.block_n) // _TILES_PER_PART, _MOST_PARTS))
 

@@ -99,11 +99,13 @@ _FP32 = {
     *FEATURES,
     *("book_scale_ptr", "key_words_ptr", "value_words_ptr", "key_scale_ptr", "q_scale_ptr"),
     *("key_rotation_ptr", "value_rotation_ptr", "key_offset_ptr", "key_centre_ptr"),
+    *("key_step_ptr", "key_digit_ptr", "value_offset_ptr", "value_step_ptr", "value_digit_ptr"),
 }
 _INT32 = {
     *("start_ptr", "stop_ptr", "begin_ptr", "end_ptr", "chunk_first_ptr"),
     *("selected_ptr", "bits_ptr", "turned_ptr"),
     *("members_ptr", "first_member_ptr", "first_piece_ptr", "piece_chunk_ptr"),
+    *("key_fields_ptr", "value_fields_ptr", "value_order_ptr"),
 }
 _VALUES = {"v", "rfa_v", "do"}
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}

@@ -15,6 +15,7 @@ VECINFER_KINDS = ("vecinfer_append", "vecinfer_decode", "vecinfer_combine")
 _WIDE = 128  # channels of which one warp holds the sums
 _TILE = 64  # tokens
 _BYTE = 8
+_NARROW_REGISTERS = 184  # so that a multiprocessor holds eleven warps instead of eight
 
 
 def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
@@ -24,7 +25,7 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
     codewords never leave its registers, and nothing waits at barriers.
     """
     if spec.kind == "vecinfer_append":
-        warps = 1 if spec.is_fp8 else 8  # nothing is searched
+        warps = 1 if spec.is_fp8 else 4 if spec.is_words else 8  # nothing is searched
         return Schedule(block_m=ROWS, block_n=16, num_warps=warps, num_stages=1)
     widest = max(padded(spec.head_dim), padded(spec.value_dim))
     if spec.kind == "vecinfer_combine":
@@ -34,6 +35,10 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
         return Schedule(block_m=ROWS, block_n=16, num_warps=4, num_stages=1)
     if widest > _WIDE:
         return Schedule(block_m=ROWS, block_n=32, num_warps=2, num_stages=1)
+    if spec.is_words:
+        narrow = max(spec.keys.padded, spec.values.padded) <= _WIDE // 2
+        n, most = (2 * _TILE, _NARROW_REGISTERS) if narrow else (_TILE, 0)
+        return Schedule(block_m=ROWS, block_n=n, num_warps=1, num_stages=1, max_registers=most)
     # What needs more registers than a warp has, with larger tiles.
     ragged = spec.block_tokens % _TILE != 0
     crowded = spec.per_head or ragged or max(spec.keys.bits, spec.values.bits) > _BYTE

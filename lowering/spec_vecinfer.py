@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from flasheva_compile.lowering.spec import KernelSpec, padded
 
 from flasheva_compile.quantization.formats import FP8
+from flasheva_compile.quantization.transform_coding import WORD_BITS
 
 if TYPE_CHECKING:
     from flasheva_compile.lowering.spec import AnyKind
@@ -30,8 +31,9 @@ class VecInferSpec(KernelSpec):
     """A kernel over the state of ``quantization/state.py``.
 
     Attributes:
-        key_code: ``"d4b8"`` (a code of 8 bits for 4 channels) and so on, or ``"fp8"``.
-        value_code: The same of values; both are fp8 or none is.
+        key_code: ``"d4b8"`` (a code of 8 bits for 4 channels) and so on, ``"w8"`` (a word of 16
+            bits for 8 channels) and so on, or ``"fp8"``.
+        value_code: The same of values, of the same sort.
         new_tokens: Tokens of the call.
         exact_tokens: Last tokens that stay exact, at least.
         block_tokens: Tokens that become codes together.
@@ -90,6 +92,11 @@ class VecInferSpec(KernelSpec):
         return self.key_code == FP8
 
     @property
+    def is_words(self) -> bool:
+        """Whether tokens are stored as digits in words of 16 bits: transform coding."""
+        return self.keys.is_words
+
+    @property
     def query_pieces(self) -> int:
         """Return the programs that transform sixteen queries, each some channels."""
         return max(1, self.keys.padded // 32)
@@ -99,8 +106,10 @@ class VecInferSpec(KernelSpec):
         """Return the programs of ``vecinfer_append`` per key head: for queries, keys, values."""
         if self.is_fp8:  # queries need nothing, and a program takes all of a token
             return 0, self.new_tokens, self.new_tokens
-        layouts = (self.keys, self.values)
-        of_keys, of_values = (self.new_tokens * -(-x.codes // part_codes(x)) for x in layouts)
+        of_keys, of_values = (
+            self.new_tokens * -(-layout.codes // part_codes(layout, which))
+            for which, layout in (("key", self.keys), ("value", self.values))
+        )
         return self.row_blocks * self.query_pieces, of_keys, of_values
 
     @property
@@ -125,9 +134,9 @@ class CodeLayout:
 
     Attributes:
         vector: Channels per code.
-        bits: Bits per code.
+        bits: Bits per code; 16 = a word, whose channels are fields.
         size: True channels.
-        padded: Channels of a tile, a power of two and four codes at least.
+        padded: Channels of a tile, a power of two and four codes at least, of words eight.
     """
 
     vector: int
@@ -148,7 +157,14 @@ class CodeLayout:
     @property
     def nbytes(self) -> int:
         """Return the bytes of a token; see ``quantization/packing.py``."""
+        if self.is_words:
+            return 2 * self.codes
         return self.codes if self.bits <= 8 else -(-self.codes // 2) * 3
+
+    @property
+    def is_words(self) -> bool:
+        """Whether codes are words of fields."""
+        return self.bits == WORD_BITS
 
     @property
     def is_whole(self) -> bool:
@@ -168,9 +184,14 @@ class CodeLayout:
 
 
 def code_layout(code: str, size: int) -> CodeLayout:
-    """Return the layout of ``"d{vector}b{bits}"`` codes, or of fp8, of ``size`` channels."""
+    """Return the layout of codes as ``VecInferSpec`` names them, of ``size`` channels."""
     if code == FP8:
         return CodeLayout(vector=1, bits=8, size=size, padded=padded(size))
+    if code.startswith("w"):
+        fields = int(code[1:])
+        assert size % (2 * fields) == 0
+        width = fields * max(8, padded_codes(size // fields))
+        return CodeLayout(vector=fields, bits=WORD_BITS, size=size, padded=width)
     found = re.fullmatch(r"d(\d+)b(\d+)", code)
     assert found is not None, code
     vector, bits = (int(x) for x in found.groups())
@@ -179,9 +200,18 @@ def code_layout(code: str, size: int) -> CodeLayout:
     return CodeLayout(vector=vector, bits=bits, size=size, padded=max(padded(size), 4 * vector))
 
 
-def part_codes(layout: CodeLayout) -> int:
-    """Return how many codes of a token one program of ``vecinfer_append`` finds."""
-    return min(8, padded_codes(layout.codes))
+def part_codes(layout: CodeLayout, which: str) -> int:
+    """Return how many codes of a key or a value one program of ``vecinfer_append`` finds.
+
+    A word of keys is as many products with all channels as it has fields; one of values is none.
+    """
+    whole = padded_codes(layout.codes)
+    if layout.is_words:
+        return min(max(2, _PRODUCTS // layout.vector), whole) if which == "key" else whole
+    return min(8, whole)
+
+
+_PRODUCTS = 16  # of one program
 
 
 def padded_codes(codes: int) -> int:

@@ -12,7 +12,7 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.fingerprint import weights_fingerprint
 from flasheva_compile.generation.prepared import ATTRIBUTE
 from flasheva_compile.quantization.codebooks import KvCodebooks
-from flasheva_compile.quantization.formats import kv_format
+from flasheva_compile.quantization.formats import WordKvFormat, kv_format
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import KvFormat
 
 log = logging.getLogger(__name__)
+
+_TOKENS = 32  # that transform coding is given where a codeword is given one vector
 
 
 def calibrate_kv(
@@ -86,7 +88,7 @@ def _run(
     model: Any,  # noqa: ANN401
     batches: Iterable[Any],
     layers: Sequence[int] | None,
-    form: KvFormat,
+    form: KvFormat | WordKvFormat,
     options: LearningOptions,
 ) -> dict[int, KvTokens]:
     """Return what was seen of each layer."""
@@ -122,8 +124,10 @@ def _quantizable(full: Mapping[int, FullLayer], wanted: list[int] | None) -> lis
     return found
 
 
-def _sample_size(form: KvFormat, options: LearningOptions, shape: LayerShape) -> int:
-    """Return the tokens that give both codebooks their vectors."""
+def _sample_size(form: KvFormat | WordKvFormat, options: LearningOptions, shape: LayerShape) -> int:
+    """Return the tokens that give both codebooks their vectors, or transforms their statistics."""
+    if isinstance(form, WordKvFormat):
+        return _TOKENS * options.vectors
     heads = 1 if options.per_head else shape.kv_heads
     needed = [
         -(-options.vectors * part.entries // (heads * part.codes(size)))

@@ -14,9 +14,9 @@ from flasheva_compile.generation.fingerprint import weights_fingerprint
 from flasheva_compile.generation.prepared import prepared_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import KvCodebooks, LayerShape
+from flasheva_compile.quantization.coding import codec_of
 from flasheva_compile.quantization.formats import EXACT, FP8, KvStorage, kv_format
 from flasheva_compile.quantization.fp8 import Fp8Codec
-from flasheva_compile.quantization.vecinfer import VqCodec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -131,11 +131,10 @@ def _codecs(
     books.expect(format_name, weights_fingerprint(model), shapes)
     form, modules = kv_format(format_name), dict(model.named_modules())
     return {
-        index: VqCodec(
+        index: codec_of(
             books.layers[index].to(device_of(modules[layer.path])),
             form,
-            layer.head_dim,
-            layer.value_dim,
+            (layer.head_dim, layer.value_dim),
             lookup=storages[index].lookup,
         )
         for index, layer in of.items()

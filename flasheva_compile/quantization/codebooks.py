@@ -1,4 +1,4 @@
-"""A model's scales and codebooks: in memory, and as safetensors that know their model."""
+"""What a model's codes mean: in memory, and as safetensors that know their model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.quantization.formats import kv_format
+from flasheva_compile.quantization.formats import WordFormat, WordKvFormat, kv_format
+from flasheva_compile.quantization.transform_coding import WORD_BITS, LayerTransforms
 from flasheva_compile.quantization.vecinfer import LayerCodebooks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from flasheva_compile.quantization.formats import KvFormat
 
 _KIND, _VERSION = "flasheva kv codebooks", "2"
 CODEBOOKS = "kv_codebooks.safetensors"
@@ -47,18 +50,18 @@ class KvCodebooks:
         format: A name of :data:`~flasheva_compile.quantization.formats.FORMATS`.
         model: Fingerprint of the model.
         tokens: Valid tokens that it was learned from.
-        layers: Place in the cache -> scales and codebooks.
+        layers: Place in the cache -> scales and codebooks, or transforms.
         shapes: Place in the cache -> shape.
     """
 
     format: str
     model: str
     tokens: int
-    layers: Mapping[int, LayerCodebooks]
+    layers: Mapping[int, LayerCodebooks | LayerTransforms]
     shapes: Mapping[int, LayerShape]
 
     def nbytes(self) -> int:
-        """Return the bytes of all scales and codebooks."""
+        """Return the bytes of all tensors."""
         return sum(layer.nbytes() for layer in self.layers.values())
 
     def __str__(self) -> str:
@@ -81,7 +84,7 @@ class KvCodebooks:
                 "kv_heads": shape.kv_heads,
                 "head_dim": shape.head_dim,
                 "value_dim": shape.value_dim,
-                **{flag: getattr(self.layers[index], flag) for flag in _FLAGS},
+                **_flags(self.layers[index]),
                 "tensors": list(self.layers[index].tensors()),
             }
             for index, shape in self.shapes.items()
@@ -118,16 +121,16 @@ class KvCodebooks:
         if metadata.get("version") != _VERSION:
             message = f"is of version {metadata.get('version')}, not {_VERSION}"
             raise ConfigError(message, subject=str(path), hint="calibrate again")
-        layers: dict[int, LayerCodebooks] = {}
+        layers: dict[int, LayerCodebooks | LayerTransforms] = {}
         shapes: dict[int, LayerShape] = {}
         for key, facts in json.loads(metadata["layers"]).items():
-            flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS}
+            flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS if flag in facts}
             names = facts.pop("tensors")
             missing = [name for name in names if f"{key}.{name}" not in tensors]
             if missing:
                 raise ConfigError(f"lacks {key}.{missing[0]}", subject=str(path))
             own: dict[str, Any] = {name: tensors[f"{key}.{name}"] for name in names}
-            layers[int(key)] = LayerCodebooks(**own, **flags)
+            layers[int(key)] = (LayerCodebooks if flags else LayerTransforms)(**own, **flags)
             shapes[int(key)] = LayerShape(**facts)
         return cls(
             format=metadata["format"],
@@ -165,9 +168,28 @@ class KvCodebooks:
                 raise ConfigError(message, subject="codebooks", hint=hint)
         form = kv_format(self.format)
         for index in shapes:
-            layer = self.layers[index]
-            for name, part in (("keys", form.key), ("values", form.value)):
-                got = tuple(getattr(layer, name).shape[1:])
-                if got != (part.entries, part.vector):
-                    message = f"{index}.{name} has codewords {got}, {part} has others"
-                    raise ConfigError(message, subject="codebooks", hint=hint)
+            reason = _misfit(self.layers[index], form)
+            if reason:
+                raise ConfigError(f"{index}.{reason}", subject="codebooks", hint=hint)
+
+
+def _flags(layer: LayerCodebooks | LayerTransforms) -> dict[str, bool]:
+    if isinstance(layer, LayerTransforms):
+        return {}
+    return {flag: getattr(layer, flag) for flag in _FLAGS}
+
+
+def _misfit(layer: LayerCodebooks | LayerTransforms, form: KvFormat | WordKvFormat) -> str:
+    """Return why a layer's tensors are not those of a format; "" = they are."""
+    if isinstance(layer, LayerTransforms) != isinstance(form, WordKvFormat):
+        return "tensors are of another sort"
+    for name, part in (("key", form.key), ("value", form.value)):
+        if isinstance(part, WordFormat):
+            widths = getattr(layer, f"{name}_widths")
+            if widths.shape[1] != part.vector or bool((widths.sum(1) != WORD_BITS).any()):
+                return f"{name}_widths are {widths.tolist()}, not {WORD_BITS} bits of {part}"
+        else:
+            got = tuple(getattr(layer, f"{name}s").shape[1:])
+            if got != (part.entries, part.vector):
+                return f"{name}s has codewords {got}, {part} has others"
+    return ""

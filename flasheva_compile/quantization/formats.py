@@ -56,8 +56,46 @@ class CodeFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class WordFormat:
+    """``w{vector}``: ``vector`` channels share a word of 16 bits; which has how many is learned.
+
+    Attributes:
+        vector: Channels per word.
+    """
+
+    vector: int
+
+    def codes(self, size: int) -> int:
+        """Return the words of one token of ``size`` channels: an even number.
+
+        Raises:
+            ConfigError: ``size`` is no multiple of two words.
+        """
+        if size % (2 * self.vector):
+            message = f"{size} channels are no multiple of {2 * self.vector}"
+            hint = "choose a format of codebooks, or leave the layer as it is"
+            raise ConfigError(message, subject="head_dim", hint=hint)
+        return size // self.vector
+
+    def nbytes(self, size: int) -> int:
+        """Return the bytes of one token of ``size`` channels."""
+        return 2 * self.codes(size)
+
+    def __post_init__(self) -> None:
+        if self.vector not in _FIELDS:
+            message = f"w{self.vector}: words have {_FIELDS} channels"
+            raise ConfigError(message, subject="format")
+
+    def __str__(self) -> str:
+        return f"w{self.vector}"
+
+
+_FIELDS = (4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
 class KvFormat:
-    """How keys and values are stored.
+    """How keys and values are stored as codes of codebooks.
 
     Attributes:
         key: Of keys.
@@ -72,18 +110,39 @@ class KvFormat:
         return self.key.nbytes(head_dim) + self.value.nbytes(value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class WordKvFormat:
+    """How keys and values are stored by transform coding.
+
+    Attributes:
+        key: Of keys.
+        value: Of values.
+    """
+
+    key: WordFormat
+    value: WordFormat
+
+    def nbytes(self, head_dim: int, value_dim: int) -> int:
+        """Return the bytes of one token and kv head, key and value."""
+        return self.key.nbytes(head_dim) + self.value.nbytes(value_dim)
+
+
 # Source of all but 4 bits (which is arithmetic): VecInfer, arXiv 2510.06175.
-FORMATS = {
+FORMATS: dict[str, KvFormat | WordKvFormat] = {
     "vq-4bit": KvFormat(CodeFormat(2, 8), CodeFormat(2, 8)),
     "vq-2bit": KvFormat(CodeFormat(4, 8), CodeFormat(4, 8)),
     "vq-1.5bit": KvFormat(CodeFormat(8, 12), CodeFormat(8, 12)),
     "vq-1.25bit": KvFormat(CodeFormat(8, 12), CodeFormat(8, 8)),
     "vq-1bit": KvFormat(CodeFormat(8, 8), CodeFormat(8, 8)),
+    # Ours: transform coding.
+    "tc-4bit": WordKvFormat(WordFormat(4), WordFormat(4)),
+    "tc-3bit": WordKvFormat(WordFormat(4), WordFormat(8)),
+    "tc-2bit": WordKvFormat(WordFormat(8), WordFormat(8)),
 }
 
 
-def kv_format(name: object) -> KvFormat:
-    """Return a format of vector quantisation by its name.
+def kv_format(name: object) -> KvFormat | WordKvFormat:
+    """Return a format of codebooks or of transform coding by its name.
 
     Raises:
         ConfigError: There is none of this name.
@@ -123,8 +182,8 @@ class KvStorage:
             if self.format not in FORMATS:
                 message = f"{self.format!r} is not one of {', '.join(map(repr, known))}"
                 raise ConfigError(message, subject="full_layers")
-        elif self.lookup:
-            raise ConfigError("fp8 has no codewords to look up", subject="lookup")
+        if self.lookup and not isinstance(FORMATS.get(self.format), KvFormat):
+            raise ConfigError(f"{self.format} has no codewords to look up", subject="lookup")
         least = {"sink_tokens": 0, "exact_tokens": 1, "block_tokens": 1}
         for name, smallest in least.items():
             value = getattr(self, name)

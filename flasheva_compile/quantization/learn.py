@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.quantization.codebook import learn_codebook
+from flasheva_compile.quantization.formats import WordKvFormat
+from flasheva_compile.quantization.learn_transforms import learn_transforms
 from flasheva_compile.quantization.transform import (
     balancing_scale,
     compute_dtype,
@@ -22,6 +24,7 @@ from flasheva_compile.validation import expect_choice
 
 if TYPE_CHECKING:
     from flasheva_compile.quantization.formats import CodeFormat, KvFormat
+    from flasheva_compile.quantization.transform_coding import LayerTransforms
 
 Smoothing: TypeAlias = Literal["queries", "balance", "largest", "none"]
 Rotation: TypeAlias = Literal["grouped", "hadamard", "none"]
@@ -29,7 +32,10 @@ Rotation: TypeAlias = Literal["grouped", "hadamard", "none"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LearningOptions:
-    """How codebooks are learned.
+    """How codebooks, or the words of transform coding, are learned.
+
+    Transform coding reads ``smooth``, ``weigh``, ``vectors`` and ``seed`` alone: its rotation, what
+    it subtracts and what belongs to a head are its own.
 
     Attributes:
         smooth: Divide keys by a scale of each channel: with ``"queries"`` equal errors of all
@@ -38,19 +44,21 @@ class LearningOptions:
         rotate: Rotate keys: ``"grouped"`` mixes channels of alike size (``grouped_rotation``),
             ``"hadamard"`` all.
         centre: Quantise how keys differ from their mean instead of the keys.
-        weigh: Share of a token's weight in k-means that is the attention it gets; the rest is the
-            same for all. From 0 to below 1.
+        weigh: Share of a token's weight that is the attention it gets; the rest is the same for
+            all. From 0 to below 1; None = 0.7 for codebooks, which have codewords to spare for rare
+            tokens, and 0.95 for transform coding, which has not.
         rotate_values: Rotate values by Hadamard's matrix.
         per_head: One codebook per kv head instead of one for all.
         iterations: Of k-means, at most.
-        vectors: What k-means is given for each codeword, where there are as many.
+        vectors: What k-means is given for each codeword, where there are as many; transform coding
+            is given 32 times as many tokens.
         seed: Of k-means, and of what it is given.
     """
 
     smooth: Smoothing = "queries"
     rotate: Rotation = "grouped"
     centre: bool = True
-    weigh: float = 0.7
+    weigh: float | None = None
     rotate_values: bool = False
     per_head: bool = False
     iterations: int = 30
@@ -65,7 +73,7 @@ class LearningOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 message = f"must be an integer of at least {least}, got {value!r}"
                 raise ConfigError(message, subject=name)
-        if not 0 <= self.weigh < 1:
+        if self.weigh is not None and not 0 <= self.weigh < 1:
             message = f"must be at least 0 and below 1, got {self.weigh!r}"
             raise ConfigError(message, subject="weigh")
 
@@ -73,6 +81,9 @@ class LearningOptions:
     def paper(cls) -> LearningOptions:
         """Return what VecInfer does (arXiv 2510.06175)."""
         return cls(smooth="largest", rotate="hadamard", centre=False, weigh=0.0, vectors=256)
+
+
+_WEIGH_OF_CODES, _WEIGH_OF_WORDS = 0.7, 0.95  # see ``LearningOptions.weigh``
 
 
 class Readers(NamedTuple):
@@ -92,11 +103,11 @@ def learn_layer(
     keys: Tensor,
     values: Tensor,
     largest: Tensor,
-    form: KvFormat,
+    form: KvFormat | WordKvFormat,
     options: LearningOptions,
     readers: Readers | None = None,
-) -> LayerCodebooks:
-    """Learn one layer's scales and codebooks.
+) -> LayerCodebooks | LayerTransforms:
+    """Learn one layer's scales and codebooks, or its transforms.
 
     Args:
         keys: Keys as they are cached, after the rotary embedding, ``[T, Hkv, D]``.
@@ -118,8 +129,13 @@ def learn_layer(
     readers = Readers(*(x.to(dtype) for x in readers))
     if not all(bool(x.isfinite().all()) for x in (keys, values, largest, *readers)):
         raise ConfigError("keys, values or queries are not finite", subject="calibrate_kv")
-    weights = _weights(readers.attention, options.weigh)
-    books = _transforms(keys, largest, weights, readers.queries, form, options)
+    usual = _WEIGH_OF_WORDS if isinstance(form, WordKvFormat) else _WEIGH_OF_CODES
+    share = usual if options.weigh is None else options.weigh
+    weights = _weights(readers.attention, share)
+    if isinstance(form, WordKvFormat):
+        scale, _ = _smoothing(keys, largest, weights, readers.queries, options)
+        return learn_transforms(keys, values, scale, weights, (form.key.vector, form.value.vector))
+    books = _codebook_transforms(keys, largest, weights, readers.queries, form, options)
     codec = VqCodec(books, form, keys.shape[2], values.shape[2])
     coded = codec.transform_keys(keys.transpose(0, 1)[None])
     coded = coded if books.offset is None else coded - books.offset[:, None]
@@ -138,7 +154,27 @@ def _weights(attention: Tensor, share: float) -> Tensor:
     return share * relative + (1 - share)
 
 
-def _transforms(
+def _smoothing(
+    keys: Tensor, largest: Tensor, weights: Tensor, queries: Tensor, options: LearningOptions
+) -> tuple[Tensor, Tensor]:
+    """Return what keys are divided by and their power around what is their origin, ``[Hkv, D]``."""
+    centred = keys - _mean(keys, weights, options)
+    power = (centred.square() * weights[..., None]).mean(0)
+    if options.smooth == "queries":
+        return reading_scale(queries), power
+    if options.smooth == "balance":
+        return balancing_scale(power, queries), power
+    if options.smooth == "largest":
+        return smoothing_scale(centred.abs().amax(0) if options.centre else largest), power
+    return torch.ones_like(largest), power
+
+
+def _mean(keys: Tensor, weights: Tensor, options: LearningOptions) -> Tensor:
+    mean = (keys * weights[..., None]).mean(0)
+    return mean if options.centre else torch.zeros_like(mean)
+
+
+def _codebook_transforms(
     keys: Tensor,
     largest: Tensor,
     weights: Tensor,
@@ -147,16 +183,8 @@ def _transforms(
     options: LearningOptions,
 ) -> LayerCodebooks:
     """Return what happens to keys before they are quantised; codebooks are to follow."""
-    mean = (keys * weights[..., None]).mean(0) if options.centre else torch.zeros_like(largest)
-    centred = keys - mean
-    power = (centred.square() * weights[..., None]).mean(0)
-    scale = torch.ones_like(largest)
-    if options.smooth == "queries":
-        scale = reading_scale(queries)
-    elif options.smooth == "balance":
-        scale = balancing_scale(power, queries)
-    elif options.smooth == "largest":
-        scale = smoothing_scale(centred.abs().amax(0) if options.centre else largest)
+    scale, power = _smoothing(keys, largest, weights, queries, options)
+    mean = _mean(keys, weights, options)
     order = (power * queries).argsort(dim=-1, descending=True, stable=True)  # smoothing keeps it
     nothing = keys.new_zeros(1, form.key.entries, form.key.vector)
     books = LayerCodebooks(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flasheva_compile.lowering.emit import vecinfer_words
 from flasheva_compile.lowering.emit.fp8_tokens import store_fp8_token
 from flasheva_compile.lowering.emit.source import Dim, Source
+from flasheva_compile.lowering.emit.vecinfer_append_words import store_words
 from flasheva_compile.lowering.emit.vecinfer_codes import key_channel
 from flasheva_compile.lowering.spec_vecinfer import part_codes
 
@@ -75,17 +77,26 @@ def _queries(out: Source, spec: VecInferSpec) -> None:
         "tl.store(q_scale_ptr + row, scales, mask=is_first)",
         "tl.store(q_scale_ptr + rows + row, biases, mask=is_first)",
         f"offs_p = job % {pieces} * {columns} + tl.arange(0, {columns})",
-        f"channel = {key_channel(spec.keys, 'offs_p')}",
+        f"channel = {_column_channel(spec.keys)}",
         f"y = tl.zeros([BLOCK_M, {columns}], tl.float32)",
     )
     step = min(size, _SUMMED)
     with out.block(f"for first in range(0, {size}, {step}):"):
         out.lines(*_rotated_queries(spec, step))
+    if spec.is_words:
+        exists = f"channel < {spec.head_dim}"
+        digit = f"key_digit_ptr + hk * {spec.head_dim} + channel"
+        out.line(f"y *= tl.load({digit}, mask={exists}, other=0.0)[None, :]")
     out.lines(
         "y *= (1.0 / q_scale)[:, None]",
         f"coded_rows = coded_q_ptr + row[:, None] * {size}",
         "tl.store(coded_rows + offs_p[None, :], y.to(coded_q_ptr.dtype.element_ty))",
     )
+
+
+def _column_channel(layout: CodeLayout) -> str:
+    """Return the channel of places ``offs_p`` of transformed queries."""
+    return (vecinfer_words.key_axis if layout.is_words else key_channel)(layout, "offs_p")
 
 
 def _rotated_queries(spec: VecInferSpec, step: int) -> list[str]:
@@ -116,7 +127,8 @@ def _token(out: Source, spec: VecInferSpec, name: str, first: int) -> None:
     """Store one new token exactly, and some of its codes."""
     layout = spec.keys if name == "k" else spec.values
     dim = Dim("d" if name == "k" else "e", layout.size, split=False)
-    parts = 1 if spec.is_fp8 else -(-layout.codes // part_codes(layout))
+    which = "key" if name == "k" else "value"
+    parts = 1 if spec.is_fp8 else -(-layout.codes // part_codes(layout, which))
     out.lines(
         *dim.offsets(),
         f"token = (job - {first}) // {parts}",
@@ -131,6 +143,8 @@ def _token(out: Source, spec: VecInferSpec, name: str, first: int) -> None:
     with out.block(f"if is_valid & (place >= {spec.sink_size}) & (slot < room):"):
         if spec.is_fp8:
             out.lines(*store_fp8_token(name, layout.size, "bh64 * room + slot"))
+        elif spec.is_words:
+            out.lines(*store_words(name, layout, part_codes(layout, which)))
         else:
             _code(out, spec, name, layout)
 
@@ -167,7 +181,8 @@ def _store_exactly(out: Source, spec: VecInferSpec, name: str, dim: Dim) -> None
 
 def _code(out: Source, spec: VecInferSpec, name: str, layout: CodeLayout) -> None:
     """Find the nearest codewords of some subvectors and store their numbers."""
-    which, codes = ("key", "value")[name == "v"], part_codes(layout)
+    which = ("key", "value")[name == "v"]
+    codes = part_codes(layout, which)
     entries = layout.entries
     block = f"tl.arange(0, {min(entries, _block(codes))})"
     out.lines(f"code = piece * {codes} + tl.arange(0, {codes})", *_transformed(spec, name, layout))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flasheva_compile.lowering.emit import scores, vecinfer_fp8
 from flasheva_compile.lowering.emit import vecinfer_fp8_tiles as fp8_tiles
+from flasheva_compile.lowering.emit import vecinfer_words as words
 from flasheva_compile.lowering.emit.decode import LOWEST
 from flasheva_compile.lowering.emit.source import Dim, Source
 from flasheva_compile.lowering.emit.vecinfer_codes import (
@@ -214,35 +215,66 @@ def _coded(out: Source, spec: VecInferSpec, schedule: Schedule) -> None:
     if spec.new_tokens > 1:
         out.line(f"row_stop = {coded_until(spec, 'sees')}")
     stop, inside = ("stop", "offset + offs_t < stop") if ragged else (None, None)
+    if spec.is_words:
+        out.lines(*words.load_keys(keys, "begin", stop))
+        out.lines(*words.load_values(values, warps, "begin", stop))
     with out.block("for offset in range(begin, end, BLOCK_N):"):
-        if spec.is_fp8:
-            out.lines(*fp8_tiles.load_words(keys, values, stop), *vecinfer_fp8.exponents(inside))
-            out.lines(*fp8_tiles.key_tile(keys, spec.coded_dtype))
-        else:
-            out.lines(*key_tile(keys, inside))
+        out.lines(*_key_tile(spec, inside, stop))
         out.line(f"s = tl.dot(q, k{scores.precision(spec)})")
+        if spec.is_words:
+            out.line("ahead = offset + BLOCK_N")
+            out.lines(*words.load_keys(keys, "ahead", stop))
         out.lines(*_coded_softmax(spec, inside))
-        if spec.is_fp8:
-            out.lines(*fp8_tiles.value_tile(values, warps, spec.coded_dtype))
-        else:
-            out.lines(*value_tile(values, warps, stop))
+        out.lines(*_value_tile(spec, warps, stop))
+        if spec.is_words:
+            out.lines(*words.load_values(values, warps, "ahead", stop))
         out.line(f"sums = tl.dot(p, v, sums{scores.precision(spec)})")
-    column = values.channel("offs_v", warps)
+    out.lines(f"offs_v = tl.arange(0, {values.padded})", *_values_of_sums(spec, warps))
+    places = "axis" if spec.is_words else "channel"
+    bound = None if values.padded == spec.value_dim else f"{places}[None, :] < {spec.value_dim}"
+    out.lines(*_store(spec, "sums", "channel", bound))
+
+
+def _key_tile(spec: VecInferSpec, inside: str | None, stop: str | None) -> list[str]:
+    """Make ``k``; words were loaded while the tile before was multiplied."""
+    if spec.is_words:
+        return words.key_tile(spec.keys, spec.coded_dtype)
+    if not spec.is_fp8:
+        return key_tile(spec.keys, inside)
+    return [
+        *fp8_tiles.load_words(spec.keys, spec.values, stop),
+        *vecinfer_fp8.exponents(inside),
+        *fp8_tiles.key_tile(spec.keys, spec.coded_dtype),
+    ]
+
+
+def _value_tile(spec: VecInferSpec, warps: int, stop: str | None) -> list[str]:
+    """Make ``v``, and order ``p`` alike."""
+    if spec.is_words:
+        return words.value_tile(spec.values, warps, spec.coded_dtype)
+    if spec.is_fp8:
+        return fp8_tiles.value_tile(spec.values, warps, spec.coded_dtype)
+    return value_tile(spec.values, warps, stop)
+
+
+def _values_of_sums(spec: VecInferSpec, warps: int) -> list[str]:
+    """Make sums of values of sums of tiles, and say which ``channel`` each column is."""
+    values = spec.values
+    if spec.is_words:
+        return [f"axis = {words.value_axis(values, 'offs_v', warps)}", *words.sums(values)]
     if spec.is_fp8:
         column = fp8_tiles.value_channel(values, "offs_v", warps)
-    out.lines(
-        *(vecinfer_fp8.scaled_sums() if spec.is_fp8 else ["sums *= tl.load(book_scale_ptr + 1)"]),
-        f"offs_v = tl.arange(0, {values.padded})",
-        f"channel = {column}",
-    )
-    bound = None if values.padded == spec.value_dim else f"channel[None, :] < {spec.value_dim}"
-    out.lines(*_store(spec, "sums", "channel", bound))
+        return [*vecinfer_fp8.scaled_sums(), f"channel = {column}"]
+    column = values.channel("offs_v", warps)
+    return ["sums *= tl.load(book_scale_ptr + 1)", f"channel = {column}"]
 
 
 def _setup(spec: VecInferSpec, warps: int) -> list[str]:
     """Define where tiles of codes lie."""
     if spec.is_fp8:
         return fp8_tiles.setup(spec.keys, spec.values, warps)
+    if spec.is_words:
+        return words.setup(spec.keys, spec.values, warps)
     return [*_own_books(spec), *key_setup(spec.keys), *value_setup(spec.values, warps)]
 
 
@@ -291,7 +323,7 @@ def _coded_softmax(spec: VecInferSpec, inside: str | None) -> list[str]:
         "l_i = l_i * alpha + tl.sum(p, 1)",
         "m_i = m_new",
         "sums *= alpha[:, None]",
-        "p = p.to(value_book_ptr.dtype.element_ty)",
+        "p = p.to(coded_q_ptr.dtype.element_ty)",
     ]
 
 

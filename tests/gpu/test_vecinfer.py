@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flasheva_compile as fe
 from flasheva_compile import vecinfer_ops
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
-from flasheva_compile.quantization.formats import FORMATS, KvStorage
+from flasheva_compile.quantization.formats import FORMATS, KvStorage, WordKvFormat
 from flasheva_compile.quantization.state import QuantizedState
+from tests.kernels.vecinfer_agreement import assert_states_agree
 from tests.kernels.vecinfer_cases import (
     VecInferCase,
-    assert_states_agree,
     run_kernels,
     run_pytorch,
     steps_of,
@@ -46,7 +46,9 @@ BASE = VecInferCase(
 )
 CASES = {
     **{
-        name: {
+        name: {"words": (form.key.vector, form.value.vector)}
+        if isinstance(form, WordKvFormat)
+        else {
             "key": (form.key.vector, form.key.bits),
             "value": (form.value.vector, form.value.bits),
         }
@@ -70,12 +72,16 @@ CASES = {
     "no sinks, odd blocks": {"sinks": 0, "exact": 33, "block": 7},
     "nothing coded yet": {"prefix": 40},
 }
+WORDS = {"words": (8, 8)}
+FORMS = {"codes": {}, "fp8": {"fp8": True}, "words": WORDS}
 _NOT_OF_FP8 = (*FORMATS, "per head", "grouped", "no rotation", "rotated values")
 CASES |= {
     "fp8": {"fp8": True},
     "fp8, any sizes": {"fp8": True, "sizes": 10},
     "fp8, odd heads": {"fp8": True, "head_dim": 20, "value_dim": 12},
     **{f"fp8, {name}": {"fp8": True, **CASES[name]} for name in CASES if name not in _NOT_OF_FP8},
+    **{f"words, {name}": {**WORDS, **CASES[name]} for name in CASES if name not in _NOT_OF_FP8},
+    "one bit": {"words": (16, 16)},
 }
 
 
@@ -97,9 +103,9 @@ def test_kernels_equal_pytorch(fields, dtype):
     assert_as_accurate_as_pytorch([out.cpu(), lse.cpu()], formula, dtype)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_at_64k(fp8):
-    case = case_of(prefix=65536, dtype=torch.bfloat16, steps=2, fp8=fp8)
+@pytest.mark.parametrize("form", FORMS)
+def test_at_64k(form):
+    case = case_of(prefix=65536, dtype=torch.bfloat16, steps=2, **FORMS[form])
     out, lse, states = run_kernels(case, own_schedule=True)
 
     def formula(precision):
@@ -113,9 +119,9 @@ def call(case: VecInferCase, qkv, mask, state, books):
     return torch.ops.flasheva.vecinfer_decode(*qkv, mask, books, *state, **options)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(fp8):
-    case, results = case_of(steps=6, dtype=torch.bfloat16, fp8=fp8), []
+@pytest.mark.parametrize("form", FORMS)
+def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(form):
+    case, results = case_of(steps=6, dtype=torch.bfloat16, **FORMS[form]), []
     books = vecinfer_ops.op_books(case.codec, case.dtype)
     for _ in range(2):
         state = case.filled_state(case.dtype)
@@ -130,11 +136,11 @@ def test_the_op_runs_the_kernels_and_repeats_bit_for_bit(fp8):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask", ["none", "holes"])
-def test_a_captured_call_goes_on_by_itself(mask, fp8):
+def test_a_captured_call_goes_on_by_itself(mask, form):
     """One graph, over every phase of a block, equals calls that are launched one by one."""
-    case = case_of(steps=150, prefix=300, mask=mask, dtype=torch.bfloat16, fp8=fp8)
+    case = case_of(steps=150, prefix=300, mask=mask, dtype=torch.bfloat16, **FORMS[form])
     books = vecinfer_ops.op_books(case.codec, case.dtype)
     state, want = case.filled_state(case.dtype), []
     for qkv, valid in steps_of(case, case.dtype):
@@ -195,19 +201,19 @@ def _only_pytorch_code(monkeypatch):
 
 @pytest.mark.usefixtures("_pytorch_code")
 def test_a_captured_step_of_pytorch_code_is_the_step():
-    assert_a_captured_step_of_a_layer_is_the_step(fp8=True, masked=True)
+    assert_a_captured_step_of_a_layer_is_the_step("fp8", masked=True)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_captured_step_of_a_layer_is_the_step(fp8, masked):
+def test_a_captured_step_of_a_layer_is_the_step(form, masked):
     with no_pytorch_code():
-        assert_a_captured_step_of_a_layer_is_the_step(fp8=fp8, masked=masked)
+        assert_a_captured_step_of_a_layer_is_the_step(form, masked=masked)
 
 
-def assert_a_captured_step_of_a_layer_is_the_step(*, fp8, masked):
+def assert_a_captured_step_of_a_layer_is_the_step(form, *, masked):
     """No step waits for the device; one graph, over every phase of a block, equals the steps."""
-    case = case_of(steps=150, prefix=300, dtype=torch.bfloat16, fp8=fp8)
+    case = case_of(steps=150, prefix=300, dtype=torch.bfloat16, **FORMS[form])
     columns = torch.ones(case.batch, case.tokens, dtype=torch.bool, device="cuda")
     if masked:
         columns[1, 310::7] = False

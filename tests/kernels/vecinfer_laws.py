@@ -15,9 +15,9 @@ from hypothesis import given
 
 from flasheva_compile.quantization.state import QuantizedState
 from tests.kernels.interpreted_laws import examples
+from tests.kernels.vecinfer_agreement import assert_states_agree
 from tests.kernels.vecinfer_cases import (
     VecInferCase,
-    assert_states_agree,
     run_kernels,
     run_pytorch,
     vecinfer_cases,
@@ -50,7 +50,15 @@ def test_calls_over_fp8_are_those_of_pytorch(case):
     check(case)
 
 
+@given(vecinfer_cases(fp8=False, words=True))
+@examples(8)
+def test_calls_over_words_are_those_of_pytorch(case):
+    check(case)
+
+
 FORMS = {
+    "words": {"words": (8, 8), "head_dim": 128, "value_dim": 128},
+    "wide words": {"words": (4, 16)},
     "packed": {"key": (8, 9), "value": (8, 9)},
     "bytes": {"key": (4, 8), "value": (4, 8)},
     "fp8": {"fp8": True, "head_dim": 128},  # a thread loads from two places
@@ -155,6 +163,7 @@ def test_a_token_in_fp8_that_is_not_finite_is_nan(tensor, bad):
         assert torch.equal(got[:, :, coded].isnan(), expected[:, :, coded].isnan())
 
 
+WRONG_WORDS = {"words": (8, 8), "head_dim": 128, "value_dim": 128}
 WRONG = {  # what the emitters write, and what they might have
     "codes": ({}, ".permute(2, 0, 3, 1)", ".permute(0, 2, 3, 1)"),
     "fp8": (
@@ -164,6 +173,14 @@ WRONG = {  # what the emitters write, and what they might have
     ),
     "sign": ({"fp8": True}, "| ((key_words << 8) & -0x7FFF8000)", ""),
     "key's power": ({"fp8": True}, "tl.exp2(key_power)[None, :] *", ""),
+    "words of keys": (WRONG_WORDS, ".permute(4, 2, 0, 3, 5, 1)", ".permute(4, 0, 2, 3, 5, 1)"),
+    "words of values": (
+        WRONG_WORDS,
+        ".permute(3, 0, 4, 7, 2, 5, 6, 1)",
+        ".permute(3, 4, 0, 7, 2, 5, 6, 1)",
+    ),
+    "upper fields": (WRONG_WORDS, "high = key_tile >> 6", "high = key_tile >> 5"),
+    "values' offset": (WRONG_WORDS, "+ offset_v[None, :] * l_i[:, None]", ""),
     "value's power": ({"fp8": True}, "- value_power[None, :]", "- 0.0 * value_power[None, :]"),
 }
 

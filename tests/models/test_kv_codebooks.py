@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import KvCodebooks
 from flasheva_compile.quantization.formats import FORMATS, KvStorage
 from flasheva_compile.quantization.learn import LearningOptions
+from flasheva_compile.quantization.transform_coding import LayerTransforms
 from tests.models.test_generate import SMALL, generate, llama, tokens
 from tests.models.test_vecinfer_cache import COARSE, cache_of, close, hybrid, learned
 
@@ -160,7 +163,10 @@ def test_wrong_calibration_is_refused(options, match):
 # --- codebooks on disk ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
+VQ = [name for name in FORMATS if name.startswith("vq")]
+
+
+@pytest.mark.parametrize("name", VQ)
 def test_codebooks_are_loaded_as_they_were_saved(name, tmp_path):
     model, path = hybrid(), tmp_path / "books.safetensors"
     options = LearningOptions(rotate_values=True, per_head=True)
@@ -178,11 +184,44 @@ def test_codebooks_are_loaded_as_they_were_saved(name, tmp_path):
     assert cache_of(model, name, path).layers[0].codec.codebooks.rotate_values
 
 
-def test_codebooks_fit_the_model_in_another_precision():
+def test_transforms_are_loaded_as_they_were_saved(tmp_path):
+    model, path = hybrid(), tmp_path / "books.safetensors"
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "tc-4bit")
+    books.save(path)
+    loaded = KvCodebooks.load(path)
+    assert isinstance(loaded.layers[0], LayerTransforms)
+    for got, want in zip(
+        loaded.layers[0].tensors().values(), books.layers[0].tensors().values(), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert cache_of(model, "tc-4bit", path).layers[0].codec.transforms.key_widths.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("own", "other"), [("tc-4bit", "vq-4bit"), ("vq-4bit", "tc-4bit")])
+def test_transforms_and_codebooks_are_told_apart(own, other):
+    """Also where a file was given the wrong name of its format."""
     model = hybrid()
-    books = fe.calibrate_kv(model, [tokens(1, 30)], "vq-2bit")
+    books = fe.calibrate_kv(model, [tokens(1, 30)], own)
+    with pytest.raises(ConfigError, match=f"are of format '{own}', not '{other}'"):
+        cache_of(model, other, books)
+    with pytest.raises(ConfigError, match=r"codebooks: 0\.tensors are of another sort"):
+        cache_of(model, other, dataclasses.replace(books, format=other))
+
+
+def test_widths_that_are_no_words_are_refused():
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], "tc-4bit")
+    books.layers[0].key_widths[1, 0] += 1
+    with pytest.raises(ConfigError, match=r"0\.key_widths are .*, not 16 bits of w4"):
+        cache_of(model, "tc-4bit", books)
+
+
+@pytest.mark.parametrize("name", ["vq-2bit", "tc-4bit"])
+def test_codebooks_fit_the_model_in_another_precision(name):
+    model = hybrid()
+    books = fe.calibrate_kv(model, [tokens(1, 30)], name)
     model.to(torch.bfloat16)
-    result = generate(model, tokens(1, 30), past_key_values=cache_of(model, "vq-2bit", books))
+    result = generate(model, tokens(1, 30), past_key_values=cache_of(model, name, books))
     assert result.past_key_values.layers[0].state.tail_k.dtype == torch.bfloat16
 
 

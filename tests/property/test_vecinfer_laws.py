@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flasheva_compile.quantization import attention
-from flasheva_compile.quantization.formats import CodeFormat, KvFormat, KvStorage
+from flasheva_compile.quantization.coding import codec_of
+from flasheva_compile.quantization.formats import (
+    CodeFormat,
+    KvFormat,
+    KvStorage,
+    WordFormat,
+    WordKvFormat,
+)
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
 from flasheva_compile.quantization.state import append, coded_until, crop, new_state
-from flasheva_compile.quantization.vecinfer import VqCodec
 from tests.tolerance import assert_as_accurate_as_pytorch
 
 FP64 = torch.float64
@@ -24,6 +30,7 @@ many = settings(deadline=None, derandomize=True, max_examples=200, database=None
 COARSE = KvFormat(CodeFormat(2, 3), CodeFormat(1, 2))
 PACKED = KvFormat(CodeFormat(2, 9), CodeFormat(2, 4))
 EVERYTHING = KvFormat(CodeFormat(2, 12), CodeFormat(1, 12))
+WORDS = WordKvFormat(WordFormat(4), WordFormat(8))
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,11 @@ class Case:
             valid &= torch.rand(self.rows, self.count, generator=generator) < 0.8
         return [x.to(dtype) for x in qkv], valid
 
-    def codec(self, form: KvFormat | None, *, lookup: bool = False):
+    def of(self, form: KvFormat | WordKvFormat | None):
+        """Return the case with heads that a format takes."""
+        return dataclasses.replace(self, size=16) if form is WORDS else self
+
+    def codec(self, form: KvFormat | WordKvFormat | None, *, lookup: bool = False):
         """Learn a codec from the case's own tokens; None = fp8."""
         if form is None:
             return Fp8Codec(self.size, self.size)
@@ -68,7 +79,7 @@ class Case:
         queries = torch.rand(k.shape[1:], generator=generator, dtype=k.dtype)
         readers = Readers(attention, queries)
         books = learn_layer(k, v, k.abs().amax(0), form, self.options, readers)
-        return VqCodec(books, form, self.size, self.size, lookup=lookup)
+        return codec_of(books, form, (self.size, self.size), lookup=lookup)
 
     def run(self, codec, dtype=FP64, calls=None):
         """Attend to the case's tokens in several calls."""
@@ -161,11 +172,12 @@ def formula(case, codec):
     return compute
 
 
-@given(cases(), st.sampled_from([COARSE, PACKED, None]), st.booleans())
+@given(cases(), st.sampled_from([COARSE, PACKED, WORDS, None]), st.booleans())
 @laws
 def test_attention_is_that_to_exact_and_decoded_keys(case, form, lookup):
     """However the tokens come, with padding anywhere, by either form of the scores."""
-    codec = case.codec(form, lookup=lookup and form is not None)
+    case = case.of(form)
+    codec = case.codec(form, lookup=lookup and isinstance(form, KvFormat))
     assert_as_accurate_as_pytorch(case.run(codec), formula(case, codec), FP64)
 
 
@@ -191,6 +203,21 @@ def test_transforms_leave_scores_as_they_are(case):
     assert_as_accurate_as_pytorch([scores.flatten(1, 2)], products, FP64)
 
 
+@given(cases())
+@laws
+def test_principal_axes_leave_scores_as_they_are(case):
+    """Unlike Hadamard's matrix they are rounded themselves."""
+    case = case.of(WORDS)
+    codec = case.codec(WORDS)
+    (q, k, _), _ = case.tensors()
+    coded_q = codec.transform_queries(q.unflatten(1, (case.heads, case.group)))
+    coded_k = codec.transform_keys(k)[:, :, None]
+    scores = (coded_q @ coded_k.mT).flatten(1, 2)
+    sizes = (coded_q.norm(dim=-1)[..., None] * coded_k.norm(dim=-1)[..., None, :]).flatten(1, 2)
+    error = (scores - q @ k.repeat_interleave(case.group, 1).mT).abs()
+    assert (error <= 4 * case.size * torch.finfo(FP64).eps * sizes).all()
+
+
 @given(cases(), st.sampled_from([COARSE, PACKED, EVERYTHING]))
 @laws
 def test_codes_of_codewords_are_their_own(case, form):
@@ -205,10 +232,11 @@ def test_codes_of_codewords_are_their_own(case, form):
     assert torch.equal(codec.decode_values(codec.encode_values(values), FP64), values)
 
 
-@given(cases(), st.sampled_from([COARSE, PACKED]))
+@given(cases(), st.sampled_from([COARSE, PACKED, WORDS]))
 @laws
 def test_codes_of_decoded_tokens_are_their_own(case, form):
     """Through the transforms and back, too, as long as codewords differ by more than rounding."""
+    case = case.of(form)
     codec = case.codec(form)
     _, k, v = case.tensors()[0]
     keys, values = codec.encode_keys(k), codec.encode_values(v)
@@ -250,9 +278,10 @@ def test_fp8_is_the_nearest_number_by_the_least_power(numbers):
         assert torch.equal(back, coded * 2.0**exponent)
 
 
-@given(cases(), st.sampled_from([COARSE, PACKED, None]))
+@given(cases(), st.sampled_from([COARSE, PACKED, WORDS, None]))
 @laws
 def test_codes_do_not_depend_on_the_rows_beside_them(case, form):
+    case = case.of(form)
     codec = case.codec(form)
     (_, k, v), _ = case.tensors()
     whole = codec.encode_keys(k), codec.encode_values(v)
@@ -264,10 +293,11 @@ def test_codes_do_not_depend_on_the_rows_beside_them(case, form):
         assert torch.equal(codes[:1], expected)
 
 
-@given(cases(), st.integers(1, 60), st.sampled_from([COARSE, None]))
+@given(cases(), st.integers(1, 60), st.sampled_from([COARSE, WORDS, None]))
 @many
 def test_what_is_cropped_never_was(case, removed, form):
     """A rollback that is granted leaves the results of a cache that never saw the tokens."""
+    case = case.of(form)
     codec = case.codec(form)
     (q, k, v), valid = case.tensors()
     valid[:, -1] = True  # something is attended

@@ -14,6 +14,7 @@ from flasheva_compile.quantization.formats import (
     CodeFormat,
     KvFormat,
     KvStorage,
+    WordFormat,
     kv_format,
 )
 from flasheva_compile.quantization.learn import LearningOptions, Readers, learn_layer
@@ -48,8 +49,24 @@ def test_an_odd_number_of_12_bit_codes_is_padded():
     assert CodeFormat(8, 12).nbytes(24) == 6
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_a_format_of_words_stores_the_bits_in_its_name(bits, size):
+    assert 8 * FORMATS[f"tc-{bits}bit"].nbytes(size, size) == bits * 2 * size
+
+
 def test_every_format_is_tested():
-    assert len(FORMATS) == 5
+    assert len(FORMATS) == 5 + 3
+
+
+def test_a_head_that_is_no_multiple_of_two_words_is_refused():
+    with pytest.raises(ConfigError, match="40 channels are no multiple of 16"):
+        WordFormat(8).codes(40)
+
+
+def test_words_of_other_numbers_of_channels_are_refused():
+    with pytest.raises(ConfigError, match="w3: words have"):
+        WordFormat(3)
 
 
 def test_a_head_that_is_no_multiple_of_the_vector_is_refused():
@@ -71,6 +88,7 @@ def test_a_format_that_cannot_be_stored_is_refused(vector, bits):
         ({"format": "vq-2bit", "exact_tokens": 0}, "exact_tokens: must be an integer of at least"),
         ({"format": "vq-2bit", "block_tokens": True}, "block_tokens: must be an integer"),
         ({"format": "fp8", "lookup": True}, "lookup: fp8 has no codewords"),
+        ({"format": "tc-2bit", "lookup": True}, "lookup: tc-2bit has no codewords"),
     ],
 )
 def test_wrong_storage_is_refused(values, match):

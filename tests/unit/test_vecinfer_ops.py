@@ -10,9 +10,16 @@ import torch
 from flasheva_compile import vecinfer_ops
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.quantization.attention import append_and_attend
-from flasheva_compile.quantization.formats import CodeFormat, KvFormat, KvStorage
+from flasheva_compile.quantization.formats import (
+    CodeFormat,
+    KvFormat,
+    KvStorage,
+    WordFormat,
+    WordKvFormat,
+)
 from flasheva_compile.quantization.fp8 import Fp8Codec
 from flasheva_compile.quantization.state import append, new_state
+from flasheva_compile.quantization.transform_coding import LayerTransforms, TransformCodec
 from flasheva_compile.quantization.vecinfer import LayerCodebooks, VqCodec
 
 
@@ -36,7 +43,27 @@ def random_books(size=16, heads=2):
     )
 
 
+def random_transforms(size=16, heads=2):
+    def normal(stream, *shape):
+        return torch.randn(shape, generator=seeded(stream))
+
+    fields = {"key_widths": (5, 4, 4, 3), "value_widths": (5, 3, 2, 2, 2, 1, 1, 0)}
+    return LayerTransforms(
+        key_scale=normal(1, heads, size).abs() + 0.5,
+        key_rotation=torch.linalg.qr(normal(2, heads, size, size)).Q,
+        key_offset=normal(3, heads, size),
+        key_step=normal(4, heads, size).abs() + 0.1,
+        value_order=normal(5, heads, size).argsort(),
+        value_offset=normal(6, heads, size),
+        value_step=normal(7, heads, size).abs() + 0.1,
+        **{name: torch.tensor([widths] * heads) for name, widths in fields.items()},
+    )
+
+
 def codec_of(kind, size=16):
+    if kind == "tc":
+        form = WordKvFormat(WordFormat(4), WordFormat(8))
+        return TransformCodec(random_transforms(size), form, size, size)
     form = KvFormat(CodeFormat(4, 4), CodeFormat(4, 4))
     return Fp8Codec(size, size) if kind == "fp8" else VqCodec(random_books(size), form, size, size)
 
@@ -48,7 +75,7 @@ def new_tokens(count, size=16, heads=2):
     return q, k, v
 
 
-@pytest.mark.parametrize("kind", ["vq", "fp8"])
+@pytest.mark.parametrize("kind", ["vq", "fp8", "tc"])
 @pytest.mark.parametrize("op", ["vecinfer_append", "vecinfer_decode"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_ops_pass_opcheck(kind, op, masked):
@@ -61,11 +88,13 @@ def test_ops_pass_opcheck(kind, op, masked):
     torch.library.opcheck(getattr(torch.ops.flasheva, op), (*tensors, mask, books, *state), options)
 
 
-@pytest.mark.parametrize("kind", ["vq", "fp8"])
+@pytest.mark.parametrize("kind", ["vq", "fp8", "tc"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_on_a_device_nothing_waits(kind, count):
     """Tensors without numbers: what asks for one, or for a shape that depends on one, raises."""
     codec, tensors = codec_of(kind), [x.to("meta") for x in new_tokens(count)]
+    if isinstance(codec, TransformCodec):
+        codec = TransformCodec(codec.transforms.to("meta"), codec.form, 16, 16)
     if isinstance(codec, VqCodec):
         codec = VqCodec(codec.codebooks.to("meta"), codec.form, 16, 16)
         rotation = torch.empty(2, 16, 16, device="meta")
@@ -82,6 +111,8 @@ def test_on_a_device_nothing_waits(kind, count):
 GIVEN = {
     "a token of codes": ("vq", 16, 1),
     "many of codes": ("vq", 16, 17),
+    "a token of words": ("tc", 16, 1),
+    "many of words": ("tc", 16, 17),
     "a token of fp8": ("fp8", 20, 1),
     "several of fp8": ("fp8", 16, 16),
     "many of fp8": ("fp8", 16, 17),

@@ -25,7 +25,7 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
     codewords never leave its registers, and nothing waits at barriers.
     """
     if spec.kind == "vecinfer_append":
-        warps = 1 if spec.is_fp8 else 4 if spec.is_words else 8  # nothing is searched
+        warps = 1 if spec.is_fp8 else 2 if spec.is_words else 8  # nothing is searched
         return Schedule(block_m=ROWS, block_n=16, num_warps=warps, num_stages=1)
     widest = max(padded(spec.head_dim), padded(spec.value_dim))
     if spec.kind == "vecinfer_combine":

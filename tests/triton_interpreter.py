@@ -7,6 +7,7 @@ reads it when a kernel is defined, so interpreting and compiling need processes 
 What it changes:
 - run-time loop bounds work with NumPy >= 2.4, which no longer turns arrays of one element into
   integers (triton issue 9171);
+- products of fp32 by sums of bfloat16 ones, which it does not know, are fp32's;
 - bfloat16, which the interpreter keeps as raw bits, is multiplied and rounded exactly, and any
   other arithmetic on it is an error: a kernel has to widen it first;
 - e4m3, which it keeps as raw bits, too, becomes fp16 exactly;
@@ -19,6 +20,7 @@ What it changes:
 from __future__ import annotations
 
 # ruff: noqa: E402 - the assertion must come before Triton
+import dataclasses
 import functools
 import os
 from contextlib import contextmanager
@@ -87,6 +89,11 @@ def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def _fix_products() -> None:
+    options = interpreter.interpreter_builder.options
+    known = (*options.allowed_dot_input_precisions, "bf16x6")  # and computed in fp32, as others are
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        options, allowed_dot_input_precisions=known
+    )
     create_dot = Builder.create_dot
 
     def exact_dot(self, a, b, accumulator, *rest):

@@ -45,7 +45,9 @@ def _assert_digits_are_nearest(case: VecInferCase, state: QuantizedState) -> Non
             stored = valid.nonzero()[:, 0][case.sinks : case.sinks + packed.shape[2]]
             own = stored[-_LAST:]
             x, chosen = exact[b, :, own], got[b, :, : len(stored)][:, -_LAST:]
-            error = 8 * case.head_dim * torch.finfo(torch.float32).eps * (1 + x.abs().amax())
+            error = (
+                8 * case.head_dim * torch.finfo(torch.float32).eps * (1 + float(exact.abs().amax()))
+            )
             excess = (chosen - x).abs() - (best[b, :, own] - x).abs() - error
             assert (excess <= 0).all(), f"{excess.amax():.3g} too far, with {error:.3g}"
 

@@ -113,13 +113,16 @@ def _fit(x: Tensor, weights: Tensor, bits: int) -> _Fit:
     """
     mean, largest = _mean(x, weights), (1 << bits) - 1
     power = _mean((x - mean).square(), weights)
-    best = _Fit(mean, torch.ones_like(mean), power)
+    # Of what does not vary any step would do; one of the head's size keeps products within fp16.
+    usual = power.mean(1, keepdim=True).sqrt()
+    usual = usual.where(usual > 0, 1.0).expand_as(power)
+    best = _Fit(mean, usual, power)
     if not bits:
         return best
     rounding = _ROUNDING * torch.finfo(x.dtype).eps * x.abs().amax((0, 2))[:, None]
     varies = power > rounding.square()
     for span in _SPANS:
-        reach = (span * power.sqrt()).where(varies, 1.0)
+        reach = (span * power.sqrt()).where(varies, usual)
         offset, step = mean - reach, 2 * reach / largest
         for _ in range(_ROUNDS):
             digits = _digits(x, offset, step, largest)

@@ -68,33 +68,49 @@ def unselected(spec: KernelSpec, block_n: int) -> tuple[list[str], str]:
     """Return the lines that load a tile's bits, and the condition that a chunk is not selected."""
     first = spec.sink_size // spec.chunk_size
     bit = f"(offset - {first})" if first else "offset"
-    lines = [f"tile_bits = bits_rows + {bit} // {WORD} * tl.cast(groups, tl.int64)"]
-    for n in range(max(1, block_n // WORD)):
-        at = f"tile_bits + {n} * groups" if n else "tile_bits"
-        lines.append(f"bits{n} = tl.load({at}, mask=rows < queries, other=0)[:, None]")
-    bits = "bits0"
-    for n in range(1, block_n // WORD):
-        bits = f"tl.where((offs_t < {n * WORD})[None, :], {bits}, bits{n})"
+    words = max(1, block_n // WORD)
     place = f"offs_t + {bit} % {WORD}" if block_n < WORD else f"offs_t % {WORD}"
-    lines += [f"bits = {bits}", f"place = {WORD - 1} - ({place})"]
+    lines = [
+        f"tile_bits = bits_rows + {bit} // {WORD} * tl.cast(groups, tl.int64)",
+        *_words("tl", words, "groups", ", mask=rows < queries, other=0", ("offs_t", WORD)),
+        f"place = {WORD - 1} - ({place})",
+    ]
     return lines, "((bits << place[None, :]) >= 0)"
+
+
+def _words(language: str, count: int, apart: str, rest: str, steps: tuple[str, int]) -> list[str]:
+    """Load the words of a tile, and define ``bits``: for each column that of its chunk.
+
+    Args:
+        language: ``"tl"`` or ``"gl"``.
+        count: Words of a tile.
+        apart: From one to the next, from ``tile_bits`` on.
+        rest: Of the address of a load, and its mask.
+        steps: What counts columns, and how many share a word.
+    """
+    lines = []
+    for n in range(count):
+        at = f"tile_bits + {n} * {apart}" if n else "tile_bits"
+        lines.append(f"bits{n} = {language}.load({at}{rest})[:, None]")
+    (offsets, each), bits = steps, "bits0"
+    for n in range(1, count):
+        bits = f"{language}.where(({offsets} < {n * each})[None, :], {bits}, bits{n})"
+    return [*lines, f"bits = {bits}"]
 
 
 def unselected_by_specialists(spec: KernelSpec, block_n: int) -> tuple[list[str], str]:
     """Return what :func:`unselected` does, in Gluon, of the ``tile``-th tile of chunk tokens."""
     words = max(1, block_n // WORD)
     first = times("tile", words) if block_n >= WORD else f"tile // {WORD // block_n}"
-    lines = [f"tile_bits = bits_rows + gl.cast(groups, gl.int64) * ({first})"]
-    for n in range(words):
-        at = f"tile_bits + {n} * groups" if n else "tile_bits"
-        lines.append(f"bits{n} = gl.load({at}, mask=is_own, other=0)[:, None]")
-    bits = "bits0"
-    for n in range(1, words):
-        bits = f"gl.where((offs_t < {n * WORD})[None, :], {bits}, bits{n})"
     place = (
         f"offs_t + tile % {WORD // block_n} * {block_n}" if block_n < WORD else f"offs_t % {WORD}"
     )
-    return [*lines, f"bits = {bits}", f"place = 1 << ({place})"], "((bits & place[None, :]) == 0)"
+    lines = [
+        f"tile_bits = bits_rows + gl.cast(groups, gl.int64) * ({first})",
+        *_words("gl", words, "groups", ", mask=is_own, other=0", ("offs_t", WORD)),
+        f"place = 1 << ({place})",
+    ]
+    return lines, "((bits & place[None, :]) == 0)"
 
 
 def own_bits(spec: KernelSpec) -> list[str]:
@@ -115,14 +131,11 @@ def unselected_rows(spec: KernelSpec, block_m: int) -> tuple[list[str], str]:
     """Return, where chunk tokens are a tile's rows, what :func:`unselected` does."""
     size = spec.selection_group
     index = f"row // {size * WORD}"
-    lines = [f"tile_bits = turned_ptr + ((bhk64 * group_words + {index}) * words * {WORD} + slot)"]
     count = max(1, block_m // size // WORD)
-    for n in range(count):
-        at = f"tile_bits + {n} * words * {WORD}" if n else "tile_bits"
-        lines.append(f"bits{n} = tl.load({at} + offs_t)[:, None]")
-    bits = "bits0"
-    for n in range(1, count):
-        bits = f"tl.where((offs_m < {n * WORD * size})[None, :], {bits}, bits{n})"
     group = f"rows // {size}" if size > 1 else "rows"
-    lines += [f"bits = {bits}", f"place = {WORD - 1} - ({group} & {WORD - 1})"]
+    lines = [
+        f"tile_bits = turned_ptr + ((bhk64 * group_words + {index}) * words * {WORD} + slot)",
+        *_words("tl", count, f"words * {WORD}", " + offs_t", ("offs_m", WORD * size)),
+        f"place = {WORD - 1} - ({group} & {WORD - 1})",
+    ]
     return lines, "((bits << place[None, :]) >= 0)"

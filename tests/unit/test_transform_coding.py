@@ -149,6 +149,18 @@ def test_channels_that_never_change_cost_nothing():
     torch.testing.assert_close(v[..., 3:], keys[..., 3:], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_steps_grow_with_what_they_are_learned_from(size):
+    """Also those of no bits, and of channels that do not vary: kernels scale queries by all."""
+    keys = normal(9, 500, 2, 16)
+    keys[..., 5] = 1.5
+    one, other = (learned(keys * n, keys * n).transforms for n in (1, size))
+    for name in ("key_step", "value_step"):
+        got, want = getattr(other, name), getattr(one, name) * size
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert torch.equal(one.key_widths, other.key_widths)
+
+
 def test_learning_is_repeatable_and_reads_its_options():
     keys, values = normal(7, 600, 2, 16), normal(8, 600, 2, 16)
     largest = keys.abs().amax(0)

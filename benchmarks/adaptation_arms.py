@@ -211,6 +211,40 @@ def retrieval_arms() -> tuple[Arm, ...]:
     return tuple(found)
 
 
+def eighth_arms() -> tuple[Arm, ...]:
+    """Return arms that touch an eighth of the keys of 8192 tokens, untrained and trained."""
+    sizes = (  # rule, window, chunk, chunks, whether bounds select
+        ("tangent", 128, 32, 6, False),
+        ("tangent", 96, 32, 7, False),
+        ("tangent", 64, 32, 8, False),
+        ("tangent", 128, 64, 3, False),
+        ("tangent", 64, 64, 4, False),
+        ("tangent", 64, 64, 3, True),
+        ("mean", 128, 64, 3, False),
+    )
+    found = []
+    for rule, window, chunk_size, count, bounds in sizes:
+        fields = {"window_size": window, "retrieve_chunks": count}
+        by = {"retrieve_by": "bounds"} if bounds else {}
+        name = f"{rule} w{window} c{chunk_size} top-{count}" + " by bounds" * bounds
+        found.append((name, eva(rule, chunk_size, **fields, **by), {}))
+    for window, chunk_size, count in ((128, 32, 2), (64, 32, 4), (128, 64, 1), (64, 64, 2)):
+        fields = {"window_size": window, "retrieve_chunks": count}
+        name = f"tangent w{window} c{chunk_size} top-{count}, 1 full"
+        one = {"keep": 1, "placement": "selected", "select_length": 8192}
+        found.append((name, eva("tangent", chunk_size, **fields), one))
+    return tuple(
+        Arm(
+            name=name + f", {training}" * (training != "none"),
+            config=config,
+            training=training,
+            **more,
+        )
+        for training in ("none", "distill", "lm")
+        for name, config, more in found
+    )
+
+
 def _with_full_layers(count: int, keep: int, questions: int = 0) -> Arm:
     """Return an arm that touches a quarter of the keys, some of them in full layers."""
     retrieves = {"retrieve_chunks": count, "retrieve_by": "bounds"} if count else {}

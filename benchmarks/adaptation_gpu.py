@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from adaptation_arms import Arm, arms, recipe, retrieval_arms
+from adaptation_arms import Arm, arms, eighth_arms, recipe, retrieval_arms
 from adaptation_model import load_model
 from extractive_questions import questions
 from records import Results, header
@@ -47,6 +47,7 @@ EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
 NEVER = -1e30  # bias of a chunk token that no query attends to
 SOURCES = ("austen", "faq", "linux")
 NOTHING = "skipped: time budget"
+TABLES = {"adaptation": arms, "retrieval": retrieval_arms, "eighth": eighth_arms}
 EXTRACTIVE_TOKENS = 12  # in which an answer has to come
 
 
@@ -95,7 +96,7 @@ def described(a: argparse.Namespace) -> dict[str, Any]:
 
 def wanted(a: argparse.Namespace) -> list[Arm]:
     """Return the arms that the command line names."""
-    table = {"adaptation": arms, "retrieval": retrieval_arms}[a.table]()
+    table = TABLES[a.table]()
     if unknown := set(a.arms or ()) - {arm.name for arm in table}:
         raise SystemExit(f"no arm {sorted(unknown)}; there are {[arm.name for arm in table]}")
     return [arm for arm in table if not a.arms or arm.name in a.arms]
@@ -340,7 +341,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gpus", type=int, default=1)
     add("--first-gpu", type=int, default=0)
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--table", choices=("adaptation", "retrieval"), default="adaptation")
+    add("--table", choices=tuple(TABLES), default="adaptation")
     add("--arms", nargs="+", help="names; all unless given")
     add("--save", type=Path, help="folder for the models that were trained, one each")
     add("--steps", type=int, default=250, help="optimizer steps of every arm")

@@ -262,8 +262,12 @@ def train_arm(a: argparse.Namespace, arm: Arm, model: Any, train: Tensor) -> dic
     torch.manual_seed(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    order = torch.randperm(len(train) - 4, generator=torch.Generator().manual_seed(arm.seed))
-    batches = [train[x, : a.length] for x in order.split(a.batch)][: a.steps]
+    generator, batches = torch.Generator().manual_seed(arm.seed), []
+    while len(batches) < a.steps:  # again, in another order, where there are more steps than text
+        order = torch.randperm(len(train) - 4, generator=generator)
+        whole = (x for x in order.split(a.batch) if len(x) == a.batch)
+        batches += [train[x, : a.length] for x in whole]
+    batches = batches[: a.steps]
     if arm.compiled:
         model.compile(backend="flasheva")
     try:

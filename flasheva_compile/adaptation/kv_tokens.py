@@ -89,7 +89,7 @@ class _Run:
 
     Attributes:
         wanted: Places in the cache; None = all.
-        most: Shape of a layer -> tokens to sample.
+        most: Place in the cache and shape of a layer -> tokens to sample.
         generator: Of the sample.
         implementations: ``id(config)`` -> the name of its own implementation.
         seen: Place in the cache -> tokens.
@@ -98,7 +98,7 @@ class _Run:
     """
 
     wanted: list[int] | None
-    most: Callable[[LayerShape], int]
+    most: Callable[[int, LayerShape], int]
     generator: torch.Generator
     implementations: dict[int, str]
     seen: dict[int, KvTokens] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class _Run:
             tokens=keys.shape[0],
         )
         both = self.seen[index].joined(new) if index in self.seen else new
-        self.seen[index] = both.sampled(self.most(new.shape))
+        self.seen[index] = both.sampled(self.most(index, new.shape))
 
 
 _running: list[_Run] = []
@@ -177,7 +177,7 @@ def attention_received(
 def recording(
     model: Any,  # noqa: ANN401 - a transformers model
     wanted: list[int] | None,
-    most: Callable[[LayerShape], int],
+    most: Callable[[int, LayerShape], int],
     seed: int,
 ) -> Iterator[Callable[[dict[str, Any]], dict[int, KvTokens]]]:
     """Yield a function that runs the model and returns what was seen so far, by place in the cache.

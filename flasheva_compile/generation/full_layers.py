@@ -89,19 +89,15 @@ def quantized_layers(
         ConfigError: Codebooks lack, are useless, or are another model's.
     """
     full = prepared_of(model).full
-    formats = sorted({s.format for s in storages.values()} - {FP8})
-    if not formats and codebooks is not None:
+    of = {index: full[index] for index, s in storages.items() if s.format != FP8}
+    if not of and codebooks is not None:
         what = "fp8 has none" if storages else "no layer is stored as codes of them"
         raise ConfigError(what, subject="codebooks", hint="leave them out")
-    if formats[1:]:
-        message = f"{formats[0]!r} and {formats[1]!r}: codebooks are of one format"
-        raise ConfigError(message, subject="kv", hint='give all layers the same, or "fp8"')
-    of = {index: full[index] for index, s in storages.items() if s.format != FP8}
     codecs: dict[int, Codec] = {
         index: Fp8Codec(full[index].head_dim, full[index].value_dim) for index in storages
     }
-    if formats:
-        codecs |= _codecs(model, formats[0], codebooks, of, storages)
+    if of:
+        codecs |= _codecs(model, codebooks, of, storages)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {
         index: VecInferLayer(full[index].path, codecs[index], storage, max_cache_len, dtype)
@@ -111,7 +107,6 @@ def quantized_layers(
 
 def _codecs(
     model: Any,  # noqa: ANN401
-    format_name: str,
     codebooks: KvCodebooks | str | Path | None,
     of: Mapping[int, FullLayer],
     storages: Mapping[int, KvStorage],
@@ -120,7 +115,8 @@ def _codecs(
     books = prepared_of(model).codebooks if codebooks is None else codebooks
     if books is None:
         hint = "pass what calibrate_kv returned, or the file that it was saved in"
-        raise ConfigError(f"{format_name!r} needs them", subject="codebooks", hint=hint)
+        asked = storages[min(of)].format
+        raise ConfigError(f"{asked!r} needs them", subject="codebooks", hint=hint)
     books = KvCodebooks.load(books) if isinstance(books, str | Path) else books
     shapes = {
         index: LayerShape(
@@ -128,12 +124,13 @@ def _codecs(
         )
         for index, layer in of.items()
     }
-    books.expect(format_name, weights_fingerprint(model), shapes)
-    form, modules = kv_format(format_name), dict(model.named_modules())
+    formats = {index: storages[index].format for index in of}
+    books.expect(formats, weights_fingerprint(model), shapes)
+    modules = dict(model.named_modules())
     return {
         index: codec_of(
             books.layers[index].to(device_of(modules[layer.path])),
-            form,
+            kv_format(formats[index]),
             (layer.head_dim, layer.value_dim),
             lookup=storages[index].lookup,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from flasheva_compile.quantization.formats import KvFormat
 
-_KIND, _VERSION = "flasheva kv codebooks", "2"
+_KIND, _VERSION = "flasheva kv codebooks", "3"
 CODEBOOKS = "kv_codebooks.safetensors"
 """The file beside a saved model."""
 
@@ -47,14 +48,15 @@ class KvCodebooks:
     """What :func:`flasheva_compile.calibrate_kv` learned.
 
     Attributes:
-        format: A name of :data:`~flasheva_compile.quantization.formats.FORMATS`.
+        formats: Place in the cache -> a name of
+            :data:`~flasheva_compile.quantization.formats.FORMATS`.
         model: Fingerprint of the model.
         tokens: Valid tokens that it was learned from.
         layers: Place in the cache -> scales and codebooks, or transforms.
         shapes: Place in the cache -> shape.
     """
 
-    format: str
+    formats: Mapping[int, str]
     model: str
     tokens: int
     layers: Mapping[int, LayerCodebooks | LayerTransforms]
@@ -65,13 +67,14 @@ class KvCodebooks:
         return sum(layer.nbytes() for layer in self.layers.values())
 
     def __str__(self) -> str:
-        layers, kib = len(self.layers), self.nbytes() / 1024
-        return f"{self.format} codebooks of {layers} layers, {self.tokens} tokens, {kib:.0f} KiB"
+        counts = Counter(self.formats[index] for index in sorted(self.layers))
+        what = " and ".join(f"{name} codebooks of {n} layers" for name, n in counts.items())
+        return f"{what}, {self.tokens} tokens, {self.nbytes() / 1024:.0f} KiB"
 
     # --- on disk ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors, with what identifies format, model and layers."""
+        """Write safetensors, with what identifies formats, model and layers."""
         from safetensors.torch import save_file
 
         tensors = {
@@ -81,6 +84,7 @@ class KvCodebooks:
         }
         shapes = {
             index: {
+                "format": self.formats[index],
                 "kv_heads": shape.kv_heads,
                 "head_dim": shape.head_dim,
                 "value_dim": shape.value_dim,
@@ -92,7 +96,6 @@ class KvCodebooks:
         metadata = {
             "kind": _KIND,
             "version": _VERSION,
-            "format": self.format,
             "model": self.model,
             "tokens": str(self.tokens),
             "layers": json.dumps(shapes),
@@ -123,9 +126,10 @@ class KvCodebooks:
             raise ConfigError(message, subject=str(path), hint="calibrate again")
         layers: dict[int, LayerCodebooks | LayerTransforms] = {}
         shapes: dict[int, LayerShape] = {}
+        formats: dict[int, str] = {}
         for key, facts in json.loads(metadata["layers"]).items():
             flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS if flag in facts}
-            names = facts.pop("tensors")
+            names, formats[int(key)] = facts.pop("tensors"), facts.pop("format")
             missing = [name for name in names if f"{key}.{name}" not in tensors]
             if missing:
                 raise ConfigError(f"lacks {key}.{missing[0]}", subject=str(path))
@@ -133,7 +137,7 @@ class KvCodebooks:
             layers[int(key)] = (LayerCodebooks if flags else LayerTransforms)(**own, **flags)
             shapes[int(key)] = LayerShape(**facts)
         return cls(
-            format=metadata["format"],
+            formats=formats,
             model=metadata["model"],
             tokens=int(metadata["tokens"]),
             layers=layers,
@@ -142,21 +146,20 @@ class KvCodebooks:
 
     # --- whose it is ------------------------------------------------------------------------------
 
-    def expect(self, format_name: str, model: str, shapes: Mapping[int, LayerShape]) -> None:
+    def expect(
+        self, formats: Mapping[int, str], model: str, shapes: Mapping[int, LayerShape]
+    ) -> None:
         """Verify that the codebooks are those of a model's layers.
 
         Args:
-            format_name: The format that is asked for.
+            formats: Place in the cache -> the format that is asked for, of the layers to quantise.
             model: Fingerprint of the model.
-            shapes: Place in the cache -> shape, of the layers to quantise.
+            shapes: Place in the cache -> shape, of the same layers.
 
         Raises:
-            ConfigError: They are of another format, model or shape, or lack a layer.
+            ConfigError: They are of other formats, another model or shape, or lack a layer.
         """
         hint = "call calibrate_kv on this model"
-        if self.format != format_name:
-            message = f"are of format {self.format!r}, not {format_name!r}"
-            raise ConfigError(message, subject="codebooks", hint=hint)
         if self.model != model:
             message = "were learned from another model, or other weights"
             raise ConfigError(message, subject="codebooks", hint=hint)
@@ -166,9 +169,11 @@ class KvCodebooks:
                 has = "nothing" if own is None else str(own)
                 message = f"have {has} for layer {index} of the cache, which has {shape}"
                 raise ConfigError(message, subject="codebooks", hint=hint)
-        form = kv_format(self.format)
-        for index in shapes:
-            reason = _misfit(self.layers[index], form)
+            if self.formats[index] != formats[index]:
+                message = f"are of format {self.formats[index]!r}, not {formats[index]!r}"
+                message += f", for layer {index} of the cache"
+                raise ConfigError(message, subject="codebooks", hint=hint)
+            reason = _misfit(self.layers[index], kv_format(formats[index]))
             if reason:
                 raise ConfigError(f"{index}.{reason}", subject="codebooks", hint=hint)
 

@@ -29,7 +29,7 @@ def test_generation_stores_layers_as_their_configuration_says(tmp_path):
     model = fe.prepare(llama(), {"default": SMALL, 0: asked})
     with pytest.raises(ConfigError, match="codebooks: 'vq-2bit' needs them"):
         generate(model, tokens(1, 30))
-    books = fe.calibrate_kv(model, [tokens(1, 60)], "vq-2bit")
+    books = fe.calibrate_kv(model, [tokens(1, 60)])  # in the format that the layer asks for
     model.save_pretrained(tmp_path)
     books.save(tmp_path / "kv_codebooks.safetensors")
     loaded = fe.from_pretrained(tmp_path)
@@ -69,9 +69,36 @@ def test_layers_may_differ():
         "vq-1bit",
         "",
     ]
-    fe.prepare(model, {"default": SMALL, 0: {"attention": "full", "kv": "vq-2bit"}, 2: codes})
-    with pytest.raises(ConfigError, match="kv: 'vq-1bit' and 'vq-2bit': codebooks are of one"):
-        fe.FlashEvaCache.for_model(model, codebooks=books)
+
+
+MIXED = {0: "tc-4bit", 1: "fp8", 2: "vq-2bit"}
+
+
+def test_layers_may_have_codes_of_different_formats(tmp_path):
+    """Each layer's codebooks are those that it has where all layers have its format."""
+    model = llama(layers=4)
+    layers = {index: {"attention": "full", "kv": kv} for index, kv in MIXED.items()}
+    fe.prepare(model, {"default": SMALL, **layers})
+    books = fe.calibrate_kv(model, [tokens(1, 300)])
+    assert books.formats == {0: "tc-4bit", 2: "vq-2bit"}
+    assert "tc-4bit codebooks of 1 layers and vq-2bit codebooks of 1 layers, 300" in str(books)
+    for index, name in books.formats.items():
+        alone = fe.calibrate_kv(model, [tokens(1, 300)], name, layers=[index]).layers[index]
+        for got, want in zip(
+            books.layers[index].tensors().values(), alone.tensors().values(), strict=True
+        ):
+            assert torch.equal(got, want)
+    books.save(tmp_path / "books.safetensors")
+    cache = fe.FlashEvaCache.for_model(model, codebooks=tmp_path / "books.safetensors")
+    got = [getattr(getattr(x, "storage", None), "format", "") for x in cache.layers]
+    assert got == ["tc-4bit", "fp8", "vq-2bit", ""]
+    ids = tokens(1, 200)
+    whole = generate(model, ids, past_key_values=cache).sequences
+    assert whole.shape[1] > 200
+    swapped = {0: "vq-2bit", 2: "tc-4bit"}
+    wrong = fe.calibrate_kv(model, [tokens(1, 60)], swapped)
+    with pytest.raises(ConfigError, match="'vq-2bit', not 'tc-4bit', for layer 0 of the cache"):
+        fe.FlashEvaCache.for_model(model, codebooks=wrong)
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -149,6 +176,9 @@ def test_calibration_is_repeatable_and_samples_all_batches():
     ("options", "match"),
     [
         ({"format": "vq-3bit"}, "format: 'vq-3bit' is not one of 'vq-4bit'"),
+        ({"format": {0: "vq-2bit", 1: "fp8"}}, "format: 'fp8' is not one of 'vq-4bit'"),
+        ({"format": {}}, "format: names no layer"),
+        ({"format": {0: "vq-2bit"}, "layers": [0, 1]}, "layers: layer 1 has no format"),
         ({"layers": [0, 7]}, "layers: layer 7 has no keys and values in its cache"),
         ({"batches": []}, "batches: is empty"),
         ({"batches": [{"input_ids": tokens(1, 9), "attention_mask": torch.zeros(1, 9)}]}, "valid"),
@@ -173,7 +203,7 @@ def test_codebooks_are_loaded_as_they_were_saved(name, tmp_path):
     books = fe.calibrate_kv(model, [tokens(1, 30)], name, options=options)
     books.save(path)
     loaded = KvCodebooks.load(path)
-    assert (loaded.format, loaded.model, loaded.tokens) == (name, books.model, 30)
+    assert (loaded.formats, loaded.model, loaded.tokens) == ({0: name}, books.model, 30)
     assert loaded.shapes == books.shapes
     expected = books.layers[0].tensors()
     assert list(expected) == ["scale", "keys", "values", "order", "offset"]
@@ -205,7 +235,7 @@ def test_transforms_and_codebooks_are_told_apart(own, other):
     with pytest.raises(ConfigError, match=f"are of format '{own}', not '{other}'"):
         cache_of(model, other, books)
     with pytest.raises(ConfigError, match=r"codebooks: 0\.tensors are of another sort"):
-        cache_of(model, other, dataclasses.replace(books, format=other))
+        cache_of(model, other, dataclasses.replace(books, formats={0: other}))
 
 
 def test_widths_that_are_no_words_are_refused():
@@ -255,7 +285,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
 def test_codebooks_of_another_version_are_refused(tmp_path):
     path = tmp_path / "books.safetensors"
     save_file({}, path, {"kind": "flasheva kv codebooks", "version": "1"})
-    with pytest.raises(ConfigError, match="is of version 1, not 2"):
+    with pytest.raises(ConfigError, match="is of version 1, not 3"):
         KvCodebooks.load(path)
     (tmp_path / "text").write_text("no safetensors")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flasheva_compile.lowering.load import LoadedKernel
+    from flasheva_compile.lowering.schedule_cost import Target
     from flasheva_compile.lowering.spec import Schedule
     from flasheva_compile.lowering.vecinfer_books import KernelTransforms
     from torch import Tensor
@@ -48,6 +49,7 @@ _LOG2E = math.log2(math.e)
 _LARGEST_HEAD_DIM = 256
 _REGISTERS = 65536  # of a multiprocessor
 _REGISTERS_PER_THREAD = 256  # what the decode kernel needs where its schedule says nothing, about
+_AMD_WITH_SUBNORMALS = ("gfx942", "gfx950")
 _TILES_PER_PART = 2
 _MOST_PARTS = 160
 
@@ -111,7 +113,18 @@ def covers(q: Tensor, v: Tensor, form: AnyKvFormat | None) -> bool:
     sizes = (q.shape[3], v.shape[3])
     few = q.shape[2] <= MOST_NEW_TOKENS and max(sizes) <= _LARGEST_HEAD_DIM
     few &= form is not None or all(size % WORD == 0 for size in sizes)
+    if isinstance(form, WordKvFormat):
+        with on_device(q.device):
+            few &= _multiplies_subnormals(current_target())
     return fits(form, q.dtype) and few and 0 not in q.shape
+
+
+def _multiplies_subnormals(target: Target) -> bool:
+    """Whether products take subnormal fp16 numbers, which all digits are, for what they are.
+
+    MFMA of MI200 (gfx90a) takes them for zeros; of AMD's devices only those that do not are named.
+    """
+    return not target.is_amd or target.arch in _AMD_WITH_SUBNORMALS
 
 
 def vecinfer_decode(  # noqa: PLR0913 - the arguments of the op

@@ -175,13 +175,18 @@ def _quantizable(full: Mapping[int, FullLayer], wanted: list[int] | None) -> lis
 
 
 def _sample_size(formats: _Formats, options: LearningOptions, index: int, shape: LayerShape) -> int:
-    """Return the tokens that give both codebooks their vectors, or transforms their statistics."""
+    """Return the tokens that give both codebooks their vectors, or transforms their statistics.
+
+    Raises:
+        ConfigError: The layer's heads do not fit the format: before the model has run on all.
+    """
     form = kv_format(formats[index])
+    codes = (form.key.codes(shape.head_dim), form.value.codes(shape.value_dim))
     if isinstance(form, WordKvFormat):
         return _TOKENS * options.vectors
     heads = 1 if options.per_head else shape.kv_heads
     needed = [
-        -(-options.vectors * part.entries // (heads * part.codes(size)))
-        for part, size in ((form.key, shape.head_dim), (form.value, shape.value_dim))
+        -(-options.vectors * part.entries // (heads * count))
+        for part, count in zip((form.key, form.value), codes, strict=True)
     ]
     return max(needed)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.quantization.formats import WordFormat, WordKvFormat, kv_format
-from flasheva_compile.quantization.transform_coding import WORD_BITS, LayerTransforms
+from flasheva_compile.quantization.formats import WordKvFormat, kv_format
+from flasheva_compile.quantization.transform_coding import LayerTransforms
 from flasheva_compile.quantization.vecinfer import LayerCodebooks
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class KvCodebooks:
                 message = f"are of format {self.formats[index]!r}, not {formats[index]!r}"
                 message += f", for layer {index} of the cache"
                 raise ConfigError(message, subject="codebooks", hint=hint)
-            reason = _misfit(self.layers[index], kv_format(formats[index]))
+            reason = _misfit(self.layers[index], kv_format(formats[index]), shape)
             if reason:
                 raise ConfigError(f"{index}.{reason}", subject="codebooks", hint=hint)
 
@@ -184,17 +184,16 @@ def _flags(layer: LayerCodebooks | LayerTransforms) -> dict[str, bool]:
     return {flag: getattr(layer, flag) for flag in _FLAGS}
 
 
-def _misfit(layer: LayerCodebooks | LayerTransforms, form: KvFormat | WordKvFormat) -> str:
+def _misfit(
+    layer: LayerCodebooks | LayerTransforms, form: KvFormat | WordKvFormat, shape: LayerShape
+) -> str:
     """Return why a layer's tensors are not those of a format; "" = they are."""
-    if isinstance(layer, LayerTransforms) != isinstance(form, WordKvFormat):
+    if isinstance(layer, LayerTransforms) and isinstance(form, WordKvFormat):
+        return layer.misfit(form, shape.kv_heads, shape.head_dim, shape.value_dim)
+    if isinstance(layer, LayerTransforms) or isinstance(form, WordKvFormat):
         return "tensors are of another sort"
-    for name, part in (("key", form.key), ("value", form.value)):
-        if isinstance(part, WordFormat):
-            widths = getattr(layer, f"{name}_widths")
-            if widths.shape[1] != part.vector or bool((widths.sum(1) != WORD_BITS).any()):
-                return f"{name}_widths are {widths.tolist()}, not {WORD_BITS} bits of {part}"
-        else:
-            got = tuple(getattr(layer, f"{name}s").shape[1:])
-            if got != (part.entries, part.vector):
-                return f"{name}s has codewords {got}, {part} has others"
+    for name, part in (("keys", form.key), ("values", form.value)):
+        got = tuple(getattr(layer, name).shape[1:])
+        if got != (part.entries, part.vector):
+            return f"{name} has codewords {got}, {part} has others"
     return ""

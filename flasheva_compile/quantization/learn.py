@@ -34,8 +34,9 @@ Rotation: TypeAlias = Literal["grouped", "hadamard", "none"]
 class LearningOptions:
     """How codebooks, or the words of transform coding, are learned.
 
-    Transform coding reads ``smooth``, ``weigh``, ``vectors`` and ``seed`` alone: its rotation, what
-    it subtracts and what belongs to a head are its own.
+    Transform coding reads ``smooth``, ``weigh``, ``vectors`` and ``seed`` alone, and ``centre``
+    where ``"balance"`` or ``"largest"`` measure the size of keys: its rotation, what it subtracts
+    and what belongs to a head are its own.
 
     Attributes:
         smooth: Divide keys by a scale of each channel: with ``"queries"`` equal errors of all

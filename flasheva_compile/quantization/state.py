@@ -22,7 +22,7 @@ ROLLBACK = 32  # tokens that can be forgotten at any time; the ring is longer by
 
 
 class Codec(Protocol):
-    """Turns tokens into codes: ``VqCodec`` or ``Fp8Codec``.
+    """Turns tokens into codes: ``VqCodec``, ``TransformCodec`` or ``Fp8Codec``.
 
     Attributes:
         key_bytes: Bytes of a key's codes, without the byte behind them that fp8 has.

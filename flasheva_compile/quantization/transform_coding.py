@@ -83,6 +83,44 @@ class LayerTransforms:
         """Return a copy on a device."""
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
+    def misfit(self, form: WordKvFormat, kv_heads: int, head_dim: int, value_dim: int) -> str:
+        """Return why these are no transforms of such words of such heads; "" = they are.
+
+        A tensor of another shape might broadcast, and kernels compute addresses by the shapes that
+        there should be.
+        """
+        keys, values = (kv_heads, head_dim), (kv_heads, value_dim)
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("key_scale", "key_offset", "key_step"), keys),
+            **dict.fromkeys(("value_order", "value_offset", "value_step"), values),
+            "key_rotation": (*keys, head_dim),
+        }
+        for name, x in self.tensors().items():
+            whole = name in _WHOLE_NUMBERS
+            if not (x.dtype == torch.long if whole else x.is_floating_point()):
+                return f"{name} is {x.dtype}"
+            if name in shapes and tuple(x.shape) != shapes[name]:
+                return f"{name} is {tuple(x.shape)}, not {shapes[name]}"
+            positive = name.endswith(("scale", "step"))
+            if not whole and not bool((x.isfinite() & ((x > 0) | (not positive))).all()):
+                return f"{name} has numbers that are not {'positive' if positive else 'finite'}"
+        for name, part in (("key_widths", form.key), ("value_widths", form.value)):
+            widths = getattr(self, name)
+            if tuple(widths.shape) != (kv_heads, part.vector) or not _are_widths(widths):
+                return f"{name} are {widths.tolist()}, not {WORD_BITS} bits of {part}"
+        channels = torch.arange(value_dim, device=self.value_order.device)
+        is_order = torch.equal(self.value_order.sort(-1).values, channels.expand(*values))
+        return "" if is_order else f"value_order is no order of {value_dim} channels"
+
+
+def _are_widths(widths: Tensor) -> bool:
+    """Whether fields are what :func:`field_positions` takes, none wider than ``MOST_BITS``."""
+    falling = bool((widths.diff(dim=1) <= 0).all())
+    within = bool(((widths >= 0) & (widths <= MOST_BITS)).all())
+    return falling and within and bool((widths.sum(1) == WORD_BITS).all())
+
+
+_WHOLE_NUMBERS = ("key_widths", "value_order", "value_widths")
 
 TRANSFORM_TENSORS = tuple(LayerTransforms.__dataclass_fields__)
 """Names of the tensors of ``LayerTransforms``."""

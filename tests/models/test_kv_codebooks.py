@@ -190,6 +190,14 @@ def test_wrong_calibration_is_refused(options, match):
         fe.calibrate_kv(llama(), **options)
 
 
+def test_heads_that_do_not_fit_are_refused_by_the_first_batch():
+    seen = []
+    batches = (seen.append(n) or tokens(1, 9) for n in range(3))
+    with pytest.raises(ConfigError, match="8 channels are no multiple of 16"):
+        fe.calibrate_kv(llama(), batches, "tc-2bit")
+    assert seen == [0]
+
+
 # --- codebooks on disk ----------------------------------------------------------------------------
 
 
@@ -244,6 +252,40 @@ def test_widths_that_are_no_words_are_refused():
     books.layers[0].key_widths[1, 0] += 1
     with pytest.raises(ConfigError, match=r"0\.key_widths are .*, not 16 bits of w4"):
         cache_of(model, "tc-4bit", books)
+
+
+BAD = {  # of a layer with 2 heads of 8 channels
+    "shared scale": ("key_scale", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
+    "shared axes": ("key_rotation", lambda x: x[:1], r"is \(1, 8, 8\), not \(2, 8, 8\)"),
+    "narrow steps": ("value_step", lambda x: x[:, :4], r"is \(2, 4\), not \(2, 8\)"),
+    "shared widths": ("value_widths", lambda x: x[:1], "not 16 bits of w4"),
+    "rising widths": ("key_widths", lambda x: x.new_tensor([[3, 3, 5, 5]] * 2), "not 16 bits"),
+    "wide fields": ("key_widths", lambda x: x.new_tensor([[6, 6, 2, 2]] * 2), "not 16 bits"),
+    "negative widths": ("key_widths", lambda x: x.new_tensor([[9, 9, 0, -2]] * 2), "not 16 bits"),
+    "no whole widths": ("key_widths", torch.Tensor.double, "is torch.float64"),
+    "short numbers": ("value_order", torch.Tensor.int, "is torch.int32"),
+    "no number": ("key_offset", lambda x: x * torch.nan, "that are not finite"),
+    "no step": ("value_step", lambda x: x * 0, "that are not positive"),
+    "channels that lack": ("value_order", lambda x: x * 0, "is no order of 8 channels"),
+    "channels beyond": ("value_order", lambda x: x + 1, "is no order of 8 channels"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_transforms_that_are_none_of_the_layer_are_refused(words, bad):
+    """Most of them would broadcast, or be read beyond their end."""
+    model, books = words
+    name, change, match = BAD[bad]
+    layer = dataclasses.replace(books.layers[0], **{name: change(getattr(books.layers[0], name))})
+    cache_of(model, "tc-4bit", books)
+    with pytest.raises(ConfigError, match=rf"codebooks: 0\.{name} .*{match}"):
+        cache_of(model, "tc-4bit", dataclasses.replace(books, layers={0: layer}))
+
+
+@pytest.fixture(scope="module", name="words")
+def _words():
+    model = hybrid()
+    return model, fe.calibrate_kv(model, [tokens(1, 30)], "tc-4bit")
 
 
 @pytest.mark.parametrize("name", ["vq-2bit", "tc-4bit"])

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from flasheva_compile.lowering.schedule_cost import Target
 
 from flasheva_compile import vecinfer_ops
 from flasheva_compile.errors import ConfigError
@@ -140,6 +141,17 @@ def test_on_a_gpu_few_tokens_are_three_launches(kind, size, count, tmp_path, mon
     assert [name for name, *_ in launches] == expected
     assert code.called != covered
     assert (out.shape, lse.shape) == (tensors[0].shape, tensors[0].shape[:3])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx950", "gfx90a", "gfx1100"])
+def test_digits_are_multiplied_where_subnormal_numbers_are(arch, monkeypatch):
+    """Matrix products of MI200 (gfx90a) take them for zeros: all keys and values would be alike."""
+    launch = vecinfer_ops.launch_vecinfer
+    monkeypatch.setattr(launch, "current_target", lambda: Target(arch=arch, shared_limit=65536))
+    q, _, v = new_tokens(1)
+    forms = codec_of("tc").form, codec_of("vq").form
+    covered = [launch.covers(q, v, form) for form in forms]
+    assert covered == [arch not in ("gfx90a", "gfx1100"), True]
 
 
 @pytest.mark.parametrize("room", [0, 3, 18, 19, 40])

@@ -144,6 +144,10 @@ def calibrate(
         >>> print(fe.calibrate(model, [tokenizer(text, return_tensors="pt")]))
     """
     evas = converted_attentions(model)
+    if not evas:
+        message = "all its attentions stay full, which chunk rules have no part in"
+        hint = "calibrate_kv learns how a cache is stored in few bits"
+        raise ConfigError(message, subject=type(model).__name__, hint=hint)
     context = _context_length(context_length)
     long: list[dict[str, Any]] = []
     with running_eagerly(model), exact_attention(evas), _recording(evas) as seen:

@@ -93,9 +93,8 @@ def convert(
                 reroute(module, route.replace(interface.attention_forward))
             module.register_forward_pre_hook(announce_cache, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(
-            isinstance(part, EvaAttention) for part in module.modules()
-        ):
+        parts = {id(part) for part in module.modules()}
+        if isinstance(module, PreTrainedModel) and any(i in by_id for i in parts):
             module.register_forward_pre_hook(refuse_weights, with_kwargs=True)
     model._flasheva_prepared = Prepared(
         hybrid=hybrid,

@@ -21,6 +21,7 @@ from flasheva_compile.generation.verify import verify
 from flasheva_compile.layer_config import is_full, kv_of
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.op_checks import CHUNK_RULES
+from flasheva_compile.quantization.formats import EXACT
 from flasheva_compile.report import PREPARED, CompileReport, LayerReport
 from flasheva_compile.scope import KEPT
 
@@ -38,7 +39,8 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
     The model then attends through ops of ours, uncompiled or compiled alike; each converted
     attention has a submodule ``flasheva`` with the trainable parameters of its chunk rule, and
     ``generate`` uses a :class:`FlashEvaCache`. A trial run on nine tokens decides which attentions
-    can be converted; all others stay full, with a reason (:func:`report_of`).
+    can be converted; all others stay full, with a reason (:func:`report_of`). Where the
+    configuration leaves all full, some must say how they are stored (``kv``).
 
     Args:
         model: A causal language model of transformers.
@@ -191,15 +193,20 @@ def _decide(
     names = name_layers([seen.path for seen in found], modules)
     hybrid.check(names, modules)
     decisions: dict[str, EvaConfig | str] = {}
+    stored = False
     for seen, name in zip(found, names, strict=True):
         config = hybrid.resolve(name)
         if seen.slopes is not None:
             _expect_without_alibi(seen.path, config)
         if is_full(config):
-            decisions[seen.path] = "the configuration leaves it full"
+            kv = kv_of(config)
+            in_few_bits = f", its cache in {kv!r}" if kv != EXACT else ""
+            decisions[seen.path] = f"the configuration leaves it full{in_few_bits}"
+            stored |= kv != EXACT and not seen.reason
         else:
             decisions[seen.path] = seen.reason or config
-    if not any(isinstance(decision, EvaConfig) for decision in decisions.values()):
+    converts = any(isinstance(decision, EvaConfig) for decision in decisions.values())
+    if not converts and not stored:
         raise _nothing_converted(model, decisions)
     return decisions
 
@@ -210,7 +217,7 @@ def _expect_without_alibi(path: str, config: Any) -> None:  # noqa: ANN401
     why = ""
     if isinstance(config, EvaConfig) and config.retrieve_chunks:
         why = "a cache scores chunks without them"
-    elif kv_of(config) != "exact":
+    elif kv_of(config) != EXACT:
         why, hint = "attention to codes has no place for them", 'leave it "full"'
     if why:
         message = f"{path} adds ALiBi biases, and {why}"

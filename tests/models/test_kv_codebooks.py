@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import flasheva_compile as fe
 from flasheva_compile.adaptation.kv_tokens import attention_received
 from flasheva_compile.errors import ConfigError
+from flasheva_compile.generation.prepare import report_of
 from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 from flasheva_compile.quantization.codebooks import KvCodebooks
 from flasheva_compile.quantization.formats import FORMATS, KvStorage
@@ -99,6 +100,35 @@ def test_layers_may_have_codes_of_different_formats(tmp_path):
     wrong = fe.calibrate_kv(model, [tokens(1, 60)], swapped)
     with pytest.raises(ConfigError, match="'vq-2bit', not 'tc-4bit', for layer 0 of the cache"):
         fe.FlashEvaCache.for_model(model, codebooks=wrong)
+
+
+def test_all_layers_may_stay_full_if_some_are_stored_in_few_bits(tmp_path):
+    """Nothing is approximated but old keys and values; with nothing to do there is an error."""
+    model, ids = llama(), tokens(2, 200)
+    with torch.no_grad():
+        exact = model(ids).logits
+    with pytest.raises(ConfigError, match="can be converted: the configuration leaves it full"):
+        fe.prepare(model, {"default": "full"})
+    fe.prepare(model, {"default": {"attention": "full", "kv": "tc-4bit"}, 1: "full"})
+    assert "its cache in 'tc-4bit'" in str(report_of(model))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, exact)
+    books = fe.calibrate_kv(model, [ids])
+    assert list(books.layers) == [0]
+    model.save_pretrained(tmp_path)
+    books.save(tmp_path / "kv_codebooks.safetensors")
+    loaded = fe.from_pretrained(tmp_path)
+    growing = generate(loaded, ids)
+    kinds = [type(layer) for layer in growing.past_key_values.layers]
+    assert kinds == [VecInferLayer, DynamicLayer]
+    static = generate(loaded, ids, cache_implementation="static")
+    assert torch.equal(static.sequences, growing.sequences)
+    with pytest.raises(ConfigError, match="output_attentions: a prepared model has none"):
+        loaded(ids, output_attentions=True)
+    with pytest.raises(ConfigError, match="all its attentions stay full"):
+        fe.calibrate(loaded, [ids])
+    fe.revert(loaded)
+    assert isinstance(generate(loaded, ids).past_key_values.layers[0], DynamicLayer)
 
 
 # --- calibration ----------------------------------------------------------------------------------

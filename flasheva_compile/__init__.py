@@ -24,6 +24,7 @@ from flasheva_compile.report import CompileReport  # noqa: E402
 if _TYPE_CHECKING:
     from flasheva_compile.adaptation.calibrate import calibrate
     from flasheva_compile.adaptation.calibrate_kv import calibrate_kv
+    from flasheva_compile.adaptation.select_kv_formats import select_kv_formats
     from flasheva_compile.adaptation.select_layers import select_full_layers
     from flasheva_compile.adaptation.train import adapt
     from flasheva_compile.api import explain
@@ -68,6 +69,7 @@ _WHERE = {
     "register_with_accelerate": "flasheva_compile.integrations.accelerate_backend",
     "register_with_transformers": "flasheva_compile.integrations.transformers_loading",
     "revert": "flasheva_compile.generation.prepare",
+    "select_kv_formats": "flasheva_compile.adaptation.select_kv_formats",
     "select_full_layers": "flasheva_compile.adaptation.select_layers",
     "unregister_from_accelerate": "flasheva_compile.integrations.accelerate_backend",
     "unregister_from_transformers": "flasheva_compile.integrations.transformers_loading",
@@ -102,6 +104,7 @@ __all__ = [
     "register_with_transformers",
     "revert",
     "select_full_layers",
+    "select_kv_formats",
     "unregister_from_accelerate",
     "unregister_from_transformers",
 ]

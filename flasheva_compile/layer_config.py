@@ -174,6 +174,12 @@ def kv_of(config: object) -> str:
     return config.kv if isinstance(config, FullConfig) else "exact"
 
 
+def left_full(config: object) -> str:
+    """Return why an attention stays full that the configuration leaves so."""
+    kv = kv_of(config)
+    return "the configuration leaves it full" + f", its cache in {kv!r}" * (kv != "exact")
+
+
 def read_layer_config(value: object, base: EvaConfig) -> LayerConfig:
     """Read what a layer is given.
 

@@ -79,7 +79,7 @@ def select_full_layers(
         eva_loss=text.loss(frozenset()),
         scores=scores,
         chosen=placements[0].indices,
-        layers=layers_with_full(model, [scores[place].path for place in sorted(chosen)]),
+        layers=layers_with_full(model, {scores[place].path: "full" for place in sorted(chosen)}),
         placements=placements,
     )
 

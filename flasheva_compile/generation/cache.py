@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from flasheva_compile.generation.full_layers import FullLayers
     from flasheva_compile.generation.prepared import CachedLayer
     from flasheva_compile.quantization.codebooks import KvCodebooks
     from flasheva_compile.quantization.formats import KvStorage
@@ -73,7 +74,7 @@ class FlashEvaCache(Cache):
         max_batch_size: int | None = None,
         max_cache_len: int | None = None,
         offloading: bool = False,
-        full_layers: str | KvStorage | None = None,
+        full_layers: FullLayers = None,
         codebooks: KvCodebooks | str | Path | None = None,
         prefill: Prefill = "formula",
         store: Store = "device",
@@ -89,8 +90,8 @@ class FlashEvaCache(Cache):
             offloading: Keep full layers on the host while others run, and attend from a
                 preallocated cache as transformers does; FlashEVA layers stay.
             full_layers: How all layers that stay full are stored: "fp8", "vq-2bit" or another
-                format, a :class:`KvStorage`, or "exact". None = as the configuration says
-                (``kv`` of its ``FullConfig``).
+                format, a :class:`KvStorage`, or "exact"; or those at some places in the cache, as a
+                dict. None = as the configuration says (``kv`` of its ``FullConfig``).
             codebooks: What :func:`flasheva_compile.calibrate_kv` learned from this model, or the
                 file that it was saved in. None = what lay beside the model when it was loaded.
             prefill: How the first call reads several tokens: by the "formula", or "exact", by full

@@ -145,12 +145,17 @@ def _switch(model: nn.Module, hybrid: HybridConfig) -> dict[int, tuple[Any, str]
     for config, name in before.values():
         config._attn_implementation = interface.NAME
         config.attn_implementation = SAVED_NAME
-        config.flasheva = {
-            "version": _VERSION,
-            "layers": hybrid.to_dict(),
-            "full_implementation": name,
-        }
+        config.flasheva = announced_config(hybrid, name)
     return before
+
+
+def announced_config(hybrid: HybridConfig, full_implementation: str) -> dict[str, Any]:
+    """Return what ``config.json`` of a prepared model says of it."""
+    return {
+        "version": _VERSION,
+        "layers": hybrid.to_dict(),
+        "full_implementation": full_implementation,
+    }
 
 
 def refuse_weights(module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -19,17 +20,20 @@ from flasheva_compile.quantization.formats import EXACT, FP8, KvStorage, kv_form
 from flasheva_compile.quantization.fp8 import Fp8Codec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from flasheva_compile.generation.prepared import FullLayer
     from flasheva_compile.quantization.state import Codec
 
 log = logging.getLogger(__name__)
 
+FullLayers: TypeAlias = str | KvStorage | Mapping[int, str | KvStorage] | None
+"""What a cache is told of layers that stay full."""
+
 
 def storage_of_layers(
     model: Any,  # noqa: ANN401 - a transformers model
-    full_layers: str | KvStorage | None,
+    full_layers: FullLayers,
     layers: Sequence[Any],
 ) -> dict[int, KvStorage]:
     """Return how full attentions of a prepared model are stored that are not in its own dtype.
@@ -39,16 +43,18 @@ def storage_of_layers(
 
     Args:
         model: A prepared model.
-        full_layers: How all are stored; None = each as the configuration says.
+        full_layers: How all are stored, or those at some places in the cache, which leaves others
+            exact; None = each as the configuration says.
         layers: Its cache layers, by their place.
 
     Raises:
         ConfigError: No attention can be stored so, or one whose configuration asks for it cannot.
     """
-    every = None if full_layers in (None, EXACT) else KvStorage.of(full_layers)
+    full = prepared_of(model).full
+    every, asked = _asked(full_layers, full)
     chosen: dict[int, KvStorage] = {}
-    for index, layer in prepared_of(model).full.items():
-        own = None if full_layers is not None or layer.kv == EXACT else KvStorage(format=layer.kv)
+    for index, layer in full.items():
+        own = asked.get(index)
         storage = every or own
         if storage is None:
             continue
@@ -58,7 +64,7 @@ def storage_of_layers(
         if not reason:
             chosen[index] = storage
         elif own is not None:
-            message = f"kv={layer.kv!r}, but it cannot be quantised: {reason}"
+            message = f"kv={own.format!r}, but it cannot be quantised: {reason}"
             raise ConfigError(message, subject=layer.path, hint='leave it "full"')
         else:
             log.info("%s: its cache stays as it is (%s)", layer.path, reason)
@@ -68,6 +74,23 @@ def storage_of_layers(
             message, subject="full_layers", hint='prepare with layers that are "full"'
         )
     return chosen
+
+
+def _asked(
+    full_layers: FullLayers, full: Mapping[int, FullLayer]
+) -> tuple[KvStorage | None, dict[int, KvStorage]]:
+    """Return how all layers are stored, where they can be, and how single ones have to be."""
+    if full_layers is None:
+        asked = {index: layer.kv for index, layer in full.items() if layer.kv != EXACT}
+        return None, {index: KvStorage(format=kv) for index, kv in asked.items()}
+    if not isinstance(full_layers, Mapping):
+        return (None if full_layers == EXACT else KvStorage.of(full_layers)), {}
+    for index in full_layers:
+        if index not in full:
+            message = f"{index!r} is no layer that stays full; there are {sorted(full)}"
+            raise ConfigError(message, subject="full_layers")
+    asked = {index: x for index, x in full_layers.items() if x != EXACT}
+    return None, {index: KvStorage.of(x) for index, x in asked.items()}
 
 
 def quantized_layers(

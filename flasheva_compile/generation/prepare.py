@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flasheva_compile.config import EvaConfig, HybridConfig
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.alibi import SLOPES
+from flasheva_compile.generation.change_storage import change_storage
 from flasheva_compile.generation.convert import announce_cache, convert, no_weights, refuse_weights
 from flasheva_compile.generation.eva_attention import EvaAttention
 from flasheva_compile.generation.interface import own_attention_function
@@ -18,7 +19,7 @@ from flasheva_compile.generation.probe import ProbedAttention, probe
 from flasheva_compile.generation.rerouting import expect_restorable, restore
 from flasheva_compile.generation.routes import refusals
 from flasheva_compile.generation.verify import verify
-from flasheva_compile.layer_config import is_full, kv_of
+from flasheva_compile.layer_config import is_full, kv_of, left_full
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.op_checks import CHUNK_RULES
 from flasheva_compile.quantization.formats import EXACT
@@ -48,7 +49,8 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
             or fields of ``EvaConfig``. None = the defaults, or what a prepared model has.
 
     Returns:
-        The same model. Preparing it again with the same configuration changes nothing.
+        The same model. Preparing it again with the same configuration changes nothing; with one
+        that differs in how full layers are stored (``kv``), nothing but that.
 
     Raises:
         ConfigError: Wrong configuration, nothing to convert, not a model of transformers, or a
@@ -68,7 +70,7 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
         raise no_weights()
     hybrid = hybrid_config(config)
     if prepared is not None:
-        if prepared.hybrid.to_dict() == hybrid.to_dict():
+        if prepared.hybrid.to_dict() == hybrid.to_dict() or change_storage(model, hybrid):
             return model
         revert(model)
     found = tuple(map(_without_foreign, _without_shared(probe(model))))
@@ -199,10 +201,8 @@ def _decide(
         if seen.slopes is not None:
             _expect_without_alibi(seen.path, config)
         if is_full(config):
-            kv = kv_of(config)
-            in_few_bits = f", its cache in {kv!r}" if kv != EXACT else ""
-            decisions[seen.path] = f"the configuration leaves it full{in_few_bits}"
-            stored |= kv != EXACT and not seen.reason
+            decisions[seen.path] = left_full(config)
+            stored |= kv_of(config) != EXACT and not seen.reason
         else:
             decisions[seen.path] = seen.reason or config
     converts = any(isinstance(decision, EvaConfig) for decision in decisions.values())

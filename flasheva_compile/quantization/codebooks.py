@@ -71,6 +71,25 @@ class KvCodebooks:
         what = " and ".join(f"{name} codebooks of {n} layers" for name, n in counts.items())
         return f"{what}, {self.tokens} tokens, {self.nbytes() / 1024:.0f} KiB"
 
+    @classmethod
+    def chosen(cls, learned: Mapping[int, KvCodebooks]) -> KvCodebooks:
+        """Return one of several layers, each taken from what is given for its place.
+
+        Raises:
+            ConfigError: They were learned from different models.
+        """
+        models = {books.model for books in learned.values()}
+        if len(models) != 1:
+            message = f"were learned from {len(models)} models"
+            raise ConfigError(message, subject="codebooks", hint="give those of one model")
+        return cls(
+            formats={index: books.formats[index] for index, books in learned.items()},
+            model=models.pop(),
+            tokens=min(books.tokens for books in learned.values()),
+            layers={index: books.layers[index] for index, books in learned.items()},
+            shapes={index: books.shapes[index] for index, books in learned.items()},
+        )
+
     # --- on disk ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:

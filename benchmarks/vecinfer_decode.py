@@ -10,7 +10,7 @@ cache. The arms:
   repeats keys. ``flash_attn``: the package's ``flash_attn_with_kvcache`` (split-KV), if installed.
 - ``fp8``, ``vq-...``, ``tc-...``: that format, as the op runs it: append, attend, add up. With
   ``--kernels`` also without the launches after each ``kernel``, whose results nothing reads then;
-  with ``--sweep`` with other tiles.
+  with ``--tiles`` with other tiles.
 
 ``bytes`` is what a call must read once; ``of_copy`` is its share of the bandwidth of a copy. Before
 a format is timed its results are compared with the PyTorch code; one that differs is not timed.
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from flasheva_compile.quantization.vecinfer import VqCodec
 
 RESULT = Path(__file__).parent / "results" / "vecinfer_decode.json"
-IDENTITY = ("arm", "batch", "context", "kv_heads", "group", "kernel", "tiles")
-HEAD_DIM, ITEM, SCALE = 128, 2, 128**-0.5
+IDENTITY = ("arm", "batch", "context", "kv_heads", "group", "head_dim", "kernel", "tiles")
+ITEM = 2  # bytes of an exact number
 STORAGE = KvStorage(format=FP8)  # how many tokens are exact; the format is an arm's own
 HEADS = {"gqa": (8, 4), "mha": (32, 1)}
 BACKENDS = {
@@ -71,13 +71,6 @@ RIVALS = (
     *("sdpa_efficient_gqa", "flash_attn"),
 )
 KERNELS = ("vecinfer_append", "vecinfer_decode", "vecinfer_combine")
-# What --sweep tries: (block_n, num_warps, num_stages, max_registers, parts or 0 = as chosen).
-TILES = (
-    *((64, 1, 1, 0, 0), (32, 1, 1, 0, 0), (64, 2, 1, 0, 0), (64, 4, 1, 0, 0)),
-    *((32, 1, 1, 168, 0), (64, 1, 2, 0, 0), (64, 2, 2, 0, 0), (32, 2, 1, 128, 0)),
-    *((128, 1, 1, 0, 0), (128, 2, 1, 0, 0), (128, 2, 2, 0, 0), (32, 1, 2, 0, 0)),
-)
-PARTS = (1, 2, 4, 8, 16, 32, 64, 128)
 MEMORY_SHARE = 0.85
 _WRONG = 0.02  # largest difference from the PyTorch code, of results of size 1: a few bf16 steps
 
@@ -91,24 +84,27 @@ class Cell:
     context: int
     kv_heads: int
     group: int
+    head_dim: int = 128
     kernel: str = ""
     tiles: str = ""
 
     @property
     def bytes(self) -> int:
         """Return what a call must read once: keys and values, or codes and exact tokens."""
-        exact = 2 * HEAD_DIM * ITEM
+        exact = 2 * self.head_dim * ITEM
         rows = self.batch * self.kv_heads
         if self.arm in RIVALS:
             return rows * self.context * exact
         kept = STORAGE.sink_tokens + STORAGE.exact_tokens
-        coded = 2 * (HEAD_DIM + 1) if self.arm == FP8 else kv_format(self.arm).nbytes(128, 128)
+        coded = 2 * (self.head_dim + 1)
+        if self.arm != FP8:
+            coded = kv_format(self.arm).nbytes(self.head_dim, self.head_dim)
         return rows * ((self.context - kept) * coded + kept * exact)
 
     @property
     def stored(self) -> int:
         """Return the bytes of one cache."""
-        return self.bytes + self.batch * self.kv_heads * 512 * 2 * HEAD_DIM * ITEM
+        return self.bytes + self.batch * self.kv_heads * 512 * 2 * self.head_dim * ITEM
 
 
 def cells(a: argparse.Namespace) -> Iterator[Cell]:
@@ -116,19 +112,17 @@ def cells(a: argparse.Namespace) -> Iterator[Cell]:
     for context, batch, heads in itertools.product(a.contexts, a.batches, a.heads):
         kv_heads, group = HEADS[heads]
         at: Any = {"batch": batch, "context": context, "kv_heads": kv_heads, "group": group}
+        at["head_dim"] = a.head_dim
         for arm in RIVALS:
             if not (group == 1 and arm.endswith("_folded")):
                 yield Cell(arm=arm, **at)
         for arm in a.formats:
             yield Cell(arm=arm, **at)
-        whole = Cell(arm=a.formats[0], **at)
-        if a.kernels or a.sweep:
-            for kernel in KERNELS[:2]:
-                yield dataclasses.replace(whole, kernel=kernel)
-        if a.sweep:
-            tiles = [*TILES, *((*TILES[0][:4], parts) for parts in PARTS)]
-            for tile in tiles:
-                yield dataclasses.replace(whole, tiles="x".join(map(str, tile)))
+        whole = [Cell(arm=arm, **at) for arm in a.formats]
+        for cell, kernel in itertools.product(whole, KERNELS[: 2 * a.kernels]):
+            yield dataclasses.replace(cell, kernel=kernel)
+        for cell, tiles in itertools.product(whole, a.tiles):
+            yield dataclasses.replace(cell, tiles=tiles)
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -148,15 +142,19 @@ def sets_of(cell: Cell) -> int:
 
 def queries(cell: Cell) -> tuple[torch.Tensor, ...]:
     """Return a token: queries, key, value."""
-    new = (cell.batch, cell.kv_heads, 1, HEAD_DIM)
-    return normal(cell.batch, cell.kv_heads * cell.group, 1, HEAD_DIM), normal(*new), normal(*new)
+    new = (cell.batch, cell.kv_heads, 1, cell.head_dim)
+    return (
+        normal(cell.batch, cell.kv_heads * cell.group, 1, cell.head_dim),
+        normal(*new),
+        normal(*new),
+    )
 
 
 def codec_of(cell: Cell) -> VqCodec | TransformCodec | Fp8Codec:
     """Return a codec, with random codewords or transforms where it has some."""
     if cell.arm == FP8:
-        return Fp8Codec(HEAD_DIM, HEAD_DIM)
-    return random_codec(kv_format(cell.arm), cell.kv_heads, HEAD_DIM)
+        return Fp8Codec(cell.head_dim, cell.head_dim)
+    return random_codec(kv_format(cell.arm), cell.kv_heads, cell.head_dim)
 
 
 def state_of(cell: Cell, codec: VqCodec | TransformCodec | Fp8Codec) -> QuantizedState:
@@ -168,7 +166,7 @@ def state_of(cell: Cell, codec: VqCodec | TransformCodec | Fp8Codec) -> Quantize
         random = torch.empty(*head, room, size, dtype=torch.uint8, device="cuda").random_(0, 256)
         return random.bitwise_and_(0xFE) if is_fp8 else random  # without NaN
 
-    exact = [normal(*head, n, HEAD_DIM) for n in (STORAGE.sink_tokens, ring_size(STORAGE))]
+    exact = [normal(*head, n, cell.head_dim) for n in (STORAGE.sink_tokens, ring_size(STORAGE))]
     length = torch.full((cell.batch,), cell.context, dtype=torch.int64, device="cuda")
     return QuantizedState(
         sink_k=exact[0],
@@ -189,7 +187,7 @@ def calls(cell: Cell, sets: int) -> tuple[Sequence[Callable[[], Any]], list[torc
     if cell.arm in RIVALS:
         attend = flash_attn if cell.arm == "flash_attn" else sdpa
         # ``flash_attn`` has tokens before heads.
-        shape = (cell.batch, cell.kv_heads, cell.context, HEAD_DIM)
+        shape = (cell.batch, cell.kv_heads, cell.context, cell.head_dim)
         shape = shape if attend is sdpa else (shape[0], shape[2], shape[1], shape[3])
         stores = [(normal(*shape), normal(*shape)) for _ in range(sets)]
         return [partial(attend, cell, q, *store) for store in stores], []
@@ -208,14 +206,16 @@ def decode(
     """Append a token and attend from it."""
     form = None if isinstance(codec, Fp8Codec) else codec.form
     rest, rotate = (None, state, books, form, STORAGE), (form is not None, False)
-    return launch_vecinfer.vecinfer_decode(qkv, *rest, rotate=rotate, scale=SCALE, softcap=0.0)
+    return launch_vecinfer.vecinfer_decode(
+        qkv, *rest, rotate=rotate, scale=qkv[0].shape[3] ** -0.5, softcap=0.0
+    )
 
 
 def sdpa(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attend to the whole context."""
     _, backend, how = cell.arm.split("_")
     folded = how == "folded"
-    q = q.view(cell.batch, cell.kv_heads, cell.group, HEAD_DIM) if folded else q
+    q = q.view(cell.batch, cell.kv_heads, cell.group, cell.head_dim) if folded else q
     grouped = cell.group > 1 and not folded
     with sdpa_kernel(BACKENDS[backend]):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
@@ -289,7 +289,9 @@ def compare(cell: Cell) -> Row:
     valid = torch.ones(2, 1, dtype=torch.bool, device="cuda")
     for _ in range(4):
         out, lse = decode(qkv, state, codec, books)
-        want, want_lse = append_and_attend(qkv, valid, other, codec, STORAGE, SCALE, 0.0)
+        want, want_lse = append_and_attend(
+            qkv, valid, other, codec, STORAGE, cell.head_dim**-0.5, 0.0
+        )
         size = max(1.0, float(want.float().abs().max()))
         differences += [float((out.float() - want.float()).abs().max()) / size]
         differences += [float((lse - want_lse).abs().max()) / max(1.0, float(want_lse.abs().max()))]
@@ -359,10 +361,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--contexts", type=size, nargs="+", default=contexts, help="tokens; 64k = 65536")
     add("--batches", type=int, nargs="+", default=[1, 8, 32])
     add("--heads", choices=HEADS, nargs="+", default=list(HEADS))
+    add("--head-dim", type=int, default=128)
     add("--formats", choices=(FP8, *FORMATS), nargs="+", default=["vq-2bit", "vq-4bit", "vq-1bit"])
     add("--quick", action="store_true", help="64k tokens, batches 1 and 8, GQA, 2 bits, kernels")
     add("--kernels", action="store_true", help="time the first launches without the rest, too")
-    add("--sweep", action="store_true", help="and with other tiles and parts")
+    what = "with these tiles, too: tokens x warps x stages x registers x parts, 0 = as chosen"
+    add("--tiles", nargs="+", default=[], help=what)
     add("--budget-s", type=float, default=110.0, help="start nothing new after that")
     add("--out", type=Path, default=RESULT)
     add("--resume", action="store_true", help="measure only what --out does not have")
@@ -383,7 +387,7 @@ def main() -> None:
             print(cell, f"{cell.bytes / 1e6:.1f} MB")
         return
     device = torch.device("cuda", 0)
-    described = {**header(device, a.commit), "head_dim": HEAD_DIM, "dtype": "bfloat16"}
+    described = {**header(device, a.commit), "dtype": "bfloat16"}
     results = Results(path=a.out, identity=IDENTITY, header=described)
     results.resume()
     with side_stream(device):

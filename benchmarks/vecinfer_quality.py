@@ -31,17 +31,20 @@ from adaptation_model import load_model
 from quickstart import find_weights
 from records import OUT_OF_TIME, Results, header
 from timing import describe
+from vecinfer_selected import Candidates, selected
 from vecinfer_storage import (
     ABLATIONS,
+    LONG,
     NAME,
     OURS,
     Learning,
     Stored,
     StoredAttention,
+    cache_bytes,
+    described,
     exact,
     fp8,
     has_many_codewords,
-    head_dim,
     kivi_style,
     their_fp8,
     theirs,
@@ -63,10 +66,10 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).parent / "results" / "vecinfer_quality.json"
 SOURCES = ("austen", "faq", "linux")
+SELECTING = 4  # rows of other text that formats are selected by
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192)
 QUESTION = 12  # last tokens of a pass key's prompt that are no prefill; the question has 10
 CONFIG = {"window_size": 256, "chunk_size": 16, "sink_tokens": 16}
-LONG = 32768  # length that bytes per token are given for besides those measured [tokens]
 
 
 def main() -> None:
@@ -154,10 +157,11 @@ class Bench:
 
     # --- what is measured -------------------------------------------------------------------------
 
-    def rows(self, length: int) -> Tensor:
+    def rows(self, length: int, before: int = 0) -> Tensor:
         """Return rows of a length to learn from; their tokens are as many at every length."""
         tokens = self.a.calibration * self.a.calibration_length
-        rows = self.train[-max(1, tokens // length) :, :length].astype(np.int64)
+        train = self.train[: len(self.train) - before]
+        rows = train[-max(1, tokens // length) :, :length].astype(np.int64)
         if rows.shape[1] < length:
             raise SystemExit(f"rows of text have {rows.shape[1]} tokens, {length} are asked for")
         return torch.from_numpy(rows).to(self.device)
@@ -166,7 +170,9 @@ class Bench:
         """Store every layer's cache in one way."""
         start = time.monotonic()
         rows = self.calibration if rows is None else rows
-        stored = make(Learning(model=self.model, rows=rows, iterations=self.a.iterations))
+        others = self.rows(self.a.calibration_length, before=rows.shape[0])[-SELECTING:]
+        options = {"iterations": self.a.iterations, "others": others}
+        stored = make(Learning(model=self.model, rows=rows, **options))
         if not isinstance(stored, Stored):
             return stored
         learned = time.monotonic() - start
@@ -253,39 +259,6 @@ def passkeys_found(model: Any, prompts: list[dict[str, Tensor]], batch: int) -> 
     return sum(found) / len(found)
 
 
-def cache_bytes(model: Any, length: int, form: str | None, books: Any) -> int:  # noqa: ANN401
-    """Return the bytes of a preallocated cache of a prepared model for one row."""
-    options = {} if form is None else {"full_layers": form, "codebooks": books}
-    cache = fe.FlashEvaCache.for_model(model, max_cache_len=length, **options)
-    heads, size = model.config.num_key_value_heads, head_dim(model)
-    empty = torch.empty(1, heads, 0, size, dtype=model.dtype, device=model.device)
-    for layer in cache.layers:
-        layer.lazy_initialization(empty, empty)
-    return cache.nbytes()
-
-
-def described(stored: Stored, model: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return what an arm stores, in bits per element of what is not exact and of whole caches."""
-    storage, config = KvStorage(format="fp8"), model.config
-    layers = config.num_hidden_layers if stored.books is None else len(stored.books.layers)
-    size = head_dim(model) * config.num_key_value_heads * layers * 2  # elements per token
-    lengths = (2048, 8192, LONG)
-    overhead = 0 if stored.books is None else stored.books.nbytes()
-
-    def whole(length: int) -> float:
-        exact = min(length, storage.exact_tokens + storage.sink_tokens)
-        bits = 16 * exact + stored.bits * (length - exact)
-        return round(bits / length + 8 * overhead / (size * length), 3)
-
-    return {
-        "about": stored.about,
-        "bits": stored.bits,
-        "codebook_bytes": overhead,
-        "bits_with_all": {str(n): whole(n) for n in lengths},
-        "bytes_per_token": {str(n): round(whole(n) * size / 8, 1) for n in lengths},
-    }
-
-
 def differences(results: Results) -> None:
     """Write how far each arm's perplexity is from full attention in bf16."""
     rows = [row for row in results.rows if "loss" in row]
@@ -325,6 +298,10 @@ def format_arms(a: argparse.Namespace) -> dict[str, Any]:
                 theirs, backend, bits
             )
     made["transformers' QuantizedCache, fp8"] = their_fp8
+    for names in a.select_from:
+        candidates = Candidates(names.split(","), ours)
+        for bits in a.select_bits:
+            made[f"selected, {bits:g} bits of {names}"] = partial(selected, candidates, bits)
     run = Bench.stored_everywhere
     return {name: partial(_with, run, make) for name, make in made.items()}
 
@@ -382,6 +359,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--iterations", type=int, default=30, help="of k-means")
     add("--formats", default=",".join(FORMATS))
     add("--ablate", default="vq-2bit", help="formats")
+    what = "formats to select from for each layer; may be given again"
+    add("--select-from", action="append", default=[], metavar="FORMATS", help=what)
+    add("--select-bits", type=float, nargs="+", default=[2.2, 2.3, 2.5], help="on average")
     lengths = "the table of codebooks learned from rows of these lengths instead [tokens]"
     add("--row-lengths", type=int, nargs="+", default=[], help=lengths)
     add("--combined", action="store_true", help="the table of hybrid models instead")

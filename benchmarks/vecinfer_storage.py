@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "vecinfer-quality"
 GROUP = 32  # of KIVI: tokens of a key's channel, channels of a value
+LONG = 32768  # length that bytes per token are given for besides those measured [tokens]
 MANY = 1024  # codewords; of more, fewer vectors each, and half of the iterations
 PAPER = LearningOptions.paper()
 OURS = LearningOptions()
@@ -83,11 +84,13 @@ class Learning:
         rows: Text ``[rows, tokens]``.
         iterations: Of k-means, at most.
         layers: Places in the cache; None = all.
+        others: Text to select formats by ``[rows, tokens]``.
     """
 
     model: Any
     rows: Tensor
     iterations: int
+    others: Tensor | None = None
     layers: Sequence[int] | None = None
 
 
@@ -121,17 +124,18 @@ def vecinfer(name: str, options: LearningOptions, about: str, learning: Learning
         options = replace(options, iterations=learning.iterations // 2, vectors=128)
     rows = learning.rows.split(1)
     books = fe.calibrate_kv(learning.model, rows, name, options=options, layers=learning.layers)
-    device = learning.model.device
+    bits = 8 * form.nbytes(size, size) / (2 * size)
+    return stored_as(books, f"K {form.key}, V {form.value}: {about}", bits, learning.model)
+
+
+def stored_as(books: KvCodebooks, about: str, bits: float, model: Any) -> Stored:  # noqa: ANN401
+    """Return codes of codebooks, whose formats may differ."""
+    size, device = head_dim(model), model.device
     codecs = {
-        index: codec_of(layer.to(device), form, (size, size))
+        index: codec_of(layer.to(device), kv_format(books.formats[index]), (size, size))
         for index, layer in books.layers.items()
     }
-    return Stored(
-        about=f"K {form.key}, V {form.value}: {about}",
-        bits=8 * form.nbytes(size, size) / (2 * size),
-        quantise=lambda index: partial(coded, codecs[index]),
-        books=books,
-    )
+    return Stored(about=about, bits=bits, quantise=lambda i: partial(coded, codecs[i]), books=books)
 
 
 def has_many_codewords(name: str) -> bool:
@@ -183,6 +187,39 @@ def head_dim(model: Any) -> int:  # noqa: ANN401
     """Return the head dimension."""
     config = model.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_bytes(model: Any, length: int, form: str | None, books: Any) -> int:  # noqa: ANN401
+    """Return the bytes of a preallocated cache of a prepared model for one row."""
+    options = {} if form is None else {"full_layers": form, "codebooks": books}
+    cache = fe.FlashEvaCache.for_model(model, max_cache_len=length, **options)
+    heads, size = model.config.num_key_value_heads, head_dim(model)
+    empty = torch.empty(1, heads, 0, size, dtype=model.dtype, device=model.device)
+    for layer in cache.layers:
+        layer.lazy_initialization(empty, empty)
+    return cache.nbytes()
+
+
+def described(stored: Stored, model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what an arm stores, in bits per element of what is not exact and of whole caches."""
+    storage, config = KvStorage(format="fp8"), model.config
+    layers = config.num_hidden_layers if stored.books is None else len(stored.books.layers)
+    size = head_dim(model) * config.num_key_value_heads * layers * 2  # elements per token
+    lengths = (2048, 8192, LONG)
+    overhead = 0 if stored.books is None else stored.books.nbytes()
+
+    def whole(length: int) -> float:
+        exact = min(length, storage.exact_tokens + storage.sink_tokens)
+        bits = 16 * exact + stored.bits * (length - exact)
+        return round(bits / length + 8 * overhead / (size * length), 3)
+
+    return {
+        "about": stored.about,
+        "bits": stored.bits,
+        "codebook_bytes": overhead,
+        "bits_with_all": {str(n): whole(n) for n in lengths},
+        "bytes_per_token": {str(n): round(whole(n) * size / 8, 1) for n in lengths},
+    }
 
 
 # --- rounding -------------------------------------------------------------------------------------

@@ -143,11 +143,7 @@ def calibrate(
         >>> fe.prepare(model)
         >>> print(fe.calibrate(model, [tokenizer(text, return_tensors="pt")]))
     """
-    evas = converted_attentions(model)
-    if not evas:
-        message = "all its attentions stay full, which chunk rules have no part in"
-        hint = "calibrate_kv learns how a cache is stored in few bits"
-        raise ConfigError(message, subject=type(model).__name__, hint=hint)
+    evas = _expect_some(converted_attentions(model), model)
     context = _context_length(context_length)
     long: list[dict[str, Any]] = []
     with running_eagerly(model), exact_attention(evas), _recording(evas) as seen:
@@ -166,6 +162,14 @@ def calibrate(
                 eva.selector_weight = learned[eva.path].weight
     rows = [_row(eva, seen[eva.path], values[eva.path]) for eva in evas]
     return _reported([_with_selector(row, learned.get(row.path), context) for row in rows])
+
+
+def _expect_some(evas: list[EvaAttention], model: Any) -> list[EvaAttention]:  # noqa: ANN401
+    if not evas:
+        message = "all its attentions stay full, which chunk rules have no part in"
+        hint = "calibrate_kv learns how a cache is stored in few bits"
+        raise ConfigError(message, subject=type(model).__name__, hint=hint)
+    return evas
 
 
 def _reported(rows: Iterable[LayerCalibration]) -> CalibrationReport:

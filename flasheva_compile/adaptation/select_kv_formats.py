@@ -31,32 +31,27 @@ def select_kv_formats(
 ) -> KvSelection:
     """Choose a format for each full layer of a prepared model, by what it does to predictions.
 
-    Layers differ: some hardly notice two bits, others lose most of what all lose together. The
-    model reads the batches through its cache once for every layer and format, that layer alone
-    stored so. Of all choices of at most ``bits`` per element on average, the one with the smallest
-    sum of divergences is taken; what layers do to each other is left out of it, but measured of the
-    result and of every format alone. The model is not changed.
+    Layers differ: some hardly notice two bits. The model reads the batches through its cache once
+    for every layer and format, that layer alone stored so. Of all choices of at most ``bits`` on
+    average the one with the smallest sum of divergences is taken; what layers do to each other is
+    left out of it, but measured of the result and of every format. The model is not changed.
 
     Args:
-        model: A model that went through ``prepare``. It runs uncompiled, in evaluation mode.
-        batches: An iterable of token ids ``[B, N]`` or of dicts with ``input_ids``, without
-            padding: rows as long as the texts to be cached, others than codebooks were learned
-            from.
+        model: A prepared model. It runs uncompiled, in evaluation mode.
+        batches: An iterable of token ids ``[B, N]`` or of dicts with ``input_ids``: rows as long
+            as texts to be cached, others than codebooks were learned from, without padding.
         codebooks: Of ``calibrate_kv``, one for each format to choose from, of the same layers.
-        bits: Stored bits per element on average over these layers, at most; codebooks and exact
-            tokens are not counted.
+        bits: Stored bits per element, at most; codebooks and exact tokens are not counted.
 
     Returns:
         The choice, its codebooks, and ``layers`` for ``prepare``; print it.
 
     Raises:
-        ConfigError: The model is not prepared, codebooks are none, of different layers, or another
-            model's, ``bits`` is less than any choice has, or the batches are of the wrong type,
-            padded or too short.
+        ConfigError: The model is not prepared, codebooks are none, of other layers or another
+            model's, ``bits`` are too few, or the batches are wrong, padded or too short.
 
     Example:
-        >>> formats = ("tc-2bit", "tc-3bit", "tc-4bit")
-        >>> candidates = [fe.calibrate_kv(model, batches, name) for name in formats]
+        >>> candidates = [fe.calibrate_kv(model, text, f"tc-{n}bit") for n in (2, 3, 4)]
         >>> selection = fe.select_kv_formats(model, others, candidates, bits=2.3)
         >>> fe.prepare(model, selection.layers)
         >>> selection.codebooks.save("model/kv_codebooks.safetensors")
@@ -64,43 +59,46 @@ def select_kv_formats(
     candidates = _by_format(codebooks)
     shapes = codebooks[0].shapes
     paths = {index: prepared_of(model).full[index].path for index in _expect_full(model, shapes)}
-    costs = {
-        (index, name): _bits(shape, name) for index, shape in shapes.items() for name in candidates
-    }
+    costs = {(index, name): _bits(shapes[index], name) for index in shapes for name in candidates}
     most = _budget(bits, shapes, candidates, costs)
     trials = KvTrials(model, batches)
-    scores = []
-    for index, path in paths.items():
-        for name, books in candidates.items():
-            divergence = trials.divergence({index: name}, books)
-            score = KvScore(index=index, path=path, format=name, divergence=divergence)
-            scores.append(score)
-            log.info("%s in %s: divergence %.6f", path, name, divergence)
-    found = {(score.index, score.format): score.divergence for score in scores}
-    formats = cheapest(found, costs, most)
+    scores = _score(trials, paths, candidates)
+    formats = cheapest({(x.index, x.format): x.divergence for x in scores}, costs, most)
     chosen = KvCodebooks.chosen({index: candidates[name] for index, name in formats.items()})
-    ways = {"selected": (formats, chosen)}
-    ways |= {name: (dict.fromkeys(shapes, name), books) for name, books in candidates.items()}
-    elements = sum(map(_elements, shapes.values()))
+    ways = {name: (dict.fromkeys(shapes, name), books) for name, books in candidates.items()}
     return KvSelection(
         bits=bits,
         tokens=trials.tokens,
-        scores=tuple(scores),
+        scores=scores,
         formats=formats,
         mixtures=tuple(
             KvMixture(
                 name=name,
-                bits=sum(costs[choice] for choice in way.items()) / elements,
+                bits=sum(costs[choice] for choice in way.items()) / _elements(shapes),
                 divergence=trials.divergence(way, books),
             )
-            for name, (way, books) in ways.items()
+            for name, (way, books) in {"selected": (formats, chosen), **ways}.items()
         ),
         codebooks=chosen,
-        layers=layers_with_full(
-            model,
-            {paths[index]: FullConfig(kv=name) for index, name in formats.items()},  # pyright: ignore[reportArgumentType]
-        ),
+        layers=layers_with_full(model, {paths[i]: _stored(name) for i, name in formats.items()}),
     )
+
+
+def _score(
+    trials: KvTrials, paths: Mapping[int, str], candidates: Mapping[str, KvCodebooks]
+) -> tuple[KvScore, ...]:
+    """Store one layer at a time in one format after the other."""
+    scores = []
+    for index, path in paths.items():
+        for name, books in candidates.items():
+            divergence = trials.divergence({index: name}, books)
+            scores.append(KvScore(index=index, path=path, format=name, divergence=divergence))
+            log.info("%s in %s: divergence %.6f", path, name, divergence)
+    return tuple(scores)
+
+
+def _stored(name: str) -> FullConfig:
+    return FullConfig(kv=name)  # pyright: ignore[reportArgumentType] - checked when it is made
 
 
 def cheapest(
@@ -164,7 +162,7 @@ def _budget(
     Raises:
         ConfigError: No choice has so few.
     """
-    elements = sum(map(_elements, shapes.values()))
+    elements = _elements(shapes)
     least = sum(min(costs[index, name] for name in candidates) for index in shapes)
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not bits * elements >= least:
         message = f"must be at least {least / elements:g}, what the fewest are, got {bits!r}"
@@ -174,8 +172,9 @@ def _budget(
     return int(min(bits, 16) * elements + 1e-6)
 
 
-def _elements(shape: LayerShape) -> int:
-    return shape.kv_heads * (shape.head_dim + shape.value_dim)
+def _elements(shapes: Mapping[int, LayerShape]) -> int:
+    """Return the numbers that all layers have for a token."""
+    return sum(shape.kv_heads * (shape.head_dim + shape.value_dim) for shape in shapes.values())
 
 
 def _bits(shape: LayerShape, name: str) -> int:

@@ -13,7 +13,6 @@ from flasheva_compile.quantization.formats import EXACT
 
 if TYPE_CHECKING:
     from flasheva_compile.config import HybridConfig
-    from flasheva_compile.layer_config import LayerConfig
 
 
 def change_storage(model: Any, hybrid: HybridConfig) -> bool:  # noqa: ANN401 - a prepared model
@@ -51,5 +50,5 @@ def change_storage(model: Any, hybrid: HybridConfig) -> bool:  # noqa: ANN401 - 
     return True
 
 
-def _but_for_storage(config: LayerConfig) -> LayerConfig:
+def _but_for_storage(config: object) -> object:
     return "full" if is_full(config) else config

@@ -22,7 +22,7 @@ from flasheva_compile.generation.verify import verify
 from flasheva_compile.layer_config import is_full, kv_of, left_full
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.op_checks import CHUNK_RULES
-from flasheva_compile.quantization.formats import EXACT
+from flasheva_compile.quantization.formats import EXACT, FORMATS, FP8, misfit_of_heads
 from flasheva_compile.report import PREPARED, CompileReport, LayerReport
 from flasheva_compile.scope import KEPT
 
@@ -200,6 +200,8 @@ def _decide(
         config = hybrid.resolve(name)
         if seen.slopes is not None:
             _expect_without_alibi(seen.path, config)
+        if not seen.reason:  # else a cache says why
+            _expect_fitting(seen, kv_of(config))
         if is_full(config):
             decisions[seen.path] = left_full(config)
             stored |= kv_of(config) != EXACT and not seen.reason
@@ -223,6 +225,16 @@ def _expect_without_alibi(path: str, config: Any) -> None:  # noqa: ANN401
         message = f"{path} adds ALiBi biases, and {why}"
         subject = "kv" if is_full(config) else "retrieve_chunks"
         raise ConfigError(message, subject=subject, hint=hint)
+
+
+def _expect_fitting(seen: ProbedAttention, kv: str) -> None:
+    """Refuse a format that an attention's heads do not fit."""
+    sizes = seen.head_dim, seen.value_dim
+    misfit = misfit_of_heads(FORMATS[kv], *sizes) if kv in FORMATS else ""
+    if misfit:
+        fitting = [name for name, form in FORMATS.items() if not misfit_of_heads(form, *sizes)]
+        hint = f'choose one of {", ".join((FP8, *fitting))}, or leave it "full"'
+        raise ConfigError(f"kv={kv!r}, but its {misfit}", subject=seen.path, hint=hint)
 
 
 def _nothing_converted(model: nn.Module, decisions: Mapping[str, EvaConfig | str]) -> ConfigError:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flasheva_compile.errors import ConfigError
-from flasheva_compile.quantization.formats import WordKvFormat, kv_format
-from flasheva_compile.quantization.transform_coding import LayerTransforms
-from flasheva_compile.quantization.vecinfer import LayerCodebooks
+from flasheva_compile.quantization.formats import FORMATS, WordKvFormat, kv_format
+from flasheva_compile.quantization.transform_coding import TRANSFORM_TENSORS, LayerTransforms
+from flasheva_compile.quantization.vecinfer import NEEDED_TENSORS, TENSORS, LayerCodebooks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from flasheva_compile.quantization.formats import KvFormat
 
@@ -23,6 +26,9 @@ CODEBOOKS = "kv_codebooks.safetensors"
 """The file beside a saved model."""
 
 _FLAGS = ("rotate_keys", "rotate_values")
+_SIZES = ("kv_heads", "head_dim", "value_dim")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_Fact = TypeVar("_Fact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,42 +132,24 @@ class KvCodebooks:
         """Read what :meth:`save` wrote; whose it is, is checked where it is used.
 
         Raises:
-            ConfigError: It is no such file, of another version, or not complete.
+            ConfigError: It is no such file, of another version, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ConfigError("is no file", subject=str(path), hint="calibrate_kv(...).save(path)")
-        try:
-            with safe_open(str(path), framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConfigError(f"cannot be read: {error}", subject=str(path)) from error
-        if metadata.get("kind") != _KIND:
-            raise ConfigError("holds no codebooks of a cache", subject=str(path))
-        if metadata.get("version") != _VERSION:
-            message = f"is of version {metadata.get('version')}, not {_VERSION}"
-            raise ConfigError(message, subject=str(path), hint="calibrate again")
+        file = _File.read(str(path))
+        tokens = file.fact(file.metadata, "tokens", str)
+        if not _NUMBER.fullmatch(tokens):
+            raise file.damaged(f"tokens are {tokens!r}")
+        model = file.fact(file.metadata, "model", str)
         layers: dict[int, LayerCodebooks | LayerTransforms] = {}
         shapes: dict[int, LayerShape] = {}
         formats: dict[int, str] = {}
-        for key, facts in json.loads(metadata["layers"]).items():
-            flags: dict[str, Any] = {flag: facts.pop(flag) for flag in _FLAGS if flag in facts}
-            names, formats[int(key)] = facts.pop("tensors"), facts.pop("format")
-            missing = [name for name in names if f"{key}.{name}" not in tensors]
-            if missing:
-                raise ConfigError(f"lacks {key}.{missing[0]}", subject=str(path))
-            own: dict[str, Any] = {name: tensors[f"{key}.{name}"] for name in names}
-            layers[int(key)] = (LayerCodebooks if flags else LayerTransforms)(**own, **flags)
-            shapes[int(key)] = LayerShape(**facts)
-        return cls(
-            formats=formats,
-            model=metadata["model"],
-            tokens=int(metadata["tokens"]),
-            layers=layers,
-            shapes=shapes,
-        )
+        named: set[str] = set()
+        for key, facts in file.described().items():
+            formats[int(key)], shapes[int(key)], names = _description(file, key, facts)
+            layers[int(key)] = _layer(file, key, facts, names)
+            named |= {f"{key}.{name}" for name in names}
+        if not named.issuperset(file.tensors):
+            raise file.damaged(f"tensor {min(set(file.tensors) - named)} is of no layer")
+        return cls(formats=formats, model=model, tokens=int(tokens), layers=layers, shapes=shapes)
 
     # --- whose it is ------------------------------------------------------------------------------
 
@@ -197,12 +185,6 @@ class KvCodebooks:
                 raise ConfigError(f"{index}.{reason}", subject="codebooks", hint=hint)
 
 
-def _flags(layer: LayerCodebooks | LayerTransforms) -> dict[str, bool]:
-    if isinstance(layer, LayerTransforms):
-        return {}
-    return {flag: getattr(layer, flag) for flag in _FLAGS}
-
-
 def _misfit(
     layer: LayerCodebooks | LayerTransforms, form: KvFormat | WordKvFormat, shape: LayerShape
 ) -> str:
@@ -211,8 +193,111 @@ def _misfit(
         return layer.misfit(form, shape.kv_heads, shape.head_dim, shape.value_dim)
     if isinstance(layer, LayerTransforms) or isinstance(form, WordKvFormat):
         return "tensors are of another sort"
-    for name, part in (("keys", form.key), ("values", form.value)):
-        got = tuple(getattr(layer, name).shape[1:])
-        if got != (part.entries, part.vector):
-            return f"{name} has codewords {got}, {part} has others"
-    return ""
+    return layer.misfit(form, shape.kv_heads, shape.head_dim, shape.value_dim)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _flags(layer: LayerCodebooks | LayerTransforms) -> dict[str, bool]:
+    if isinstance(layer, LayerTransforms):
+        return {}
+    return {flag: getattr(layer, flag) for flag in _FLAGS}
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What a file of codebooks holds, and how it is refused.
+
+    Attributes:
+        path: Where it is.
+        metadata: Of this kind and version.
+        tensors: By name.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, path: str) -> _File:
+        """Read a file; what its metadata say of layers is not looked at.
+
+        Raises:
+            ConfigError: It is no such file, or of another version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ConfigError("is no file", subject=path, hint="calibrate_kv(...).save(path)")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"cannot be read: {error}", subject=path) from error
+        if metadata.get("kind") != _KIND:
+            raise ConfigError("holds no codebooks of a cache", subject=path)
+        if metadata.get("version") != _VERSION:
+            message = f"is of version {metadata.get('version')}, not {_VERSION}"
+            raise ConfigError(message, subject=path, hint="calibrate again")
+        return cls(path, metadata, tensors)
+
+    def damaged(self, what: str) -> ConfigError:
+        """Say that the file is damaged, and how."""
+        return ConfigError(f"is damaged: {what}", subject=self.path, hint="calibrate again")
+
+    def fact(self, facts: Mapping[str, Any], name: str, kind: type[_Fact], of: str = "") -> _Fact:
+        """Return one of some facts, which must be there and of a type (bool is no int)."""
+        if name not in facts:
+            raise self.damaged(f"{of}there is no {name!r}")
+        value = facts[name]
+        if type(value) is not kind:
+            raise self.damaged(f"{of}{name} is {value!r}")
+        return value
+
+    def described(self) -> Mapping[str, Any]:
+        """Return what the metadata say of each layer, by its place in the cache."""
+        try:
+            found = json.loads(self.fact(self.metadata, "layers", str))
+        except json.JSONDecodeError as error:
+            raise self.damaged(f"layers are not JSON: {error}") from error
+        if not isinstance(found, dict) or not all(map(_NUMBER.fullmatch, found)):
+            raise self.damaged("layers are not listed by their places in the cache")
+        return found
+
+
+def _description(file: _File, key: str, facts: Any) -> tuple[str, LayerShape, list[str]]:  # noqa: ANN401
+    """Return format, shape and names of tensors of one layer, read from what a file says of it."""
+    of = f"layer {key}: "
+    if not isinstance(facts, dict):
+        raise file.damaged(f"{of}{facts!r}")
+    name = file.fact(facts, "format", str, of)
+    if name not in FORMATS:
+        raise file.damaged(f"{of}format {name!r} is not one of {', '.join(map(repr, FORMATS))}")
+    words = isinstance(FORMATS[name], WordKvFormat)
+    kinds = {"format": str, **dict.fromkeys(_SIZES, int), "tensors": list}
+    kinds |= {} if words else dict.fromkeys(_FLAGS, bool)
+    for fact, kind in kinds.items():
+        file.fact(facts, fact, kind, of)
+    known, needed = (TRANSFORM_TENSORS,) * 2 if words else (TENSORS, NEEDED_TENSORS)
+    lacking = [x for x in needed if x not in facts["tensors"]]
+    if lacking:
+        raise file.damaged(f"{of}there is no tensor {lacking[0]!r}")
+    unknown = [x for x in facts if x not in kinds] + [x for x in facts["tensors"] if x not in known]
+    if unknown:
+        raise file.damaged(f"{of}{name} has no {unknown[0]!r}")
+    return name, LayerShape(**{size: facts[size] for size in _SIZES}), facts["tensors"]
+
+
+def _layer(
+    file: _File, key: str, facts: Mapping[str, Any], names: list[str]
+) -> LayerCodebooks | LayerTransforms:
+    """Return the tensors of one layer that a file describes, in their class."""
+    missing = [f"{key}.{name}" for name in names if f"{key}.{name}" not in file.tensors]
+    if missing:
+        raise file.damaged(f"there is no tensor {missing[0]}")
+    own: dict[str, Any] = {name: file.tensors[f"{key}.{name}"] for name in names}
+    own |= {flag: facts[flag] for flag in _FLAGS if flag in facts}
+    words = isinstance(FORMATS[facts["format"]], WordKvFormat)
+    return (LayerTransforms if words else LayerCodebooks)(**own)

@@ -29,14 +29,19 @@ class CodeFormat:
         """Codewords of a codebook."""
         return 1 << self.bits
 
+    @property
+    def multiple(self) -> int:
+        """What a head's channels have to be a multiple of."""
+        return self.vector
+
     def codes(self, size: int) -> int:
         """Return the codes of one token of ``size`` channels.
 
         Raises:
             ConfigError: ``size`` is no multiple of the vector's length.
         """
-        if size % self.vector:
-            message = f"{size} channels are no multiple of {self.vector}"
+        if size % self.multiple:
+            message = f"{size} channels are no multiple of {self.multiple}"
             hint = "choose a format with shorter vectors, or leave the layer as it is"
             raise ConfigError(message, subject="head_dim", hint=hint)
         return size // self.vector
@@ -65,14 +70,19 @@ class WordFormat:
 
     vector: int
 
+    @property
+    def multiple(self) -> int:
+        """What a head's channels have to be a multiple of."""
+        return 2 * self.vector
+
     def codes(self, size: int) -> int:
         """Return the words of one token of ``size`` channels: an even number.
 
         Raises:
             ConfigError: ``size`` is no multiple of two words.
         """
-        if size % (2 * self.vector):
-            message = f"{size} channels are no multiple of {2 * self.vector}"
+        if size % self.multiple:
+            message = f"{size} channels are no multiple of {self.multiple}"
             hint = "choose a format of codebooks, or leave the layer as it is"
             raise ConfigError(message, subject="head_dim", hint=hint)
         return size // self.vector
@@ -151,6 +161,14 @@ def kv_format(name: object) -> KvFormat | WordKvFormat:
         message = f"{name!r} is not one of {', '.join(map(repr, FORMATS))}"
         raise ConfigError(message, subject="format")
     return FORMATS[name]
+
+
+def misfit_of_heads(form: KvFormat | WordKvFormat, head_dim: int, value_dim: int) -> str:
+    """Return why heads cannot be stored in a format; "" = they can."""
+    for name, part, size in (("keys", form.key, head_dim), ("values", form.value, value_dim)):
+        if size % part.multiple:
+            return f"{name} have {size} channels, no multiple of {part.multiple}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

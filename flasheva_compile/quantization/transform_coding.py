@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from flasheva_compile.quantization.formats import misfit_of_heads
+from flasheva_compile.quantization.tensor_checks import numbers_misfit, order_misfit
 from flasheva_compile.quantization.transform import compute_dtype
 
 if TYPE_CHECKING:
-    from flasheva_compile.quantization.formats import WordKvFormat
+    from flasheva_compile.quantization.formats import WordFormat, WordKvFormat
 
 WORD_BITS = 16
 MOST_BITS = 5
@@ -89,28 +91,33 @@ class LayerTransforms:
         A tensor of another shape might broadcast, and kernels compute addresses by the shapes that
         there should be.
         """
+        misfit = misfit_of_heads(form, head_dim, value_dim)
+        if misfit:
+            return misfit
         keys, values = (kv_heads, head_dim), (kv_heads, value_dim)
         shapes: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("key_scale", "key_offset", "key_step"), keys),
-            **dict.fromkeys(("value_order", "value_offset", "value_step"), values),
+            **dict.fromkeys(("value_offset", "value_step"), values),
             "key_rotation": (*keys, head_dim),
         }
-        for name, x in self.tensors().items():
-            whole = name in _WHOLE_NUMBERS
-            if not (x.dtype == torch.long if whole else x.is_floating_point()):
-                return f"{name} is {x.dtype}"
-            if name in shapes and tuple(x.shape) != shapes[name]:
-                return f"{name} is {tuple(x.shape)}, not {shapes[name]}"
-            positive = name.endswith(("scale", "step"))
-            if not whole and not bool((x.isfinite() & ((x > 0) | (not positive))).all()):
-                return f"{name} has numbers that are not {'positive' if positive else 'finite'}"
-        for name, part in (("key_widths", form.key), ("value_widths", form.value)):
-            widths = getattr(self, name)
-            if tuple(widths.shape) != (kv_heads, part.vector) or not _are_widths(widths):
-                return f"{name} are {widths.tolist()}, not {WORD_BITS} bits of {part}"
-        channels = torch.arange(value_dim, device=self.value_order.device)
-        is_order = torch.equal(self.value_order.sort(-1).values, channels.expand(*values))
-        return "" if is_order else f"value_order is no order of {value_dim} channels"
+        reasons = {
+            name: numbers_misfit(
+                getattr(self, name), shape, positive=name.endswith(("scale", "step"))
+            )
+            for name, shape in shapes.items()
+        }
+        reasons["key_widths"] = _widths_misfit(self.key_widths, kv_heads, form.key)
+        reasons["value_widths"] = _widths_misfit(self.value_widths, kv_heads, form.value)
+        reasons["value_order"] = order_misfit(self.value_order, *values)
+        return next((f"{name} {reason}" for name, reason in reasons.items() if reason), "")
+
+
+def _widths_misfit(widths: Tensor, heads: int, form: WordFormat) -> str:
+    """Return why these are no widths of a word's fields for each head; "" = they are."""
+    if widths.dtype != torch.long:
+        return f"is {widths.dtype}"
+    fits = tuple(widths.shape) == (heads, form.vector) and _are_widths(widths)
+    return "" if fits else f"are {widths.tolist()}, not {WORD_BITS} bits of {form}"
 
 
 def _are_widths(widths: Tensor) -> bool:
@@ -119,8 +126,6 @@ def _are_widths(widths: Tensor) -> bool:
     within = bool(((widths >= 0) & (widths <= MOST_BITS)).all())
     return falling and within and bool((widths.sum(1) == WORD_BITS).all())
 
-
-_WHOLE_NUMBERS = ("key_widths", "value_order", "value_widths")
 
 TRANSFORM_TENSORS = tuple(LayerTransforms.__dataclass_fields__)
 """Names of the tensors of ``LayerTransforms``."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flasheva_compile.quantization.codebook import nearest
+from flasheva_compile.quantization.formats import misfit_of_heads
 from flasheva_compile.quantization.packing import pack, unpack
+from flasheva_compile.quantization.tensor_checks import numbers_misfit, order_misfit
 from flasheva_compile.quantization.transform import (
     compute_dtype,
     grouped_rotation,
@@ -57,6 +59,22 @@ class LayerCodebooks:
         """Return a copy on a device."""
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
+    def misfit(self, form: KvFormat, kv_heads: int, head_dim: int, value_dim: int) -> str:
+        """Return why these are no codebooks of such codes of such heads; "" = they are."""
+        misfit = misfit_of_heads(form, head_dim, value_dim)
+        if misfit:
+            return misfit
+        sizes = kv_heads, head_dim
+        reasons = {"scale": numbers_misfit(self.scale, sizes, positive=True)}
+        for name, part in (("keys", form.key), ("values", form.value)):
+            shapes = [(heads, part.entries, part.vector) for heads in (1, kv_heads)]
+            reasons[name] = numbers_misfit(getattr(self, name), *shapes)
+        if self.order is not None:
+            reasons["order"] = order_misfit(self.order, *sizes)
+        if self.offset is not None:
+            reasons["offset"] = numbers_misfit(self.offset, sizes)
+        return next((f"{name} {reason}" for name, reason in reasons.items() if reason), "")
+
     def key_rotation(self) -> Tensor | None:
         """Return what keys are rotated by, ``[1 or Hkv, D, D]`` fp64; None = they are not."""
         if not self.rotate_keys:
@@ -68,7 +86,8 @@ class LayerCodebooks:
         return torch.stack(rotations).to(self.scale.device)
 
 
-TENSORS = ("scale", "keys", "values", "order", "offset")
+NEEDED_TENSORS = ("scale", "keys", "values")
+TENSORS = (*NEEDED_TENSORS, "order", "offset")
 """Names of the tensors of ``LayerCodebooks``; the last two may be None."""
 
 

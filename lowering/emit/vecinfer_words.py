@@ -68,15 +68,21 @@ def _lanes(layout: CodeLayout, warps: int) -> tuple[int, int, int]:
 def setup(keys: CodeLayout, values: CodeLayout, warps: int) -> list[str]:
     """Define where the words of tiles lie, and what fields to take of them.
 
-    Of keys ``[4, BLOCK_N, words]``, of values ``[4, lanes, words, BLOCK_N // 4]``.
+    Of keys ``[BLOCK_N * 4, words]``, of values ``[4, lanes, words, BLOCK_N // 4]``. Four threads
+    that follow each other have the words of one token, as a product wants them: in dimensions of
+    their own, versions of Triton would not agree on which of them come first.
     """
     run, (lanes, steps, halves) = _words(keys) // 4, _lanes(values, warps)
     step = f"tl.arange(0, {steps})[None, None, :, None]"
     unit, kind = values.codes // halves, "int32" if halves == 2 else "int16"
     return [
+        "key_token = tl.arange(0, BLOCK_N * 4)[:, None] // 4",
+        "key_word = tl.arange(0, BLOCK_N * 4)[:, None] % 4",
+        f"key_word = key_word * {run} + tl.arange(0, {run})[None, :]",
+        f"key_at = key_token * {keys.codes // 2} + key_word",
+        # Or one thread loads all words of a token, to hand them out through shared memory.
+        *(["key_at = tl.max_contiguous(key_at, (1, 1))"] if run == 1 else []),
         "quad = tl.arange(0, 4)",
-        f"key_word = quad[:, None, None] * {run} + tl.arange(0, {run})[None, None, :]",
-        f"key_at = offs_t[None, :, None] * {keys.codes // 2} + key_word",
         f"value_word = tl.arange(0, {lanes})[None, :, None, None] * {steps} + {step}",
         "offs_f = tl.arange(0, BLOCK_N // 4)",
         "value_token = offs_f // 4 * 16 + offs_f // 2 % 2 * 8 + offs_f % 2",
@@ -105,7 +111,7 @@ def load_keys(layout: CodeLayout, first: str, stop: str | None) -> list[str]:
         first: A multiple of ``BLOCK_N``.
         stop: Where tokens end within a tile; None = where tiles do.
     """
-    bound = stop and f"({first} + offs_t[None, :, None] < {stop})"
+    bound = stop and f"({first} + key_token < {stop})"
     return _load("key", layout, layout.codes // 2, first, bound)
 
 
@@ -127,9 +133,9 @@ def key_tile(layout: CodeLayout, dtype: str) -> list[str]:
     """Make ``k [D, BLOCK_N]`` of words, axes in the order of :func:`key_axis`."""
     run, fields = _words(layout) // 4, layout.vector
     if run == 1:
-        shape, order = f"4, BLOCK_N, {fields // 2}, 2, 2", "2, 0, 3, 4, 1"
+        shape, order = f"BLOCK_N, 4, {fields // 2}, 2, 2", "2, 1, 3, 4, 0"
     else:
-        shape, order = f"4, BLOCK_N, {run // 2}, 2, {fields}, 2", "4, 2, 0, 3, 5, 1"
+        shape, order = f"BLOCK_N, 4, {run // 2}, 2, {fields}, 2", "4, 2, 1, 3, 5, 0"
     return [
         *_digits("k", "key_tile", "key_mask", layout, dtype),
         f"k = k.reshape({shape}).permute({order}).reshape({layout.padded}, BLOCK_N)",

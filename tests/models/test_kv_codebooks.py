@@ -18,27 +18,33 @@ from flasheva_compile.quantization.codebooks import KvCodebooks
 from flasheva_compile.quantization.formats import FORMATS, KvStorage
 from flasheva_compile.quantization.learn import LearningOptions
 from flasheva_compile.quantization.transform_coding import LayerTransforms
-from tests.models.test_generate import SMALL, generate, llama, tokens
+from tests.models.test_generate import SMALL, generate, llama, perturb, tokens
 from tests.models.test_vecinfer_cache import COARSE, cache_of, close, hybrid, learned
 
 # --- layers that say themselves how they are stored -----------------------------------------------
 
 
-def test_generation_stores_layers_as_their_configuration_says(tmp_path):
+@pytest.mark.parametrize("kv", ["vq-2bit", "tc-4bit"])
+def test_generation_stores_layers_as_their_configuration_says(tmp_path, kv):
     """With codebooks that lie beside the model, and without naming them again."""
-    asked = {"attention": "full", "kv": "vq-2bit"}
+    ids = tokens(1, 300)  # the first of them are read as codes
+    asked = {"attention": "full", "kv": kv}
     model = fe.prepare(llama(), {"default": SMALL, 0: asked})
-    with pytest.raises(ConfigError, match="codebooks: 'vq-2bit' needs them"):
-        generate(model, tokens(1, 30))
-    books = fe.calibrate_kv(model, [tokens(1, 60)])  # in the format that the layer asks for
+    perturb(model)
+    with pytest.raises(ConfigError, match=f"codebooks: '{kv}' needs them"):
+        generate(model, ids)
+    books = fe.calibrate_kv(model, [ids])  # in the format that the layer asks for
+    expected = generate(model, ids, past_key_values=cache_of(model, None, books))
     model.save_pretrained(tmp_path)
     books.save(tmp_path / "kv_codebooks.safetensors")
     loaded = fe.from_pretrained(tmp_path)
-    growing = generate(loaded, tokens(1, 30))
+    growing = generate(loaded, ids)
+    assert torch.equal(growing.sequences, expected.sequences)
+    close(torch.stack(growing.logits), torch.stack(expected.logits))
     layer = growing.past_key_values.layers[0]
     assert isinstance(layer, VecInferLayer)
-    assert layer.storage == KvStorage(format="vq-2bit")
-    static = generate(loaded, tokens(1, 30), cache_implementation="static")
+    assert layer.storage == KvStorage(format=kv)
+    static = generate(loaded, ids, cache_implementation="static")
     assert torch.equal(static.sequences, growing.sequences)
     assert isinstance(static.past_key_values.layers[0], VecInferLayer)
     assert static.past_key_values.is_compileable
@@ -284,7 +290,7 @@ def test_widths_that_are_no_words_are_refused():
         cache_of(model, "tc-4bit", books)
 
 
-BAD = {  # of a layer with 2 heads of 8 channels
+BAD_WORDS = {  # of a layer with 2 heads of 8 channels
     "shared scale": ("key_scale", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
     "shared axes": ("key_rotation", lambda x: x[:1], r"is \(1, 8, 8\), not \(2, 8, 8\)"),
     "narrow steps": ("value_step", lambda x: x[:, :4], r"is \(2, 4\), not \(2, 8\)"),
@@ -294,28 +300,50 @@ BAD = {  # of a layer with 2 heads of 8 channels
     "negative widths": ("key_widths", lambda x: x.new_tensor([[9, 9, 0, -2]] * 2), "not 16 bits"),
     "no whole widths": ("key_widths", torch.Tensor.double, "is torch.float64"),
     "short numbers": ("value_order", torch.Tensor.int, "is torch.int32"),
+    "shared order": ("value_order", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
     "no number": ("key_offset", lambda x: x * torch.nan, "that are not finite"),
     "no step": ("value_step", lambda x: x * 0, "that are not positive"),
     "channels that lack": ("value_order", lambda x: x * 0, "is no order of 8 channels"),
     "channels beyond": ("value_order", lambda x: x + 1, "is no order of 8 channels"),
 }
+BAD_BOOKS = {
+    "shared scale": ("scale", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
+    "whole scale": ("scale", torch.Tensor.int, "is torch.int32"),
+    "no scale": ("scale", lambda x: x * 0, "that are not positive"),
+    "infinite scale": ("scale", lambda x: x / 0, "that are not positive"),
+    "books of three heads": ("keys", lambda x: x.expand(3, -1, -1), r"not \(1, 256, 4\) or \(2, 2"),
+    "few codewords": ("keys", lambda x: x[:, :128], r"is \(1, 128, 4\), not \(1, 256, 4\)"),
+    "short codewords": ("values", lambda x: x[..., :2], r"is \(1, 256, 2\), not"),
+    "whole codewords": ("values", torch.Tensor.long, "is torch.int64"),
+    "no number": ("values", lambda x: x.where(x < x.max(), torch.nan), "that are not finite"),
+    "shared order": ("order", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
+    "short numbers": ("order", torch.Tensor.int, "is torch.int32"),
+    "channels that lack": ("order", lambda x: x // 2, "is no order of 8 channels"),
+    "channels beyond": ("order", lambda x: x + 1, "is no order of 8 channels"),
+    "shared offset": ("offset", lambda x: x[:1], r"is \(1, 8\), not \(2, 8\)"),
+    "no offset": ("offset", lambda x: x * torch.inf, "that are not finite"),
+}
+BAD = {
+    f"{form}, {name}": (form, *bad)
+    for form, cases in (("tc-4bit", BAD_WORDS), ("vq-2bit", BAD_BOOKS))
+    for name, bad in cases.items()
+}
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_transforms_that_are_none_of_the_layer_are_refused(words, bad):
+@pytest.mark.parametrize(("form", "name", "change", "match"), BAD.values(), ids=BAD)
+def test_tensors_that_are_none_of_the_layer_are_refused(books_of, form, name, change, match):
     """Most of them would broadcast, or be read beyond their end."""
-    model, books = words
-    name, change, match = BAD[bad]
+    model, books = books_of[form]
     layer = dataclasses.replace(books.layers[0], **{name: change(getattr(books.layers[0], name))})
-    cache_of(model, "tc-4bit", books)
+    cache_of(model, form, books)
     with pytest.raises(ConfigError, match=rf"codebooks: 0\.{name} .*{match}"):
-        cache_of(model, "tc-4bit", dataclasses.replace(books, layers={0: layer}))
+        cache_of(model, form, dataclasses.replace(books, layers={0: layer}))
 
 
-@pytest.fixture(scope="module", name="words")
-def _words():
-    model = hybrid()
-    return model, fe.calibrate_kv(model, [tokens(1, 30)], "tc-4bit")
+@pytest.fixture(scope="module", name="books_of")
+def _books_of():
+    model, ids = hybrid(), tokens(1, 30)
+    return {name: (model, fe.calibrate_kv(model, [ids], name)) for name in ("tc-4bit", "vq-2bit")}
 
 
 @pytest.mark.parametrize("name", ["vq-2bit", "tc-4bit"])

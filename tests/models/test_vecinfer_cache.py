@@ -27,6 +27,7 @@ EVERYTHING = KvStorage(format="vq-1.5bit", **FEW)  # one code per head of 8 chan
 COARSE = KvStorage(format="vq-1bit", **FEW)
 FLOAT8 = KvStorage(format="fp8", **FEW)
 WORDS = KvStorage(format="tc-4bit", **FEW)
+CODED = [pytest.param(COARSE, id="books"), pytest.param(WORDS, id="words")]
 
 
 def hybrid(full=0, build=llama):
@@ -138,11 +139,26 @@ def test_beams_are_those_of_exact_layers():
     assert torch.equal(result.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("storage", CODED)
+def test_a_beam_has_the_score_that_its_tokens_have_one_by_one(coarse, books_of, storage):
+    model, ids = coarse[0], tokens(2, 21)
+    caches = [cache_of(model, storage, books_of[storage.format]) for _ in range(2)]
+    options = {"num_beams": 3, "length_penalty": 0.0, "output_scores": True}
+    result = generate(model, ids, past_key_values=caches[0], **options)
+    text = result.sequences
+    with torch.no_grad():
+        parts = (text[:, :21], *text[:, 21:-1].split(1, 1))
+        last = [model(part, past_key_values=caches[1]).logits[:, -1] for part in parts]
+    found = torch.stack(last, 1).log_softmax(-1).gather(2, text[:, 21:, None])
+    close(found.sum((1, 2)), result.sequences_scores)
+
+
+@pytest.mark.parametrize("storage", CODED)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_rows_are_reordered_repeated_and_selected(coarse, length):
-    model, books = coarse
+def test_rows_are_reordered_repeated_and_selected(coarse, books_of, storage, length):
+    model, books = coarse[0], books_of[storage.format]
     ids, more = tokens(2, 40), tokens(3, 5, seed=3)
-    cache = cache_of(model, COARSE, books, length)
+    cache = cache_of(model, storage, books, length)
     with torch.no_grad():
         model(ids, past_key_values=cache)
         changed = copy.deepcopy(cache)
@@ -151,25 +167,27 @@ def test_rows_are_reordered_repeated_and_selected(coarse, length):
         changed.reorder_cache(torch.tensor([1, 0, 2]))
         together = model(more, past_key_values=changed).logits
         for row, source in enumerate([0, 1, 0]):
-            alone = cache_of(model, COARSE, books, length)
+            alone = cache_of(model, storage, books, length)
             model(ids[source : source + 1], past_key_values=alone)
             close(model(more[row : row + 1], past_key_values=alone).logits[0], together[row])
 
 
+@pytest.mark.parametrize("storage", CODED)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_prompt_lookup_rolls_back(coarse, length):
-    model, books = coarse
+def test_prompt_lookup_rolls_back(coarse, books_of, storage, length):
+    model, books = coarse[0], books_of[storage.format]
     ids = tokens(1, 7).repeat(1, 5)
-    plain = generate(model, ids, past_key_values=cache_of(model, COARSE, books, length))
-    cache = cache_of(model, COARSE, books, length)
+    plain = generate(model, ids, past_key_values=cache_of(model, storage, books, length))
+    cache = cache_of(model, storage, books, length)
     cache.activate_past_recording()
     looked = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4)
     assert torch.equal(looked.sequences, plain.sequences)
 
 
-def test_a_rollback_into_codes_is_refused(coarse):
-    model, books = coarse
-    cache = cache_of(model, COARSE, books)
+@pytest.mark.parametrize("storage", CODED)
+def test_a_rollback_into_codes_is_refused(coarse, books_of, storage):
+    model, books = coarse[0], books_of[storage.format]
+    cache = cache_of(model, storage, books)
     cache.activate_past_recording()
     layer = cache.layers[0]
     with torch.no_grad():
@@ -193,10 +211,11 @@ def test_a_rollback_that_the_second_layer_refuses_changes_none(full, removed):
     assert [layer.get_seq_length() for layer in cache.layers] == [90, 90]
 
 
+@pytest.mark.parametrize("storage", CODED)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_cache_that_was_reset_is_empty(coarse, length):
-    model, books = coarse
-    cache = cache_of(model, COARSE, books, length)
+def test_a_cache_that_was_reset_is_empty(coarse, books_of, storage, length):
+    model, books = coarse[0], books_of[storage.format]
+    cache = cache_of(model, storage, books, length)
     first = generate(model, tokens(1, 30), past_key_values=cache)
     cache.reset()
     again = generate(model, tokens(1, 30), past_key_values=cache)
@@ -340,10 +359,11 @@ def test_books_that_share_a_scale_are_told_apart(coarse):
     assert torch.equal(codecs[1].codebooks.keys, layer.keys + 1)
 
 
+@pytest.mark.parametrize("storage", CODED)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_what_was_rolled_back_never_was(coarse, length):
+def test_what_was_rolled_back_never_was(coarse, books_of, storage, length):
     """With padding among the last columns, twice in a row, across the end of the ring."""
-    model, books = coarse
+    model, books = coarse[0], books_of[storage.format]
     generator = torch.Generator().manual_seed(7)
     ids, mask = tokens(2, 110), torch.rand(2, 110, generator=generator) < 0.7
     mask[:, [0, -1]] = True
@@ -356,7 +376,7 @@ def test_what_was_rolled_back_never_was(coarse, length):
         with torch.no_grad():
             return model(ids[:, part], past_key_values=cache, **given).logits
 
-    cache, plain = (cache_of(model, COARSE, books, length) for _ in range(2))
+    cache, plain = (cache_of(model, storage, books, length) for _ in range(2))
     cache.activate_past_recording()
     for c in (cache, plain):
         run(c, slice(0, 50))

@@ -7,7 +7,8 @@ import torch
 
 import flasheva_compile as fe
 from flasheva_compile.errors import ConfigError
-from tests.models.test_generate import tokens
+from tests.models.generation_models import build_language_model
+from tests.models.test_generate import SMALL, tokens
 from tests.models.test_vecinfer_cache import COARSE, cache_of, hybrid, learned
 
 
@@ -40,3 +41,35 @@ def test_gradients_through_codes_are_refused():
     logits = model(tokens(1, 2), past_key_values=cache).logits
     with pytest.raises(ConfigError, match="has no gradient"):
         logits.sum().backward()
+
+
+WIDE = {"attention": "full", "kv": "tc-2bit"}  # words of 8 channels, two at a time
+
+
+@pytest.fixture(scope="module", name="gemma")
+def _gemma():
+    """Heads of 8 channels: of a sliding window, and of full attention."""
+    return build_language_model("gemma2")
+
+
+def everything_of(model):
+    modules = {path: (sorted(vars(m)), sorted(m._modules)) for path, m in model.named_modules()}
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    return modules, hooks, model.config.to_dict(), model.config._attn_implementation
+
+
+def test_heads_that_do_not_fit_are_refused_before_the_model_is_changed(gemma):
+    before, logits = everything_of(gemma), gemma(tokens(1, 20)).logits
+    asked = r"model\.layers\.1\.self_attn: kv='tc-2bit', but its keys have 8 channels, no multiple "
+    with pytest.raises(ConfigError, match=asked + "of 16. Hint: choose one of fp8, vq-.*, tc-4bit"):
+        fe.prepare(gemma, {"default": SMALL, 1: WIDE})
+    assert everything_of(gemma) == before
+    assert torch.equal(gemma(tokens(1, 20)).logits, logits)
+
+
+def test_attentions_that_have_no_codes_at_all_say_why(gemma):
+    """When a cache is built, whether their heads would fit or not."""
+    fe.prepare(gemma, {"default": SMALL, 0: WIDE})
+    with pytest.raises(ConfigError, match=r"kv='tc-2bit', but it cannot be quantised: .* window"):
+        fe.FlashEvaCache.for_model(gemma)
+    fe.revert(gemma)

@@ -11,7 +11,7 @@ from flasheva_compile.config import EvaConfig, FullConfig, HybridConfig, parse_o
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.layer_config import KvFormatName, is_full, kv_of
 from flasheva_compile.layer_names import LayerName
-from flasheva_compile.quantization.formats import EXACT, FORMATS, FP8
+from flasheva_compile.quantization.formats import EXACT, FORMATS, FP8, misfit_of_heads
 
 LAYER = LayerName("model.layers.3", 3, 12)
 
@@ -23,6 +23,21 @@ def resolved(value, default=None):
 
 def test_every_format_can_be_written():
     assert get_args(KvFormatName) == (EXACT, FP8, *FORMATS)
+
+
+SIZES = [(128, 128), (80, 64), (64, 40), (12, 16), (10, 8), (7, 8)]
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_heads_fit_a_format_whose_codes_they_have(form):
+    for sizes in SIZES:
+        try:
+            fits = form.nbytes(*sizes) > 0
+        except ConfigError as error:
+            fits, size = False, int(error.message.split()[0])
+            part = "keys" if size == sizes[0] else "values"
+            assert misfit_of_heads(form, *sizes).startswith(f"{part} have {size} channels, no mul")
+        assert (misfit_of_heads(form, *sizes) == "") == fits
 
 
 @pytest.mark.parametrize("name", get_args(KvFormatName))

@@ -15,7 +15,6 @@ VECINFER_KINDS = ("vecinfer_append", "vecinfer_decode", "vecinfer_combine")
 _WIDE = 128  # channels of which one warp holds the sums
 _TILE = 64  # tokens
 _BYTE = 8
-_NARROW_REGISTERS = 184  # so that a multiprocessor holds eleven warps instead of eight
 
 
 def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
@@ -37,8 +36,9 @@ def vecinfer_schedule(spec: VecInferSpec) -> Schedule:
         return Schedule(block_m=ROWS, block_n=32, num_warps=2, num_stages=1)
     if spec.is_words:
         narrow = max(spec.keys.padded, spec.values.padded) <= _WIDE // 2
-        n, most = (2 * _TILE, _NARROW_REGISTERS) if narrow else (_TILE, 0)
-        return Schedule(block_m=ROWS, block_n=n, num_warps=1, num_stages=1, max_registers=most)
+        n = 2 * _TILE if narrow else _TILE
+        n = n // 2 if spec.block_tokens % n else n  # bounds within tiles need registers, too
+        return Schedule(block_m=ROWS, block_n=n, num_warps=1, num_stages=1)
     # What needs more registers than a warp has, with larger tiles.
     ragged = spec.block_tokens % _TILE != 0
     crowded = spec.per_head or ragged or max(spec.keys.bits, spec.values.bits) > _BYTE

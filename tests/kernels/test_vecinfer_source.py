@@ -46,6 +46,11 @@ SIZES = {
     | {"key_mask": True, "sink_size": 0, "block_tokens": 7, "softcap": True},
     "fp8-d256": {"key_code": "fp8", "value_code": "fp8", "head_dim": 256},
     "fp8-fp32": {"key_code": "fp8", "value_code": "fp8", "dtype": "fp32", "head_dim": 64},
+    **{
+        f"{name}-d64": {"key_code": str(FORMATS[name].key), "value_code": str(FORMATS[name].value)}
+        | {"head_dim": 64}
+        for name in ("tc-2bit", "tc-3bit", "tc-4bit")
+    },
     "fp16-d64": {"dtype": "fp16", "head_dim": 64, "group": 1},
     "d80-masked": {"head_dim": 80, "new_tokens": 4, "key_mask": True},
     "d256": {"head_dim": 256},
@@ -169,6 +174,21 @@ def test_codewords_go_straight_to_registers(form):
     assert body.count("mma.sync") > 0
     assert "st.shared" not in body
     assert "stmatrix" not in body
+
+
+@pytest.mark.usefixtures("_caches")
+@pytest.mark.parametrize("form", ["tc-2bit", "tc-4bit", "tc-2bit-d64", "tc-3bit-d64"])
+def test_words_go_straight_to_registers(form):
+    """No thread loads words for another: neither of keys nor of values."""
+    spec = SPECS[f"vecinfer_decode-{form}"]
+    kernel = offline.compile_for(emit(spec, schedule.choose(spec)), "sm_90")
+    loop = re.findall(r"(?s)scf\.for.*?\n    +} ", kernel.asm["ttgir"])[-1]
+    operands = re.findall(r"tt\.dot %\S+ (%\w+),", loop)
+    assert len(operands) == 2
+    for name in operands:
+        made = re.search(rf"{name} = (\S+)", loop)
+        assert made
+        assert made.group(1) in ("tt.reshape", "ttg.convert_layout"), made.group(0)
 
 
 @pytest.mark.usefixtures("_caches")

@@ -59,8 +59,11 @@ def _calibrate(parser: Parser) -> None:
     parser.add_argument("--config", metavar="JSON", help=_CONFIG)
     what = "new folder; not needed with --kv, which then adds codebooks to MODEL"
     parser.add_argument("--out", type=Path, metavar="DIR", help=what)
-    what = f"learn codebooks for the cache of full layers: {', '.join(FORMATS)}"
-    parser.add_argument("--kv", choices=tuple(FORMATS), metavar="FORMAT", help=what)
+    what = f"learn codebooks for the cache of full layers: {', '.join(FORMATS)}; or several with "
+    what += "commas between them, of which each layer gets the one that suits it"
+    parser.add_argument("--kv", type=_formats, metavar="FORMAT[,...]", help=what)
+    what = "stored bits per element that layers may have on average; with several formats"
+    parser.add_argument("--kv-bits", type=float, metavar="BITS", help=what)
     _add_count(parser, "--length", 2048, "of a row [tokens]")
     _add_count(parser, "--batch-size", 1, "rows at a time")
     _add_count(parser, "--rows", 8, "at most as many rows of text are read")
@@ -141,6 +144,16 @@ def _add_text(parser: Parser, *, required: bool) -> None:
 def _add_count(parser: Parser, name: str, default: int, what: str) -> None:
     help_ = f"{what}, default: {default}"
     parser.add_argument(name, type=_positive, default=default, metavar="N", help=help_)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    """Read formats of a cache, commas between them."""
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or len(set(names)) != len(names):
+        what = f"{unknown[0]!r} is not one of {', '.join(FORMATS)}" if unknown else "one twice"
+        raise argparse.ArgumentTypeError(what)
+    return names
 
 
 def _positive(text: str) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from flasheva_compile.adaptation.calibrate import calibrate
+from flasheva_compile.adaptation.calibrate import calibrate, converted_attentions
 from flasheva_compile.adaptation.calibrate_kv import calibrate_kv
+from flasheva_compile.adaptation.kv_selection import KvSelection
+from flasheva_compile.adaptation.select_kv_formats import select_kv_formats
 from flasheva_compile.cli.sources import (
     expect_new_folder,
     find_model,
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 
     from flasheva_compile.cli.sources import Source
     from flasheva_compile.config import HybridConfig
+    from flasheva_compile.quantization.codebooks import KvCodebooks
 
 _LONGEST = 8192  # rows that codebooks are learned from, unless told [tokens]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare a model, calibrate it on text, and save it; or add codebooks to one."""
+    _expect_bits(arguments)
     config = read_config(arguments.config)
     source = find_model(arguments.model)
     read_texts(arguments.data)
@@ -48,24 +52,60 @@ def run(arguments: argparse.Namespace) -> int:
     rows = read_windows(model, tokenizer, arguments, most=arguments.rows)
     batches = rows.split(arguments.batch_size)
     reports: list[Any] = []
+    saved: dict[str, Any] = {}
     if arguments.out is not None:
         if config is not None or not source.adapted:
             prepare(model, config)
-        reports.append(calibrate(model, batches, context_length=arguments.context_length))
+        if converted_attentions(model):
+            found = calibrate(model, batches, context_length=arguments.context_length)
+            reports.append(found)
+            saved["calibration"] = found.to_dict()
+    codebooks = None
     if arguments.kv is not None:
-        options = LearningOptions(per_head=arguments.kv_per_head)
-        rows = _rows_for_codebooks(model, tokenizer, arguments)
-        reports.append(
-            calibrate_kv(model, rows.split(arguments.batch_size), arguments.kv, options=options)
-        )
+        codebooks = _codebooks(model, _rows_for_codebooks(model, tokenizer, arguments), arguments)
+        reports.append(codebooks)
+    if isinstance(codebooks, KvSelection):
+        prepare(model, codebooks.layers)  # in place: what was calibrated stays
+        saved["kv"] = codebooks.to_dict()
+        codebooks = codebooks.codebooks
     if arguments.out is not None:
-        layers = prepared_of(model).hybrid.to_dict()
-        report = {"layers": layers, "calibration": reports[0].to_dict()}
-        save(model, tokenizer, folder, report)
-    if arguments.kv is not None:
-        reports[-1].save(folder / CODEBOOKS)
+        save(model, tokenizer, folder, {"layers": prepared_of(model).hybrid.to_dict(), **saved})
+    if codebooks is not None:
+        codebooks.save(folder / CODEBOOKS)
     sys.stdout.write("\n\n".join([*map(str, reports), f"saved to {folder}"]) + "\n")
     return 0
+
+
+def _expect_bits(arguments: argparse.Namespace) -> None:
+    several = arguments.kv is not None and len(arguments.kv) > 1
+    if several != (arguments.kv_bits is not None):
+        message = "is for several formats" if not several else "is needed to choose among formats"
+        raise ConfigError(message, subject="--kv-bits", hint="--kv tc-2bit,tc-3bit --kv-bits 2.3")
+    if several and arguments.out is None:
+        message = "of several formats changes the configuration, which --out must say a folder for"
+        raise ConfigError(message, subject="--kv")
+
+
+def _codebooks(
+    model: Any,  # noqa: ANN401
+    rows: Tensor,
+    arguments: argparse.Namespace,
+) -> KvCodebooks | KvSelection:
+    """Learn codebooks of one format, or of several, and choose among them by a quarter of rows."""
+    several = len(arguments.kv) > 1
+    held_out = max(1, rows.shape[0] // 4) if several else 0
+    if held_out >= rows.shape[0]:
+        message = "of 1 row no part is left to choose formats by"
+        raise ConfigError(
+            message, subject="--rows", hint="give more text, or a shorter --kv-length"
+        )
+    options = LearningOptions(per_head=arguments.kv_per_head)
+    batches = rows[: rows.shape[0] - held_out].split(arguments.batch_size)
+    learned = [calibrate_kv(model, batches, name, options=options) for name in arguments.kv]
+    if not several:
+        return learned[0]
+    others = rows[-held_out:].split(arguments.batch_size)
+    return select_kv_formats(model, others, learned, arguments.kv_bits)
 
 
 def _rows_for_codebooks(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Tensor:  # noqa: ANN401

@@ -100,6 +100,40 @@ def test_calibrate_codebooks_beside_a_model(folder, tmp_path, capsys):
     assert cache.layers[0].storage.format == "vq-1bit"
 
 
+def test_calibrate_chooses_a_format_for_each_layer(folder, tmp_path, capsys):
+    """Of a model whose attentions all stay full, too: nothing else is to be calibrated then."""
+    out, text = tmp_path / "out", ["--data", folder / "text.txt", "--rows", 4, "--kv-length", 512]
+    layers = json.dumps({"default": {"attention": "full", "kv": "vq-1bit"}})
+    command = ["calibrate", folder / "model", *text, "--config", layers, "--out", out]
+    formats = ["--kv", "vq-1bit,tc-4bit", "--kv-bits", 2.5]
+    assert main([str(x) for x in (*command, *formats)]) == 0
+    assert "2.50 bits of at most 2.5" in capsys.readouterr().out
+    saved = json.loads((out / "report.json").read_text())
+    chosen = {int(index): name for index, name in saved["kv"]["formats"].items()}
+    assert sorted(chosen.values()) == ["tc-4bit"] * 2 + ["vq-1bit"] * 2
+    cache = fe.FlashEvaCache.for_model(fe.from_pretrained(out))
+    assert {n: layer.storage.format for n, layer in enumerate(cache.layers)} == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--kv", "vq-1bit,tc-4bit", "--kv-bits", "2"], "--kv: of several formats changes"),
+        (["--kv", "vq-1bit,tc-4bit", "--out", "x"], "--kv-bits: is needed to choose"),
+        (["--kv", "vq-1bit", "--kv-bits", "2", "--out", "x"], "--kv-bits: is for several formats"),
+        (["--kv", "vq-1bit,int4", "--out", "x"], "'int4' is not one of vq-4bit"),
+        (["--kv", "vq-1bit,vq-1bit", "--out", "x"], "one twice"),
+    ],
+)
+def test_formats_that_cannot_be_chosen_from_are_refused(folder, options, match, capsys):
+    try:
+        code = main([str(x) for x in ("calibrate", folder / "model", "--data", "none", *options)])
+    except SystemExit as error:  # of the command line itself
+        code = error.code
+    assert code == 2
+    assert match in capsys.readouterr().err
+
+
 def test_adapt_writes_a_model_that_loads(adapted, folder):
     names = {path.name for path in adapted.iterdir()}
     assert {"config.json", "tokenizer.json", "report.json", "curves.png"} <= names

@@ -143,7 +143,7 @@ def calibrate(
         >>> fe.prepare(model)
         >>> print(fe.calibrate(model, [tokenizer(text, return_tensors="pt")]))
     """
-    evas = _expect_some(converted_attentions(model), model)
+    evas = some_converted(model)
     context = _context_length(context_length)
     long: list[dict[str, Any]] = []
     with running_eagerly(model), exact_attention(evas), _recording(evas) as seen:
@@ -164,7 +164,9 @@ def calibrate(
     return _reported([_with_selector(row, learned.get(row.path), context) for row in rows])
 
 
-def _expect_some(evas: list[EvaAttention], model: Any) -> list[EvaAttention]:  # noqa: ANN401
+def some_converted(model: Any) -> list[EvaAttention]:  # noqa: ANN401
+    """Return the converted attentions of a prepared model; refuse one that has none."""
+    evas = converted_attentions(model)
     if not evas:
         message = "all its attentions stay full, which chunk rules have no part in"
         hint = "calibrate_kv learns how a cache is stored in few bits"

@@ -13,6 +13,7 @@ from flasheva_compile.adaptation.calibrate import (
     converted_attentions,
     exact_attention,
     running_eagerly,
+    some_converted,
 )
 from flasheva_compile.errors import ConfigError
 
@@ -105,7 +106,7 @@ def attention_output_loss(
         ConfigError: FSDP has sharded the model: it would see none of these gradients.
     """
     _expect_whole_weights(model, "differentiates each attention by itself, unseen by FSDP")
-    evas = converted_attentions(model)
+    evas = some_converted(model)
     with (
         _compared(evas, scale / len(evas)) as errors,
         exact_attention(evas),

@@ -129,8 +129,14 @@ def cheapest(
 
 def _by_format(codebooks: Sequence[KvCodebooks]) -> dict[str, KvCodebooks]:
     """Return candidates by their format."""
+    if not isinstance(codebooks, list | tuple):
+        message = f"must be a list, one of each format, got {type(codebooks).__name__}"
+        raise ConfigError(message, subject="codebooks")
     found: dict[str, KvCodebooks] = {}
     for books in codebooks:
+        if not isinstance(books, KvCodebooks):
+            message = f"must be what calibrate_kv returned, got {type(books).__name__}"
+            raise ConfigError(message, subject="codebooks", hint="KvCodebooks.load(file)")
         names = set(books.formats.values())
         if len(names) != 1 or names & set(found) or books.shapes != codebooks[0].shapes:
             message = "are to be one for each format, of the same layers; got "

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from flasheva_compile.adaptation.calibrate import converted_attentions
+from flasheva_compile.adaptation.calibrate import some_converted
 from flasheva_compile.adaptation.full_layers import attention_names, layers_with_full
 from flasheva_compile.adaptation.layer_selection import (
     LayerScore,
@@ -64,7 +64,7 @@ def select_full_layers(
         ConfigError: The model is not prepared, ``keep`` or ``mode`` is out of range, the batches
             are of the wrong type or predict nothing, or a loss is not finite.
     """
-    evas = converted_attentions(model)
+    evas = some_converted(model)
     _expect_range(keep, len(evas))
     expect_choice("mode", mode, get_args(Mode))
     text = Trials(model, evas, batches, "batches")

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flasheva_compile.adaptation.calibrate import converted_attentions, model_inputs
+from flasheva_compile.adaptation.calibrate import (
+    converted_attentions,
+    model_inputs,
+    some_converted,
+)
 from flasheva_compile.adaptation.losses import (
     attention_output_loss,
     language_model_loss,
@@ -146,10 +150,9 @@ def restored(model: Any) -> Iterator[None]:  # noqa: ANN401 - a prepared model
 
 def trained_parameters(model: Any, phase: Phase) -> dict[str, nn.Parameter]:  # noqa: ANN401
     """Return the parameters that a phase trains, by name."""
-    evas = converted_attentions(model)
     if phase.trains == "all":
         return dict(model.named_parameters())
-    paths = tuple(f"{eva.path}." for eva in evas)
+    paths = tuple(f"{eva.path}." for eva in some_converted(model))
     if phase.trains == "rules":
         paths = tuple(f"{path}flasheva." for path in paths)
     return {name: p for name, p in model.named_parameters() if name.startswith(paths)}

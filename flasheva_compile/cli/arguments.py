@@ -11,6 +11,9 @@ from flasheva_compile.evaluation.suite import TASKS, EvaluationOptions
 from flasheva_compile.quantization.formats import FORMATS
 
 _MODEL = "folder of a transformers model, or a GGUF file"
+CONFIGURED = "configured"
+"""In the place of a format: what the configuration says."""
+
 _CONFIG = (
     'JSON, or a file of it: {"window_size": 256, "chunk_size": 16} or {"default": ..., "0": "full"}'
 )
@@ -60,7 +63,8 @@ def _calibrate(parser: Parser) -> None:
     what = "new folder; not needed with --kv, which then adds codebooks to MODEL"
     parser.add_argument("--out", type=Path, metavar="DIR", help=what)
     what = f"learn codebooks for the cache of full layers: {', '.join(FORMATS)}; or several with "
-    what += "commas between them, of which each layer gets the one that suits it"
+    what += "commas between them, of which each layer gets the one that suits it; or "
+    what += f"{CONFIGURED!r}: what the configuration says of each layer"
     parser.add_argument("--kv", type=_formats, metavar="FORMAT[,...]", help=what)
     what = "stored bits per element that layers may have on average; with several formats"
     parser.add_argument("--kv-bits", type=float, metavar="BITS", help=what)
@@ -149,6 +153,8 @@ def _add_count(parser: Parser, name: str, default: int, what: str) -> None:
 def _formats(text: str) -> tuple[str, ...]:
     """Read formats of a cache, commas between them."""
     names = tuple(text.split(","))
+    if names == (CONFIGURED,):
+        return names
     unknown = [name for name in names if name not in FORMATS]
     if unknown or len(set(names)) != len(names):
         what = f"{unknown[0]!r} is not one of {', '.join(FORMATS)}" if unknown else "one twice"

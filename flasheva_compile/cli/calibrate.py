@@ -9,6 +9,7 @@ from flasheva_compile.adaptation.calibrate import calibrate, converted_attention
 from flasheva_compile.adaptation.calibrate_kv import calibrate_kv
 from flasheva_compile.adaptation.kv_selection import KvSelection
 from flasheva_compile.adaptation.select_kv_formats import select_kv_formats
+from flasheva_compile.cli.arguments import CONFIGURED
 from flasheva_compile.cli.sources import (
     expect_new_folder,
     find_model,
@@ -23,8 +24,9 @@ from flasheva_compile.errors import ConfigError
 from flasheva_compile.evaluation.prompt_tokens import encode
 from flasheva_compile.evaluation.suite import text_windows
 from flasheva_compile.generation.prepare import prepare
-from flasheva_compile.generation.prepared import prepared_of
+from flasheva_compile.generation.prepared import ATTRIBUTE, prepared_of
 from flasheva_compile.quantization.codebooks import CODEBOOKS
+from flasheva_compile.quantization.formats import FORMATS
 from flasheva_compile.quantization.learn import LearningOptions
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def _codebooks(
 ) -> KvCodebooks | KvSelection:
     """Learn codebooks of one format, or of several, and choose among them by a quarter of rows."""
     several = len(arguments.kv) > 1
+    names = [_format(model, name) for name in arguments.kv] if not several else arguments.kv
     held_out = max(1, rows.shape[0] // 4) if several else 0
     if held_out >= rows.shape[0]:
         message = "of 1 row no part is left to choose formats by"
@@ -101,11 +104,25 @@ def _codebooks(
         )
     options = LearningOptions(per_head=arguments.kv_per_head)
     batches = rows[: rows.shape[0] - held_out].split(arguments.batch_size)
-    learned = [calibrate_kv(model, batches, name, options=options) for name in arguments.kv]
+    learned = [calibrate_kv(model, batches, name, options=options) for name in names]
     if not several:
         return learned[0]
     others = rows[-held_out:].split(arguments.batch_size)
     return select_kv_formats(model, others, learned, arguments.kv_bits)
+
+
+def _format(model: Any, name: str) -> str | None:  # noqa: ANN401
+    """Return the one format to learn, None = the configured ones; they may not contradict it."""
+    prepared = getattr(model, ATTRIBUTE, None)
+    full = {} if prepared is None else prepared.full
+    asked = sorted({layer.kv for layer in full.values() if layer.kv in FORMATS})
+    if name == CONFIGURED and not asked:
+        message = "the configuration names no format"
+        raise ConfigError(message, subject="--kv", hint='{"attention": "full", "kv": "tc-3bit"}')
+    if name != CONFIGURED and asked and asked != [name]:
+        message = f"is {name!r}, but the configuration stores layers in {', '.join(asked)}"
+        raise ConfigError(message, subject="--kv", hint=f"--kv {CONFIGURED}")
+    return None if name == CONFIGURED else name
 
 
 def _rows_for_codebooks(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Tensor:  # noqa: ANN401

@@ -181,6 +181,11 @@ class FlashEvaCache(Cache):
                 layer.expect_room(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
+    def room(self) -> int:
+        """Return the tokens there is room for, -1 = any number; sliding windows forget."""
+        rooms = (x.get_max_length() for x in self.layers if not getattr(x, "is_sliding", False))
+        return max(rooms, default=-1)
+
     def reset(self) -> None:
         """Forget everything."""
         self.told = None
@@ -299,7 +304,10 @@ def _eva_layers(
 
 
 def _expect_roundable(converted: dict[int, CachedLayer]) -> None:
-    """Refuse chunk tokens in fp8 where they select chunks."""
+    """Refuse chunk tokens in fp8 where there are none, or where they select chunks."""
+    if not converted:
+        message = "no layer has chunk tokens: all attentions stay full"
+        raise ConfigError(message, subject="chunk_tokens", hint="leave it out")
     retrieving = next((x.path for x in converted.values() if x.config.retrieve_chunks), None)
     if retrieving is not None:
         raise ConfigError(

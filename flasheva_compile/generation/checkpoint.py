@@ -258,7 +258,7 @@ def save_cache(cache: FlashEvaCache, model: Any, path: str | Path) -> None:  # n
         "version": _VERSION,
         "model": fingerprint(model),
         "config": prepared_of(model).hybrid.to_json(),
-        "max_cache_len": str(cache.get_max_length()),
+        "max_cache_len": str(cache.room()),
         "offloading": str(cache.offloading),
         "store": "fp8" if any(isinstance(x, Fp8CacheLayer) for x in cache.layers) else "device",
         "chunk_tokens": "fp8" if _has_fp8_chunks(cache) else "",

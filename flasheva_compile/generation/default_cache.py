@@ -9,6 +9,7 @@ import torch
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache import FlashEvaCache
 from flasheva_compile.generation.cache_layer import EvaCacheLayer
+from flasheva_compile.generation.vecinfer_layer import VecInferLayer
 
 
 def prepare_cache(
@@ -49,7 +50,7 @@ def prepare_cache(
 
 
 def _expect_room(cache: FlashEvaCache, generation_config: Any, mode: Any) -> None:  # noqa: ANN401
-    room, longest = cache.get_max_length(), generation_config.max_length
+    room, longest = cache.room(), generation_config.max_length
     if room < 0 or longest is None:
         return
     needed = longest - 1  # the last token is not read
@@ -69,7 +70,7 @@ def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN
 
     ``generate`` itself makes such a mask from the padding of rows that ended before others, and
     drops one that hides nothing. What was appended without ``generate``, or read from a file, is
-    known by where its rows begin.
+    known by where its rows begin, or by how many tokens are hidden if all layers are full.
     """
     if mask is None:
         mask = torch.ones(1, 0, dtype=torch.bool)
@@ -77,10 +78,12 @@ def _expect_what_was_told(cache: FlashEvaCache, mask: Any) -> None:  # noqa: ANN
         return
     seen, mask = int(cache.get_seq_length()), mask.bool()
     now, told = _columns(mask, seen), cache.told
-    if told is None:
-        now, before = _first_valid(now), _starts(cache)
-    else:
+    if told is not None:
         before = _columns(told, seen)
+    elif (before := _starts(cache)) is not None:
+        now = _first_valid(now)
+    else:
+        now, before = (~now).sum(1, keepdim=True), _hidden(cache, seen)
     if before is not None and (len(before) == len(mask) or 1 in (len(before), len(mask))):
         changed = (now != before.to(now.device)).flatten(1).any(1)
         if changed.any():
@@ -98,6 +101,12 @@ def _starts(cache: FlashEvaCache) -> torch.Tensor | None:
     """Return the column where each row began, ``[B, 1]``; None = nothing is stored."""
     states = (layer.state for layer in cache.layers if isinstance(layer, EvaCacheLayer))
     return next((state.start[:, None] for state in states if state is not None), None)
+
+
+def _hidden(cache: FlashEvaCache, seen: int) -> torch.Tensor | None:
+    """Return how many columns of each row are no tokens, ``[B, 1]``; None = no layer has codes."""
+    states = (layer.state for layer in cache.layers if isinstance(layer, VecInferLayer))
+    return next((seen - state.length[:, None] for state in states if state is not None), None)
 
 
 def _first_valid(mask: torch.Tensor) -> torch.Tensor:

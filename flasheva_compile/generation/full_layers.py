@@ -86,7 +86,7 @@ def _asked(
     if not isinstance(full_layers, Mapping):
         return (None if full_layers == EXACT else KvStorage.of(full_layers)), {}
     for index in full_layers:
-        if index not in full:
+        if isinstance(index, bool) or index not in full:
             message = f"{index!r} is no layer that stays full; there are {sorted(full)}"
             raise ConfigError(message, subject="full_layers")
     asked = {index: x for index, x in full_layers.items() if x != EXACT}

@@ -13,6 +13,7 @@ from flasheva_compile.generation.alibi import SLOPES
 from flasheva_compile.generation.change_storage import change_storage
 from flasheva_compile.generation.convert import announce_cache, convert, no_weights, refuse_weights
 from flasheva_compile.generation.eva_attention import EvaAttention
+from flasheva_compile.generation.expect_storable import expect_fitting, expect_without_alibi
 from flasheva_compile.generation.interface import own_attention_function
 from flasheva_compile.generation.prepared import ATTRIBUTE, attention_configs, prepared_of
 from flasheva_compile.generation.probe import ProbedAttention, probe
@@ -22,7 +23,7 @@ from flasheva_compile.generation.verify import verify
 from flasheva_compile.layer_config import is_full, kv_of, left_full
 from flasheva_compile.layer_names import name_layers
 from flasheva_compile.op_checks import CHUNK_RULES
-from flasheva_compile.quantization.formats import EXACT, FORMATS, FP8, misfit_of_heads
+from flasheva_compile.quantization.formats import EXACT
 from flasheva_compile.report import PREPARED, CompileReport, LayerReport
 from flasheva_compile.scope import KEPT
 
@@ -199,9 +200,9 @@ def _decide(
     for seen, name in zip(found, names, strict=True):
         config = hybrid.resolve(name)
         if seen.slopes is not None:
-            _expect_without_alibi(seen.path, config)
+            expect_without_alibi(seen.path, config)
         if not seen.reason:  # else a cache says why
-            _expect_fitting(seen, kv_of(config))
+            expect_fitting(seen, kv_of(config))
         if is_full(config):
             decisions[seen.path] = left_full(config)
             stored |= kv_of(config) != EXACT and not seen.reason
@@ -211,30 +212,6 @@ def _decide(
     if not converts and not stored:
         raise _nothing_converted(model, decisions)
     return decisions
-
-
-def _expect_without_alibi(path: str, config: Any) -> None:  # noqa: ANN401
-    """Refuse what attention through a cache cannot do where it adds ALiBi biases."""
-    hint = 'torch.compile(model, backend="flasheva") retrieves without a cache'
-    why = ""
-    if isinstance(config, EvaConfig) and config.retrieve_chunks:
-        why = "a cache scores chunks without them"
-    elif kv_of(config) != EXACT:
-        why, hint = "attention to codes has no place for them", 'leave it "full"'
-    if why:
-        message = f"{path} adds ALiBi biases, and {why}"
-        subject = "kv" if is_full(config) else "retrieve_chunks"
-        raise ConfigError(message, subject=subject, hint=hint)
-
-
-def _expect_fitting(seen: ProbedAttention, kv: str) -> None:
-    """Refuse a format that an attention's heads do not fit."""
-    sizes = seen.head_dim, seen.value_dim
-    misfit = misfit_of_heads(FORMATS[kv], *sizes) if kv in FORMATS else ""
-    if misfit:
-        fitting = [name for name, form in FORMATS.items() if not misfit_of_heads(form, *sizes)]
-        hint = f'choose one of {", ".join((FP8, *fitting))}, or leave it "full"'
-        raise ConfigError(f"kv={kv!r}, but its {misfit}", subject=seen.path, hint=hint)
 
 
 def _nothing_converted(model: nn.Module, decisions: Mapping[str, EvaConfig | str]) -> ConfigError:

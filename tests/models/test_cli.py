@@ -115,6 +115,23 @@ def test_calibrate_chooses_a_format_for_each_layer(folder, tmp_path, capsys):
     assert {n: layer.storage.format for n, layer in enumerate(cache.layers)} == chosen
 
 
+def test_calibrate_learns_what_the_configuration_says(folder, tmp_path, capsys):
+    kinds = {0: "tc-4bit", 2: "vq-1bit"}
+    layers = {index: {"attention": "full", "kv": kv} for index, kv in kinds.items()}
+    config = json.dumps({"default": json.loads(CONFIG), **layers})
+    text = ["--data", folder / "text.txt", "--rows", 2, "--kv-length", 256, "--length", 64]
+    command = ["calibrate", folder / "model", *text, "--config", config, "--out"]
+    assert main([str(x) for x in (*command, tmp_path / "wrong", "--kv", "vq-1bit")]) == 2
+    message = "--kv: is 'vq-1bit', but the configuration stores layers in tc-4bit, vq-1bit"
+    assert message in capsys.readouterr().err
+    assert main([str(x) for x in (*command, tmp_path / "out", "--kv", "configured")]) == 0
+    cache = fe.FlashEvaCache.for_model(fe.from_pretrained(tmp_path / "out"))
+    assert {n: cache.layers[n].storage.format for n in kinds} == kinds
+    plain = ["calibrate", folder / "model", *text, "--config", CONFIG, "--out", tmp_path / "none"]
+    assert main([str(x) for x in (*plain, "--kv", "configured")]) == 2
+    assert "--kv: the configuration names no format" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -133,6 +133,8 @@ def test_all_layers_may_stay_full_if_some_are_stored_in_few_bits(tmp_path):
         loaded(ids, output_attentions=True)
     with pytest.raises(ConfigError, match="all its attentions stay full"):
         fe.calibrate(loaded, [ids])
+    with pytest.raises(ConfigError, match="chunk_tokens: no layer has chunk tokens"):
+        fe.FlashEvaCache.for_model(loaded, chunk_tokens="fp8")
     fe.revert(loaded)
     assert isinstance(generate(loaded, ids).past_key_values.layers[0], DynamicLayer)
 

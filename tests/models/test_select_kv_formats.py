@@ -108,6 +108,8 @@ def test_what_cannot_be_chosen_from_is_refused(hybrid):
     foreign = fe.calibrate_kv(llama(layers=4), text, "vq-1bit")
     refusals = [
         (model, text, [], 2, "codebooks: are none"),
+        (model, text, codebooks[0], 2, "codebooks: must be a list, .* got KvCodebooks"),
+        (model, text, ["file"], 2, "codebooks: must be what calibrate_kv returned, got str"),
         (model, text, [codebooks[0]] * 2, 2, "codebooks: are to be one for each format"),
         (model, text, [codebooks[1], fewer], 2, "of the same layers"),
         (model, text, [foreign], 2, "codebooks: have layer 2, which does not stay full"),
@@ -127,5 +129,7 @@ def test_layers_that_a_cache_is_asked_for_must_stay_full(hybrid):
     model, codebooks = hybrid
     with pytest.raises(ConfigError, match=r"full_layers: 2 is no layer that stays full"):
         fe.FlashEvaCache.for_model(model, full_layers={2: "vq-1bit"}, codebooks=codebooks[0])
+    with pytest.raises(ConfigError, match=r"full_layers: True is no layer that stays full"):
+        fe.FlashEvaCache.for_model(model, full_layers={True: "fp8"})
     cache = fe.FlashEvaCache.for_model(model, full_layers={3: "fp8", 0: "exact"})
     assert [n for n, x in enumerate(cache.layers) if hasattr(x, "storage")] == [3]

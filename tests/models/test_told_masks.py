@@ -12,7 +12,8 @@ from flasheva_compile.errors import ConfigError
 from tests.models.test_generate import GREEDY, SMALL, llama, tokens
 
 REFUSED = "past_key_values: attention_mask says of stored tokens of row 0"
-CONFIGS = {"pure": SMALL, "hybrid": {"default": SMALL, "0": "full"}}
+FEW_BITS = {"default": {"attention": "full", "kv": "fp8"}}
+CONFIGS = {"pure": SMALL, "hybrid": {"default": SMALL, "0": "full"}, "few bits": FEW_BITS}
 
 
 @pytest.fixture(params=(None, 64), ids=("growing", "preallocated"), name="room")
@@ -97,3 +98,17 @@ def test_rows_take_what_was_told_with_them(model, room):
     one.batch_select_indices(torch.tensor([1]))
     one.batch_repeat_interleave(2)
     second(model, one, ids[[1, 1]], whole[[1, 1]])
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_what_was_appended_without_generate_is_told_too(model, room, hidden):
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :hidden] = 0
+    cache = fe.FlashEvaCache.for_model(model, max_cache_len=room)
+    with torch.no_grad():
+        model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+    other = mask.clone()
+    other[0, :3] = hidden // 3
+    with pytest.raises(ConfigError, match=REFUSED):
+        second(model, cache, ids, other)
+    second(model, cache, ids, mask)

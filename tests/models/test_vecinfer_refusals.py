@@ -73,3 +73,58 @@ def test_attentions_that_have_no_codes_at_all_say_why(gemma):
     with pytest.raises(ConfigError, match=r"kv='tc-2bit', but it cannot be quantised: .* window"):
         fe.FlashEvaCache.for_model(gemma)
     fe.revert(gemma)
+
+
+FP8 = {"attention": "full", "kv": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "match"),
+    [
+        ("llama", {"default": SMALL, 1: "full"}, {1: WIDE}, "kv='tc-2bit', but its"),
+        ("bloom", {"default": SMALL, 0: "full"}, {0: FP8}, "0.* adds ALiBi biases"),
+        ("gemma2", {"default": "full", 1: FP8}, {1: "full"}, "would have nothing left to do"),
+        ("gemma2", {"default": "full", 1: FP8}, {1: "full", 0: FP8}, "would have nothing left"),
+    ],
+)
+def test_what_a_prepared_model_cannot_be_changed_to_leaves_it_as_it_is(name, before, after, match):
+    model = fe.prepare(build_language_model(name), before)
+    state, parts = everything_of(model), dict(model.named_modules())
+    with pytest.raises(ConfigError, match=match):
+        fe.prepare(model, {**before, **after})
+    assert everything_of(model) == state
+    assert dict(model.named_modules()) == parts  # chunk rules' parameters are the same
+
+
+def test_windows_that_are_told_kv_cost_nothing_that_was_learned(gemma):
+    """A cache then says that they have no codes."""
+    fe.prepare(gemma, {"default": SMALL, 0: "full"})
+    parts = dict(gemma.named_modules())
+    fe.prepare(gemma, {"default": SMALL, 0: FP8})
+    assert dict(gemma.named_modules()) == parts
+    with pytest.raises(ConfigError, match=r"layers\.0.*: kv='fp8', but it cannot be quantised"):
+        fe.FlashEvaCache.for_model(gemma)
+    fe.revert(gemma)
+
+
+def test_windows_leave_a_growing_cache_room(gemma, tmp_path):
+    """For what a user passes to generate, and in files."""
+    fe.prepare(gemma, {"default": SMALL})
+    ids, options = tokens(1, 30), {"do_sample": False, "max_new_tokens": 6}
+    cache = fe.FlashEvaCache.for_model(gemma)
+    expected = gemma.generate(ids, **options)
+    assert torch.equal(gemma.generate(ids, past_key_values=cache, **options), expected)
+    cache.save(gemma, tmp_path / "cache")
+    loaded = fe.FlashEvaCache.load(gemma, tmp_path / "cache")
+    with torch.no_grad():
+        steps = [gemma(expected[:, -1:], past_key_values=x).logits for x in (cache, loaded)]
+    assert torch.equal(*steps)
+    fe.revert(gemma)
+
+
+def test_models_without_flasheva_have_nothing_to_adapt():
+    model, text = fe.prepare(build_language_model("llama"), {"default": FP8}), [tokens(1, 20)]
+    with pytest.raises(ConfigError, match="all its attentions stay full"):
+        fe.adapt(model, text, progress=False)
+    with pytest.raises(ConfigError, match="all its attentions stay full"):
+        fe.select_full_layers(model, text, 1)

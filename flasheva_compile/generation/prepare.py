@@ -55,7 +55,8 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
 
     Raises:
         ConfigError: Wrong configuration, nothing to convert, not a model of transformers, or a
-            checkpoint of a prepared model that was loaded without its parameters.
+            checkpoint of a prepared model that was loaded without its parameters. The model is then
+            as it was.
     """
     _expect_language_model(model)
     prepared = getattr(model, ATTRIBUTE, None)
@@ -73,18 +74,8 @@ def prepare(model: Any, config: Any = None) -> Any:  # noqa: ANN401 - a transfor
     if prepared is not None:
         if prepared.hybrid.to_dict() == hybrid.to_dict() or change_storage(model, hybrid):
             return model
-        revert(model)
-    found = tuple(map(_without_foreign, _without_shared(probe(model))))
-    decisions = _decide(model, found, hybrid)
-    report = _report(found, decisions)
-    convert(model, found, decisions, hybrid, report)
-    try:
-        verify(model)
-    except Exception:
-        revert(model)
-        raise
-    _log(report)
-    return model
+        return _prepare_again(model, hybrid)
+    return _prepare_anew(model, hybrid)
 
 
 def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
@@ -118,8 +109,7 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
 def report_of(model: Any) -> CompileReport:  # noqa: ANN401 - a transformers model
     """Return what :func:`prepare` decided for each attention, and whose bounds have weights."""
     report = prepared_of(model).report
-    evas = [module for module in model.modules() if isinstance(module, EvaAttention)]
-    learned = {eva.path for eva in evas if eva.selector_weight is not None}
+    learned = {eva.path for eva in _eva_attentions(model) if eva.selector_weight is not None}
     rows = (dataclasses.replace(row, weighted_bounds=row.path in learned) for row in report.layers)
     return dataclasses.replace(report, layers=tuple(rows))
 
@@ -154,6 +144,41 @@ def _expect_language_model(model: Any) -> None:  # noqa: ANN401
     if model.config.is_encoder_decoder:
         message = f"{type(model).__name__} is an encoder-decoder model"
         raise ConfigError(message, subject="model", hint=hint)
+
+
+# --- carrying out ---------------------------------------------------------------------------------
+
+
+def _prepare_anew(model: Any, hybrid: HybridConfig) -> Any:  # noqa: ANN401
+    found = tuple(map(_without_foreign, _without_shared(probe(model))))
+    decisions = _decide(model, found, hybrid)
+    report = _report(found, decisions)
+    convert(model, found, decisions, hybrid, report)
+    try:
+        verify(model)
+    except Exception:
+        revert(model)
+        raise
+    _log(report)
+    return model
+
+
+def _prepare_again(model: Any, hybrid: HybridConfig) -> Any:  # noqa: ANN401
+    """Prepare a prepared model in another way, or leave it as it is, with what it has learned."""
+    before, evas = prepared_of(model), {eva.path: eva for eva in _eva_attentions(model)}
+    revert(model)
+    try:
+        return _prepare_anew(model, hybrid)
+    except Exception:
+        _prepare_anew(model, before.hybrid)
+        prepared_of(model).codebooks = before.codebooks
+        for path, eva in evas.items():
+            model.get_submodule(path).flasheva = eva
+        raise
+
+
+def _eva_attentions(model: nn.Module) -> list[EvaAttention]:
+    return [module for module in model.modules() if isinstance(module, EvaAttention)]
 
 
 # --- deciding -------------------------------------------------------------------------------------

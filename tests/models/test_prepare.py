@@ -179,6 +179,28 @@ def test_wrong_configurations_change_nothing(config, message):
     assert not hasattr(model.config, "flasheva")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"default": SMALL, 7: "full"}, r"layers\[7\]"),
+        ({"default": "full"}, "no attention of LlamaForCausalLM can be converted"),
+        ({"default": SMALL, 0: {"attention": "full", "kv": "tc-2bit"}}, "no multiple of 16"),
+    ],
+)
+def test_wrong_configurations_leave_a_prepared_model_what_it_has_learned(config, message):
+    model = fe.prepare(llama(), SMALL)
+    evas = [layer.self_attn.flasheva for layer in model.model.layers]
+    with torch.no_grad():
+        evas[1].phi.normal_()
+    before, saved = model(tokens(1, 30)).logits, model.config.flasheva
+    with pytest.raises(ConfigError, match=message):
+        fe.prepare(model, config)
+    assert all(x.self_attn.flasheva is y for x, y in zip(model.model.layers, evas, strict=True))
+    assert torch.equal(model(tokens(1, 30)).logits, before)
+    assert model.config.flasheva == saved
+    assert isinstance(generate(model, tokens(1, 30)).past_key_values, fe.FlashEvaCache)
+
+
 def test_other_modules_are_refused():
     with pytest.raises(ConfigError, match="not a model of transformers"):
         fe.prepare(nn.Linear(2, 2), SMALL)

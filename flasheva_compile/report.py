@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flasheva_compile.layer_names import compress_names
 from flasheva_compile.lowering import cost
 from flasheva_compile.lowering.op import EvaOp
+from flasheva_compile.quantization.formats import EXACT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ class LayerReport:
         mask: The mask, in words: ``"causal"``, ``"causal, padding"``, ``"not recognised"``.
         source: ``file:line`` of the code.
         expected: Left full because the configuration or the model itself says so.
+        kv: How the cache of one left full is stored.
         training: Whether the graph also computes gradients.
         itemsize: Bytes per element of keys and values.
         causal: A query sees only its past; None where it is not known.
@@ -50,6 +52,7 @@ class LayerReport:
     mask: str = ""
     source: str = ""
     expected: bool = False
+    kv: str = EXACT
     training: bool = False
     itemsize: int = 4
     causal: bool | None = None
@@ -243,6 +246,9 @@ def _cost(layer: LayerReport, shape: _Shape, length: int) -> tuple[int, int, int
     flops = eva_flops = cost.evaluate(form, length)
     form = cost.full_cache_bytes(kv_heads=shape.kv_heads, itemsize=layer.itemsize, **dims)
     cache = eva_cache = cost.evaluate(form, length) if shape.causal else 0
+    if layer.decision == "full" and layer.kv != EXACT and shape.causal:
+        sizes = {"kv_heads": shape.kv_heads, "itemsize": layer.itemsize}
+        eva_cache = cost.evaluate(cost.stored_cache_bytes(layer.kv, **sizes, **dims), length)
     if layer.decision == "eva":
         op = EvaOp(
             **{name: getattr(layer, name) for name in _GEOMETRY},

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from flasheva_compile.quantization.formats import FP8, KvStorage, kv_format
+
 if TYPE_CHECKING:
     from flasheva_compile.lowering.op import EvaOp
 
@@ -83,6 +85,22 @@ def eva_flops(op: EvaOp) -> sympy.Expr:
 def full_cache_bytes(*, kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> sympy.Expr:
     """Count the bytes that softmax attention keeps for decoding, one row."""
     return N * (head_dim + value_dim) * itemsize * kv_heads
+
+
+def stored_cache_bytes(
+    kv: str, *, kv_heads: int, head_dim: int, value_dim: int, itemsize: int
+) -> sympy.Expr:
+    """Count the bytes that softmax attention keeps in a format of few bits, one row.
+
+    First and last tokens are exact; codebooks are not counted.
+    """
+    storage, exact = KvStorage(format=kv), (head_dim + value_dim) * itemsize
+    coded = head_dim + value_dim + 2  # of fp8, a power of two for each key and each value
+    if kv != FP8:
+        coded = kv_format(kv).nbytes(head_dim, value_dim)
+    beyond = sympy.Max(0, N - storage.sink_tokens - storage.exact_tokens)
+    tokens = _floor(beyond, storage.block_tokens) * storage.block_tokens
+    return kv_heads * ((N - tokens) * exact + tokens * coded)
 
 
 def eva_cache_bytes(op: EvaOp, *, itemsize: int) -> sympy.Expr:

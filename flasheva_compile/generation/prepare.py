@@ -107,11 +107,17 @@ def revert(model: Any) -> Any:  # noqa: ANN401 - a transformers model
 
 
 def report_of(model: Any) -> CompileReport:  # noqa: ANN401 - a transformers model
-    """Return what :func:`prepare` decided for each attention, and whose bounds have weights."""
+    """Return what :func:`prepare` decided, with formats of full layers and weights of bounds."""
     report = prepared_of(model).report
+    stored = {x.path: x.kv for x in prepared_of(model).full.values() if not x.not_quantizable}
     learned = {eva.path for eva in _eva_attentions(model) if eva.selector_weight is not None}
-    rows = (dataclasses.replace(row, weighted_bounds=row.path in learned) for row in report.layers)
-    return dataclasses.replace(report, layers=tuple(rows))
+    rows = tuple(
+        dataclasses.replace(
+            row, weighted_bounds=row.path in learned, kv=stored.get(row.path, EXACT)
+        )
+        for row in report.layers
+    )
+    return dataclasses.replace(report, layers=rows)
 
 
 def hybrid_config(config: Any) -> HybridConfig:  # noqa: ANN401

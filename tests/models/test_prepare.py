@@ -213,6 +213,21 @@ def test_the_report_counts_every_layer():
     assert totals.full_cache_bytes == 2 * 2 * 64 * 2 * 8 * 2
 
 
+def test_the_report_counts_layers_in_few_bits_as_they_are_stored():
+    """All but the first 16 and the last 128 to 255 tokens; codebooks are not counted."""
+    kinds = {0: "vq-1bit", 1: "fp8"}
+    layers = {index: {"attention": "full", "kv": kv} for index, kv in kinds.items()}
+    model = fe.prepare(llama(layers=3), {"default": SMALL, **layers})
+    totals = [fe.explain(model).totals(length) for length in (144, 1000)]
+    fe.prepare(model, {"default": SMALL, 0: "full", 1: "full"})
+    plain = [fe.explain(model).totals(length) for length in (144, 1000)]
+    assert totals[0] == plain[0]
+    coded = (1000 - 144) // 128 * 128
+    saved = sum(coded * 2 * (2 * 8 * 4 - stored) for stored in (2, 2 * 8 + 2))
+    assert plain[1].cache_bytes - totals[1].cache_bytes == saved
+    assert plain[1].full_cache_bytes == totals[1].full_cache_bytes
+
+
 def test_a_call_that_fails_half_way_leaves_nothing_behind():
     model = fe.prepare(llama(), SMALL)
     want = model(tokens(1, 30), use_cache=False).logits

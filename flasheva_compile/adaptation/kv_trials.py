@@ -9,6 +9,7 @@ import torch
 from flasheva_compile.adaptation.calibrate import model_inputs, running_eagerly
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.generation.cache import FlashEvaCache
+from flasheva_compile.generation.cached_reading import read_through
 from flasheva_compile.quantization.formats import EXACT, KvStorage
 from flasheva_compile.quantization.state import coded_until
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from flasheva_compile.quantization.codebooks import KvCodebooks
 
-_CALL = 1024  # tokens at a time: what a call reads is stored as it is in steps of one token
 _LIKELIEST = 64  # tokens whose probabilities are compared one by one; all others are one more
 _ROWS_AT_ONCE = 256  # rows of the vocabulary-sized logits in fp32 [tokens]
 
@@ -74,17 +74,13 @@ class KvTrials:
         return total / self.tokens
 
     def _calls(self, ids: Tensor, **way: Any) -> Iterator[Tensor]:  # noqa: ANN401
-        """Yield the logits of a batch, some tokens at a time, ``[B, L, vocabulary]``.
-
-        The first call attends in full precision, so it has one token.
-        """
-        cache = FlashEvaCache.for_model(self._model, **way)
-        for some in (ids[:, :1], *ids[:, 1:].split(_CALL, 1)):
-            yield self._model(input_ids=some, past_key_values=cache, use_cache=True).logits
+        return read_through(self._model, ids, FlashEvaCache.for_model(self._model, **way))
 
 
 def _whole_rows(inputs: dict[str, Any], subject: str) -> Tensor:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    for name in set(inputs) - {"input_ids", "attention_mask", "labels"}:
+        raise ConfigError(f"has {name}, which text read through a cache has not", subject=subject)
     if mask is not None and not bool(mask.bool().all()):
         raise ConfigError("has padding", subject=subject, hint="give rows of text alone")
     storage = KvStorage(format="fp8")  # all formats keep as many tokens exactly

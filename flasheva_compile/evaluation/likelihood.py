@@ -57,6 +57,27 @@ def next_token_losses(model: Any, inputs: Mapping[str, Any], targets: Tensor) ->
     return token_losses(logits_of(model, model(**inputs, use_cache=False))[:, :-1], targets)
 
 
+def cached_token_losses(model: Any, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:  # noqa: ANN401
+    """Return what :func:`next_token_losses` does, of a model that reads the rows through its cache.
+
+    Raises:
+        ConfigError: Rows have padding, or the cache lacks codebooks.
+    """
+    from flasheva_compile.generation.cache import FlashEvaCache
+    from flasheva_compile.generation.cached_reading import read_through
+
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        message, hint = "have padding, which is not read through a cache", "give rows of text alone"
+        raise ConfigError(message, subject="batches", hint=hint)
+    calls, start = [], 0
+    for logits in read_through(model, ids, FlashEvaCache.for_model(model)):
+        wanted = targets[:, start : start + logits.shape[1]]
+        calls.append(token_losses(logits[:, : wanted.shape[1]], wanted))
+        start += logits.shape[1]
+    return torch.cat(calls, 1)
+
+
 def candidate_losses(model: Any, ids: Tensor, candidates: Tensor) -> Tensor:  # noqa: ANN401
     """Return the loss of each of several continuations of a prompt, which is read once.
 

@@ -12,7 +12,7 @@ import torch
 from flasheva_compile.adaptation.calibrate import aligned, model_inputs
 from flasheva_compile.errors import ConfigError
 from flasheva_compile.evaluation.greedy import expect_known_tokens, running
-from flasheva_compile.evaluation.likelihood import next_token_losses
+from flasheva_compile.evaluation.likelihood import cached_token_losses, next_token_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -65,16 +65,20 @@ def perplexity_by_position(
     model: Any,  # noqa: ANN401 - a causal language model
     batches: Iterable[Any],
     edges: Sequence[int] = (0, 256, 1024, 2048, 4096, 8192),
+    *,
+    through_cache: bool = False,
 ) -> PositionPerplexity:
     """Return the mean loss of a model on text, by position.
 
     Args:
         model: A causal language model, prepared or not. It runs in evaluation mode, without
-            gradients and without a cache.
+            gradients and, unless told, without a cache.
         batches: An iterable of token ids ``[B, N]``, or of dicts of the model's inputs. What an
             ``attention_mask`` hides is not predicted; ``labels`` are used where they are given.
         edges: Where bins begin, ascending from 0. Bins beyond the longest row are dropped, and
             positions beyond the last edge have a bin of their own.
+        through_cache: Let a prepared model read rows without padding through its cache, as decoding
+            does: layers in few bits are exact otherwise.
 
     Raises:
         ConfigError: ``edges`` do not ascend from 0, or the batches are none, of the wrong type, too
@@ -86,11 +90,12 @@ def perplexity_by_position(
     boundaries = torch.tensor(starts)
     sums = torch.zeros(len(starts), dtype=torch.float64)
     tokens, longest = torch.zeros(len(starts), dtype=torch.long), 0
+    losses_of = cached_token_losses if through_cache else next_token_losses
     with running(model):
         for inputs in model_inputs(model, batches):
             expect_known_tokens(model, inputs["input_ids"])
             inputs, targets, positions = _predicted(inputs)
-            losses = next_token_losses(model, inputs, targets.clamp_min(0)).cpu()
+            losses = losses_of(model, inputs, targets.clamp_min(0)).cpu()
             wanted = (targets != _IGNORED).cpu()
             bins = torch.bucketize(positions.cpu()[wanted], boundaries, right=True) - 1
             sums += torch.bincount(bins, losses[wanted].double(), minlength=len(starts))

@@ -20,6 +20,7 @@ from flasheva_compile.evaluation.progress import counted
 from flasheva_compile.evaluation.prompt_tokens import encode, expect_room, leading_tokens
 from flasheva_compile.evaluation.recall import RecallReport, associative_recall
 from flasheva_compile.generation.prepared import ATTRIBUTE
+from flasheva_compile.quantization.formats import EXACT
 from flasheva_compile.validation import expect_integer, unknown
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def evaluate(
 
     Args:
         model: A causal language model of transformers, prepared or not, on any device, in any
-            dtype.
+            dtype. One that stores layers in few bits reads text for ``perplexity`` through its
+            cache.
         tokenizer: Its tokenizer.
         texts: Text that the model has not been trained on, for ``perplexity`` and ``agreement``.
         lengths: Tokens of the windows and prompts.
@@ -233,7 +235,11 @@ class _Evaluation:
         }
 
     def perplexity(self, lengths: Sequence[int]) -> dict[int, PositionPerplexity]:
-        return {n: perplexity_by_position(self.model, self._batches(n)) for n in lengths}
+        stored = _is_stored(self.model)
+        return {
+            n: perplexity_by_position(self.model, self._batches(n), through_cache=stored)
+            for n in lengths
+        }
 
     def passkey(self, lengths: Sequence[int]) -> PasskeyReport:
         return passkey(self.model, self.tokenizer, lengths, **self.sampling)
@@ -260,6 +266,12 @@ class _Evaluation:
         batches = self.windows[length].split(self.options.batch_size)
         what = f"text, {length} tokens"
         return counted(batches, what, total=len(batches), shown=self.options.progress)
+
+
+def _is_stored(model: Any) -> bool:  # noqa: ANN401
+    """Whether a prepared model stores layers otherwise than it computes them without a cache."""
+    prepared = getattr(model, ATTRIBUTE, None)
+    return prepared is not None and any(x.kv != EXACT for x in prepared.full.values())
 
 
 def expect_tasks(tasks: Sequence[str]) -> None:

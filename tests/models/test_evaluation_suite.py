@@ -106,6 +106,34 @@ def test_all_tasks_in_one_report(model):
         assert task in str(report)
 
 
+def test_text_is_read_through_a_cache_that_stores_layers_in_few_bits():
+    """Token by token it is the same; in one pass nothing would be read as it is stored."""
+    model = byte_llama(initializer_range=0.4)
+    fe.prepare(model, {"default": EVA, 0: {"attention": "full", "kv": "vq-1bit"}})
+    ids = text_windows(model, TOKENIZER, [TEXT], (300,), 1)[300]
+    options = {"lengths": (300,), "tasks": ("perplexity",), "options": OPTIONS}
+    with pytest.raises(ConfigError, match="codebooks: 'vq-1bit' needs them"):
+        evaluate(model, TOKENIZER, texts=[TEXT], **options)
+    model._flasheva_prepared.codebooks = fe.calibrate_kv(model, [tokens(1, 300)])
+    found = evaluate(model, TOKENIZER, texts=[TEXT], **options).perplexity[300]
+    windows = text_windows(model, TOKENIZER, [TEXT], (300,), 3)[300]
+    losses = []
+    for row in windows:
+        cache = fe.FlashEvaCache.for_model(model)
+        with torch.no_grad():
+            steps = [model(x[None, None], past_key_values=cache).logits for x in row]
+        logits = torch.cat(steps, 1)[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none"))
+    assert found.loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+    assert abs(found.loss - perplexity_by_position(model, windows.split(1)).loss) > 1e-3
+    padded = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor(0), 0),
+    }
+    with pytest.raises(ConfigError, match="batches: have padding"):
+        perplexity_by_position(model, [padded], through_cache=True)
+
+
 def test_windows_do_not_overlap_and_are_spread_over_the_text():
     rows = text_windows(byte_llama(), TOKENIZER, [TEXT], (101,), 100)[101]
     assert "".join(TOKENIZER.decode(row[1:]) for row in rows) == TEXT[: 100 * len(rows)]

@@ -157,7 +157,9 @@ def _formats(text: str) -> tuple[str, ...]:
         return names
     unknown = [name for name in names if name not in FORMATS]
     if unknown or len(set(names)) != len(names):
-        what = f"{unknown[0]!r} is not one of {', '.join(FORMATS)}" if unknown else "one twice"
+        what = "a format is named twice"
+        if unknown:
+            what = f"{unknown[0]!r} is not one of {', '.join(FORMATS)}"
         raise argparse.ArgumentTypeError(what)
     return names
 

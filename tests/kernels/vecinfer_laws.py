@@ -173,7 +173,7 @@ WRONG = {  # what the emitters write, and what they might have
     ),
     "sign": ({"fp8": True}, "| ((key_words << 8) & -0x7FFF8000)", ""),
     "key's power": ({"fp8": True}, "tl.exp2(key_power)[None, :] *", ""),
-    "words of keys": (WRONG_WORDS, ".permute(4, 2, 0, 3, 5, 1)", ".permute(4, 2, 0, 5, 3, 1)"),
+    "words of keys": (WRONG_WORDS, ".permute(4, 2, 1, 3, 5, 0)", ".permute(4, 2, 1, 5, 3, 0)"),
     "words of values": (
         WRONG_WORDS,
         ".permute(3, 0, 4, 7, 2, 5, 6, 1)",

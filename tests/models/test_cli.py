@@ -139,7 +139,7 @@ def test_calibrate_learns_what_the_configuration_says(folder, tmp_path, capsys):
         (["--kv", "vq-1bit,tc-4bit", "--out", "x"], "--kv-bits: is needed to choose"),
         (["--kv", "vq-1bit", "--kv-bits", "2", "--out", "x"], "--kv-bits: is for several formats"),
         (["--kv", "vq-1bit,int4", "--out", "x"], "'int4' is not one of vq-4bit"),
-        (["--kv", "vq-1bit,vq-1bit", "--out", "x"], "one twice"),
+        (["--kv", "vq-1bit,vq-1bit", "--out", "x"], "a format is named twice"),
     ],
 )
 def test_formats_that_cannot_be_chosen_from_are_refused(folder, options, match, capsys):

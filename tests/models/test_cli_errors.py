@@ -93,8 +93,8 @@ def test_codebooks_that_cannot_be_written(folder, adapted, capsys, tmp_path):
     text = ["--data", folder / "text.txt", "--length", 64, "--rows", 1]
     command = ["calibrate", folder / "model", *text]
     assert "nothing to write" in line(capsys, *command)
-    assert "--kv: invalid choice: 'vq-3bit'" in line(capsys, *command, "--kv", "vq-3bit")
-    assert "invalid choice: 'fp8'" in line(capsys, *command, "--kv", "fp8")
+    assert "--kv: 'vq-3bit' is not one of" in line(capsys, *command, "--kv", "vq-3bit")
+    assert "'fp8' is not one of" in line(capsys, *command, "--kv", "fp8")
     said = line(capsys, *command, "--kv", "vq-2bit", "--config", CONFIG)
     assert "--config: changes the model" in said
     (tmp_path / "model.gguf").write_bytes(b"nothing")

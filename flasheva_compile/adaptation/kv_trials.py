@@ -79,7 +79,7 @@ class KvTrials:
 
 def _whole_rows(inputs: dict[str, Any], subject: str) -> Tensor:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    for name in set(inputs) - {"input_ids", "attention_mask", "labels"}:
+    for name in sorted(set(inputs) - {"input_ids", "attention_mask", "labels"}):
         raise ConfigError(f"has {name}, which text read through a cache has not", subject=subject)
     if mask is not None and not bool(mask.bool().all()):
         raise ConfigError("has padding", subject=subject, hint="give rows of text alone")

@@ -117,6 +117,13 @@ def test_what_cannot_be_chosen_from_is_refused(hybrid):
         (model, text, codebooks[1:], 1.9, "bits: must be at least 2, what the fewest are, got 1.9"),
         (model, text, codebooks, True, "bits: must be at least 1"),
         (model, [padded], codebooks, 2, r"batches\[0\]: has padding"),
+        (
+            model,
+            [{"input_ids": text[0], "position_ids": text[0]}],
+            codebooks,
+            2,
+            "has position_ids",
+        ),
         (model, [tokens(1, 160)], codebooks, 2, "160 tokens are all read exactly"),
         (model, [], codebooks, 2, "batches: is empty"),
     ]
